@@ -1,0 +1,80 @@
+"""The device mesh and where every array lives.
+
+Mesh axes: `data` replicates parameters and splits the batch, `fsdp` splits both, `tensor` splits attention
+heads and MLP widths. One device is the 1 x 1 x 1 mesh; there is no second code path.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from djepa_jax.optimizer import path_name
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# First match wins. Axes count from the last one, so the stacked layer axis in front is never split.
+RULES = (
+    (r"attention/qkv/kernel$", ("fsdp", None, "tensor")),
+    (r"attention/qkv/bias$", (None, "tensor")),
+    (r"(attention/out|mlp/down|jepa_head/down|denoiser/blocks/down)/kernel$", ("tensor", "fsdp")),
+    (r"(mlp|jepa_head|denoiser/blocks)/up/kernel$", ("fsdp", "tensor")),
+    (r"(mlp|jepa_head|denoiser/blocks)/up/bias$", ("tensor",)),
+    (r"modulation/kernel$", ("fsdp", None, None)),
+    (r"kernel$", ("fsdp", None)),
+    (r"(positions|prefix_table|class_embedding/table)$", (None, "fsdp")),
+)
+
+
+def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor) over all devices; one entry may be -1, "what is left".
+
+    Raises:
+        ValueError: the shape does not use the devices exactly.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(shape)
+    if len(shape) != 3 or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise ValueError(f"mesh is {shape}; it takes three sizes (data, fsdp, tensor), at most one of them -1.")
+    known = math.prod(n for n in shape if n != -1)
+    if len(devices) % known or (-1 not in shape and known != len(devices)):
+        raise ValueError(f"mesh {shape} does not fit {len(devices)} devices; write -1 for what is left, for example (-1, 1, 1).")
+    shape = tuple(len(devices) // known if n == -1 else n for n in shape)
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Where an array of the training state lives; an axis that does not divide evenly stays whole."""
+    for pattern, axes in RULES:
+        if re.search(pattern, path) and len(shape) >= len(axes):
+            axes = (None,) * (len(shape) - len(axes)) + axes
+            return P(*[a if a and size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)])
+    return P()
+
+
+def state_shardings(abstract, mesh: Mesh):
+    """Shardings of a whole state tree (parameters, moving average, optimiser moments) from its shapes."""
+
+    def place(path, leaf):
+        return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over data and fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value everywhere."""
+    return NamedSharding(mesh, P())
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """Devices that share a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -1,0 +1,83 @@
+"""Shared set-up: eight CPU devices, and models filled with the parity fixtures."""
+
+import functools
+import json
+import pathlib
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
+from djepa_jax.interop.official import from_official  # noqa: E402
+from djepa_jax.losses import TOKEN_LOSSES  # noqa: E402
+from djepa_jax.models.djepa import ModelConfig, split_model  # noqa: E402
+
+PARITY = pathlib.Path(__file__).parent / "fixtures" / "parity"
+VARIANTS = ("gauss", "flow", "gauss_p2")
+
+
+class Parity:
+    """One variant of the authors' tiny models: our model with their weights, and their numbers."""
+
+    def __init__(self, variant: str):
+        self.variant = variant
+        with safe_open(PARITY / f"model_{variant}.safetensors", "np") as file:
+            self.official = json.loads(file.metadata()["config"])
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}
+        self.config = self._model_config()
+        self.graph, self.abstract = split_model(self.config)
+        self.params = jax.tree.map(jax.numpy.asarray, from_official(self.tensors, self.abstract))
+        self.model = nnx.merge(self.graph, self.params)
+        self.forward = dict(np.load(PARITY / f"forward_{variant}.npz"))
+
+    def _model_config(self) -> ModelConfig:
+        c = self.official
+        loss = TOKEN_LOSSES["flow_matching" if c["diffloss"] == "flow" else "diffusion"]
+        token_dim = c["vae_embed_dim"] * c["patch_size"] ** 2
+        return ModelConfig(
+            num_tokens=self.tensors["encoder_pos_embed_learned"].shape[1],
+            token_dim=token_dim,
+            num_classes=c["class_num"],
+            width=c["encoder_embed_dim"],
+            encoder_depth=c["encoder_depth"],
+            predictor_depth=c["decoder_depth"],
+            num_heads=c["encoder_num_heads"],
+            denoiser_depth=c["diffloss_d"],
+            denoiser_width=c["diffloss_w"],
+            denoiser_out=token_dim * loss.out_per_channel,
+            num_prefix_tokens=c["buffer_size"],
+            qk_norm=c["qk_norm"],
+        )
+
+
+@functools.cache
+def load_parity(variant: str) -> Parity:
+    return Parity(variant)
+
+
+@pytest.fixture(params=VARIANTS)
+def parity(request) -> Parity:
+    return load_parity(request.param)
+
+
+@pytest.fixture
+def gauss() -> Parity:
+    return load_parity("gauss")
+
+
+@pytest.fixture
+def flow() -> Parity:
+    return load_parity("flow")
+
+
+def assert_close(actual, expected, tolerance: float):
+    """Largest difference within `tolerance` times the largest absolute value of the expected array."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+    assert error <= tolerance, f"relative error {error:.2e} exceeds {tolerance:.0e}"
