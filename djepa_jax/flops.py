@@ -50,7 +50,9 @@ def denoiser_row(model: ModelConfig) -> dict[str, float]:
     )
 
 
-def train_image(model: ModelConfig, plan: MaskPlan, noise_multiplicity: int, padded: bool = False, time_rows: float = 0.0) -> float:
+def train_image(
+    model: ModelConfig, plan: MaskPlan, noise_multiplicity: int, padded: bool = False, time_rows: float = 0.0
+) -> float:
     """One training image, forward and backward.
 
     Ideal by default: mean numbers of visible and masked tokens, and no time embedding (it is a table). `padded`

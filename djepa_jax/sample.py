@@ -84,7 +84,9 @@ def plan_segments(spec: SampleSpec) -> list[Segment]:
     return list(best[len(counts)][1])
 
 
-def ar_step(spec: SampleSpec, model, state: SampleState, order, labels, num_new, cfg_scale, temperature, noise_of, segment: Segment):
+def ar_step(
+    spec: SampleSpec, model, state: SampleState, order, labels, num_new, cfg_scale, temperature, noise_of, segment: Segment
+):
     """Reveal the next `num_new` tokens of every sample.
 
     Args:

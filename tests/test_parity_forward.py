@@ -15,7 +15,7 @@ from djepa_jax.losses import jepa_loss
 from djepa_jax.losses.diffusion import Diffusion
 from djepa_jax.losses.flow_matching import FlowMatching
 from djepa_jax.masking import to_order, to_raster
-from djepa_jax.modalities.image import patchify, unpatchify
+from djepa_jax.modalities.patches import patchify, unpatchify
 from djepa_jax.train_step import predict_features
 
 FORWARD = 1e-5

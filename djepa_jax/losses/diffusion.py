@@ -161,7 +161,9 @@ class Diffusion:
         schedule = make_schedule(self.num_denoise_steps)
         at = _coefficients(schedule)
         at["noise_scale"] = (np.arange(len(schedule.betas)) > 0).astype(np.float32)
-        return {"timesteps": jnp.asarray(schedule.timesteps[::-1].copy())} | {k: jnp.asarray(v[::-1].copy()) for k, v in at.items()}
+        return {"timesteps": jnp.asarray(schedule.timesteps[::-1].copy())} | {
+            k: jnp.asarray(v[::-1].copy()) for k, v in at.items()
+        }
 
     def reverse(self, outputs, x, at, z, cfg_scale, temperature) -> dict[str, jax.Array]:
         """One reverse step from denoiser outputs `[G, ..., 2C]`: mean, log_variance, x0 and sample `[..., C]`."""

@@ -31,8 +31,10 @@ class DenoiserBlock(nnx.Module):
 class Denoiser(nnx.Module):
     """adaLN MLP: noisy token `[..., C]`, time and condition -> `[..., out]` in float32."""
 
-    def __init__(self, token_dim: int, out_dim: int, cond_dim: int, width: int, depth: int, *, dtype, rngs: nnx.Rngs):
-        self.dtype = dtype
+    def __init__(
+        self, token_dim: int, out_dim: int, cond_dim: int, width: int, depth: int, *, unroll: int = 1, dtype, rngs: nnx.Rngs
+    ):
+        self.dtype, self.unroll = dtype, unroll
         self.time_embedding = TimeEmbedding(width, rngs=rngs)
         self.cond_proj = Linear(cond_dim, width, rngs=rngs, dtype=dtype)
         self.input_proj = Linear(token_dim, width, rngs=rngs, dtype=dtype)
@@ -69,6 +71,6 @@ class Denoiser(nnx.Module):
         x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, activated.shape))
         activated = jnp.broadcast_to(activated, x.shape)
         graph, params = nnx.split(self.blocks)
-        x = jax.lax.scan(lambda x, p: (nnx.merge(graph, p)(x, activated), None), x, params)[0]
+        x = jax.lax.scan(lambda x, p: (nnx.merge(graph, p)(x, activated), None), x, params, unroll=self.unroll)[0]
         shift, scale = jnp.moveaxis(self.final_modulation(activated), -2, 0)
         return self.out(self.final_norm(x) * (1 + scale) + shift).astype(jnp.float32)

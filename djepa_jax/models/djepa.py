@@ -50,6 +50,7 @@ class ModelConfig:
     dropout: float = 0.1
     compute_dtype: str = "float32"
     remat: str = "none"
+    scan_unroll: int = 1
 
     @property
     def null_label(self) -> int:
@@ -154,6 +155,7 @@ def _make_stack(config: ModelConfig, depth: int, rngs: nnx.Rngs) -> Stack:
         attention_dropout=config.attention_dropout,
         dropout_rate=config.dropout,
         remat=config.remat,
+        unroll=config.scan_unroll,
         dtype=jnp.dtype(config.compute_dtype),
         rngs=rngs,
     )
@@ -174,6 +176,7 @@ class DJepa(nnx.Module):
             config.width,
             config.denoiser_width,
             config.denoiser_depth,
+            unroll=config.scan_unroll,
             dtype=dtype,
             rngs=rngs,
         )

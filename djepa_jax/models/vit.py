@@ -180,8 +180,22 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """`depth` blocks whose parameters carry a leading layer axis, run by one `lax.scan`, then a LayerNorm."""
 
-    def __init__(self, width: int, depth: int, num_heads: int, *, mlp_ratio, qk_norm, attention_dropout, dropout_rate, remat, dtype, rngs):
-        self.depth, self.dtype, self.remat = depth, dtype, remat
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        *,
+        mlp_ratio,
+        qk_norm,
+        attention_dropout,
+        dropout_rate,
+        remat,
+        unroll,
+        dtype,
+        rngs,
+    ):
+        self.depth, self.dtype, self.remat, self.unroll = depth, dtype, remat, unroll
 
         def make_block(key):
             return Block(
@@ -226,7 +240,7 @@ class Stack(nnx.Module):
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, x, (params, keys))[0]
+        return jax.lax.scan(body, x, (params, keys), unroll=self.unroll)[0]
 
     def _scan_indexed(self, graph, params, x, key_mask):
         """All layers but the last, reading parameters by index so that no slice of the stack is copied."""

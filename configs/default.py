@@ -1,0 +1,96 @@
+"""Every key of the configuration with its default: the faithful ImageNet recipe in VAE latents.
+
+Other files change what they need. `--config.KEY=VALUE` overrides any of them on the command line.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The defaults; takes no variant."""
+    if variant:
+        raise ValueError(f'default.py has no variant "{variant}".')
+    config = ConfigDict()
+    config.num_steps = 875_000  # optimiser steps of the whole training
+    config.batch_size = 2048  # examples per step, over all devices
+    config.seed = 0  # initial values, masks, noise, order of the data
+    config.compute_dtype = "bfloat16"  # of the matrix products: bfloat16 or float32
+    config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = what is left
+    config.checkpoint_every = 5000  # steps; one is always written at the end
+    config.keep_checkpoints = 2  # the newest that stay
+    config.log_every = 100  # steps between lines of metrics
+    config.sample_every = 5000  # steps between sample grids; 0 = never
+    config.evaluate_every = 0  # steps between evaluations; 0 = only at the end
+    config.max_bad_steps = 20  # non-finite gradients in a row that end the run
+
+    model = config.model = ConfigDict()
+    model.size = "L"  # B, L, H: the published scales; "custom" needs the next six keys
+    model.width = 0  # 0 = as the size says
+    model.encoder_depth = 0
+    model.predictor_depth = 0
+    model.num_heads = 0
+    model.denoiser_depth = 0
+    model.denoiser_width = 0
+    model.mlp_ratio = 4.0
+    model.num_prefix_tokens = 64  # class-carrying tokens in front of the sequence
+    model.qk_norm = True
+    model.dropout = 0.1  # after projections and inside the MLPs
+    model.attention_dropout = 0.1  # on attention weights
+    model.remat = "dots"  # none, dots (keep matrix products), full (keep nothing)
+    model.scan_unroll = 1  # layers per iteration of the scans; more compile longer and may run faster
+
+    loss = config.loss = ConfigDict()
+    loss.name = "diffusion"  # diffusion or flow_matching
+    loss.token_weight = 1.0
+    loss.jepa_weight = 1.0  # 0 leaves the JEPA head out
+    loss.label_drop_prob = 0.1  # share of labels hidden in training, for guidance
+    loss.noise_multiplicity = 4  # draws of (time, noise) per token and step
+    loss.mask_ratio_min = 0.7
+    loss.mask_ratio_std = 0.25
+    loss.mask_group = 1  # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.learning_rate = 8e-4
+    optimizer.learning_rate_schedule = "constant"  # after the warm-up: constant or cosine
+    optimizer.min_learning_rate = 0.0  # end of the cosine
+    optimizer.warmup_steps = 62_500
+    optimizer.weight_decay = 0.0  # see docs/differences.md
+    optimizer.weight_decay_schedule = "constant"  # constant, or linear from 0
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.epsilon = 1e-6
+    optimizer.clip_norm = 3.0  # global norm
+    optimizer.ema_decay = 0.9999
+    optimizer.ema_ramp = False  # raise the decay linearly towards 1, capped at 0.9999
+
+    data = config.data = ConfigDict()
+    data.source = "npz"  # digits or npz
+    data.path = ""  # file of the source
+    data.modality = "image_latents"  # image_pixels or image_latents
+    data.image_size = 16  # side of the image, or of the latent map
+    data.channels = 16
+    data.patch_size = 1
+    data.latent_scale = 0.2325  # image_latents: factor between autoencoder and network
+    data.num_classes = 1000
+    data.random_flip = False
+
+    sample = config.sample = ConfigDict()
+    sample.labels = "all"  # "all" in turn, or a list such as 3,3,7
+    sample.count = 64  # pictures
+    sample.seed = 0
+    sample.cfg_scale = 3.0  # 1 = no guidance
+    sample.cfg_schedule = "linear"  # linear or constant
+    sample.temperature = 0.98
+    sample.num_ar_steps = 64
+    sample.num_denoise_steps = 100
+    sample.sampler = "ddpm"  # diffusion: ddpm, ddim; flow_matching: euler, heun
+    sample.clip_x0 = 0.0  # diffusion: clip the implied clean token to +- this; 0 = off
+    sample.time_shift = 1.0  # flow_matching: bends the time grid
+    sample.batch_size = 64  # pictures per call
+    sample.num_segments = 8  # scan segments of the loop: more compile longer and pad less
+
+    evaluation = config.evaluation = ConfigDict()
+    evaluation.kind = "none"  # none, or small_images (classifier and raw-pixel Frechet distance)
+    evaluation.count = 1000  # class-balanced samples
+    evaluation.seed = 1  # other noise than the sample grids
+    return config

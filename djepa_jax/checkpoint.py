@@ -1,0 +1,203 @@
+"""Checkpoints with Orbax: asynchronous saves, restore onto a mesh, and what a workdir may be used for.
+
+A step holds the item `state` (parameters, moving average, optimiser, counters; pure dicts and arrays) and the
+item `meta` (format number, resolved configuration, examples consumed).
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+import jax
+import orbax.checkpoint as ocp
+
+from djepa_jax.train_step import TrainState
+
+FORMAT = 1
+LOCK_NAME = ".lock"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another kind; the message says which and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What is stored beside the arrays."""
+
+    format: int
+    config: dict
+    step: int
+    examples: int
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 1):
+        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=False)
+        self._options = options
+        self._open_manager = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._open_manager is None:
+            self._open_manager = ocp.CheckpointManager(self.directory, options=self._options)
+        return self._open_manager
+
+    def latest_step(self) -> int | None:
+        """The newest finished step, or None where nothing has been saved."""
+        return self._manager.latest_step() if self.directory.is_dir() else None
+
+    def save(self, state: TrainState, config: dict, examples: int) -> int:
+        """Start saving in the background; an earlier save that failed is reported here.
+
+        Raises:
+            CheckpointError: the step exists already, or an earlier save failed.
+        """
+        step = int(state.step)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        meta = dataclasses.asdict(Meta(FORMAT, config, step, examples))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(meta))
+        try:
+            saved = self._manager.save(step, args=arguments)
+        except Exception as error:
+            raise CheckpointError(f"saving step {step} to {self.directory} failed: {error}") from error
+        if not saved:
+            raise CheckpointError(f"step {step} was not saved: {self.directory} already holds step {self.latest_step()}.")
+        return step
+
+    def wait(self) -> None:
+        """Wait for the save in progress, and raise CheckpointError if it failed."""
+        if self._open_manager is not None:
+            try:
+                self._open_manager.wait_until_finished()
+            except Exception as error:
+                raise CheckpointError(f"saving to {self.directory} failed: {error}") from error
+
+    def read_meta(self, step: int | None = None) -> Meta:
+        """The configuration and position stored with a step (the latest one by default).
+
+        Raises:
+            CheckpointError: there is no step, it cannot be read, or its format is another.
+        """
+        step = self._existing(step)
+        try:
+            stored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = Meta(**stored)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        if meta.format != FORMAT:
+            raise CheckpointError(f"{self.directory / str(step)} has format {meta.format}, this version reads {FORMAT}.")
+        return meta
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+        """A whole training state; `abstract` gives shapes, dtypes and shardings.
+
+        Raises:
+            CheckpointError: there is no step, or it does not hold exactly these arrays.
+        """
+        step = self._existing(step)
+        try:
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(abstract)))
+            restored = self._manager.restore(step, args=arguments)["state"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return TrainState(**restored)
+
+    def restore_ema(self, abstract: dict, step: int | None = None) -> dict:
+        """The moving average of the parameters alone; `abstract` gives shapes, dtypes and shardings.
+
+        Raises:
+            CheckpointError: there is no step, or it does not hold exactly these arrays.
+        """
+        step = self._existing(step)
+        item = {"ema_params": abstract}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        arguments = ocp.args.PyTreeRestore(item=item, partial_restore=True, restore_args=restore_args)
+        try:
+            with ocp.CheckpointManager(self.directory, options=self._options) as fresh:
+                restored = fresh.restore(step, args=ocp.args.Composite(state=arguments))["state"]["ema_params"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
+            if found.shape != expected.shape:
+                raise CheckpointError(f"{self.directory / str(step)}: shape {found.shape}, the model has {expected.shape}.")
+        return restored
+
+    def close(self) -> None:
+        """Wait for pending work and release the manager."""
+        if self._open_manager is not None:
+            self.wait()
+            self._open_manager.close()
+            self._open_manager = None
+
+    def _existing(self, step: int | None) -> int:
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.directory} holds no checkpoint; train first, or correct --workdir.")
+        return step
+
+    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+        path = self.directory / str(step)
+        return CheckpointError(
+            f"{path} cannot be restored ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). "
+            f"Nothing was overwritten. Move that folder away to go on from an older step."
+        )
+
+
+def _as_dict(state: TrainState) -> dict:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def check_workdir(workdir: str | os.PathLike) -> None:
+    """Make sure that a workdir can be written, before anything is computed.
+
+    Raises:
+        CheckpointError: it is a file, or may not be created or written.
+    """
+    path = pathlib.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f'--workdir "{workdir}" cannot be written ({error.strerror}); choose another folder.') from error
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+    """Hold a workdir for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: another process holds it, named by host and process id.
+    """
+    path = pathlib.Path(workdir) / LOCK_NAME
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise CheckpointError(
+                f'--workdir "{workdir}" is in use by {owner}; wait for it, stop it, or choose another folder.'
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Write a JSON file so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

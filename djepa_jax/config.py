@@ -1,0 +1,254 @@
+"""From an ml-collections config to the frozen objects that the code works with, with every check on the way.
+
+Nothing here touches a file or a device, so that a wrong value is reported before any work is done.
+"""
+
+import dataclasses
+import math
+
+from djepa_jax.losses import SAMPLERS, TOKEN_LOSSES
+from djepa_jax.masking import MaskPlan, cfg_scales, reveal_counts
+from djepa_jax.modalities import MODALITIES
+from djepa_jax.modalities.base import Modality
+from djepa_jax.models.djepa import SIZES, ModelConfig
+from djepa_jax.models.vit import REMAT_POLICIES
+from djepa_jax.optimizer import OptimizerConfig
+from djepa_jax.sample import SampleSpec
+from djepa_jax.train_step import TrainSpec
+
+# Groups that fix what the parameters mean: they must agree between a config and a checkpoint.
+MODEL_KEYS = (
+    *(f"model.{key}" for key in ("width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width")),
+    *(f"model.{key}" for key in ("mlp_ratio", "num_prefix_tokens", "qk_norm")),
+    *(f"data.{key}" for key in ("modality", "image_size", "channels", "patch_size", "num_classes", "latent_scale")),
+    "loss.name",
+    "model.jepa_head",
+)
+
+
+class ConfigError(ValueError):
+    """A value that cannot work; the message names the key, the value and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A validated configuration."""
+
+    modality: Modality
+    train: TrainSpec
+    sample: SampleSpec
+    sample_labels: tuple[int, ...]
+
+
+def _require(condition: bool, key: str, value, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{key} is {value!r}; {remedy}.")
+
+
+def _choice(config, key: str, choices) -> None:
+    group, _, name = key.rpartition(".")
+    value = (config[group] if group else config)[name]
+    _require(value in choices, key, value, f"it must be one of {', '.join(sorted(choices))}")
+
+
+def build(config) -> Experiment:
+    """Check a configuration and build everything static from it.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    _check_choices(config)
+    _check_numbers(config)
+    try:
+        modality = make_modality(config.data)
+        model = make_model_config(config, modality)
+        plan = MaskPlan(
+            modality.num_tokens,
+            config.batch_size,
+            config.loss.mask_ratio_min,
+            config.loss.mask_ratio_std,
+            config.loss.mask_group or config.batch_size,
+        )
+        reveal_counts(modality.num_tokens, config.sample.num_ar_steps)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from error
+    token_loss = make_token_loss(config)
+    train = TrainSpec(
+        model=model,
+        token_loss=token_loss,
+        plan=plan,
+        optimizer=OptimizerConfig(num_steps=config.num_steps, **config.optimizer),
+        tokenize=modality.tokenize,
+        seed=config.seed,
+        token_weight=config.loss.token_weight,
+        jepa_weight=config.loss.jepa_weight,
+        label_drop_prob=config.loss.label_drop_prob,
+    )
+    sample = SampleSpec(model, token_loss, config.sample.num_ar_steps, config.sample.cfg_scale != 1, config.sample.num_segments)
+    labels = parse_labels(config.sample.labels, config.data.num_classes, config.sample.count)
+    return Experiment(modality, train, sample, labels)
+
+
+def _check_choices(config) -> None:
+    _choice(config, "compute_dtype", ("float32", "bfloat16"))
+    _choice(config, "model.size", (*SIZES, "custom"))
+    _choice(config, "model.remat", REMAT_POLICIES)
+    _choice(config, "loss.name", TOKEN_LOSSES)
+    _choice(config, "optimizer.learning_rate_schedule", ("constant", "cosine"))
+    _choice(config, "optimizer.weight_decay_schedule", ("constant", "linear"))
+    _choice(config, "data.modality", MODALITIES)
+    _choice(config, "sample.cfg_schedule", ("linear", "constant"))
+    _choice(config, "sample.sampler", SAMPLERS[config.loss.name])
+    _choice(config, "evaluation.kind", ("none", "small_images"))
+
+
+def _check_numbers(config) -> None:
+    positive = ("num_steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps")
+    for key in positive:
+        _require(config[key] > 0, key, config[key], "it must be at least 1")
+    for group, keys in {
+        "data": ("image_size", "channels", "patch_size", "num_classes", "latent_scale"),
+        "sample": ("count", "batch_size", "num_denoise_steps", "time_shift", "num_segments"),
+        "evaluation": ("count",),
+        "loss": ("noise_multiplicity", "mask_ratio_std"),
+        "model": ("mlp_ratio", "scan_unroll"),
+        "optimizer": ("learning_rate", "epsilon", "clip_norm"),
+    }.items():
+        for key in keys:
+            value = config[group][key]
+            _require(_finite(value) and value > 0, f"{group}.{key}", value, "it must be above 0")
+    for key in ("cfg_scale", "temperature", "clip_x0"):
+        value = config.sample[key]
+        _require(_finite(value) and value >= 0, f"sample.{key}", value, "it must be a finite number, at least 0")
+    for key in ("token_weight", "jepa_weight"):
+        value = config.loss[key]
+        _require(_finite(value) and value >= 0, f"loss.{key}", value, "it must be a finite number, at least 0")
+    for group, key in (
+        ("loss", "label_drop_prob"),
+        ("model", "dropout"),
+        ("model", "attention_dropout"),
+        ("optimizer", "ema_decay"),
+    ):
+        value = config[group][key]
+        _require(_finite(value) and 0 <= value < 1, f"{group}.{key}", value, "it must be at least 0 and below 1")
+    ratio = config.loss.mask_ratio_min
+    _require(_finite(ratio) and 0 < ratio <= 1, "loss.mask_ratio_min", ratio, "it must be above 0 and at most 1")
+    most = 1000 if config.loss.name == "diffusion" else math.inf
+    least = 1 if config.loss.name == "diffusion" else 2
+    steps = config.sample.num_denoise_steps
+    _require(least <= steps <= most, "sample.num_denoise_steps", steps, f"it must be between {least} and {most}")
+
+
+def _finite(value) -> bool:
+    return math.isfinite(value)
+
+
+def make_modality(data) -> Modality:
+    """The modality that `config.data` describes."""
+    extra = {"scale": data.latent_scale} if data.modality == "image_latents" else {}
+    return MODALITIES[data.modality](data.image_size, data.channels, data.patch_size, **extra)
+
+
+def resolve_size(model) -> dict[str, int]:
+    """Widths and depths: those of the named size, overridden by keys that are not 0."""
+    keys = ("width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width")
+    named = SIZES.get(model.size, {})
+    values = {key: model[key] or named.get(key, 0) for key in keys}
+    for key, value in values.items():
+        _require(value > 0, f"model.{key}", value, 'with model.size "custom" it must be given')
+    return values
+
+
+def make_model_config(config, modality: Modality) -> ModelConfig:
+    """The networks' shape.
+
+    Raises:
+        ConfigError: heads that do not divide the width, and the like.
+    """
+    size = resolve_size(config.model)
+    heads = size["num_heads"]
+    _require(size["width"] % heads == 0, "model.width", size["width"], f"it must be a multiple of model.num_heads, {heads}")
+    _require(
+        config.model.num_prefix_tokens >= 1, "model.num_prefix_tokens", config.model.num_prefix_tokens, "it must be at least 1"
+    )
+    out_per_channel = TOKEN_LOSSES[config.loss.name].out_per_channel
+    return ModelConfig(
+        num_tokens=modality.num_tokens,
+        token_dim=modality.token_dim,
+        num_classes=config.data.num_classes,
+        denoiser_out=out_per_channel * modality.token_dim,
+        mlp_ratio=config.model.mlp_ratio,
+        num_prefix_tokens=config.model.num_prefix_tokens,
+        qk_norm=config.model.qk_norm,
+        jepa_head=config.loss.jepa_weight > 0,
+        attention_dropout=config.model.attention_dropout,
+        dropout=config.model.dropout,
+        compute_dtype=config.compute_dtype,
+        remat=config.model.remat,
+        scan_unroll=config.model.scan_unroll,
+        **size,
+    )
+
+
+def make_token_loss(config):
+    """The token loss with its sampler."""
+    shared = dict(
+        noise_multiplicity=config.loss.noise_multiplicity,
+        num_denoise_steps=config.sample.num_denoise_steps,
+        sampler=config.sample.sampler,
+    )
+    if config.loss.name == "diffusion":
+        return TOKEN_LOSSES["diffusion"](clip_x0=config.sample.clip_x0, **shared)
+    return TOKEN_LOSSES["flow_matching"](time_shift=config.sample.time_shift, **shared)
+
+
+def parse_labels(text: str, num_classes: int, count: int) -> tuple[int, ...]:
+    """The label of each of `count` samples: "all" classes in turn, or a comma-separated list, repeated.
+
+    Raises:
+        ConfigError: not a number, or no such class.
+    """
+    if text == "all":
+        labels = list(range(num_classes))
+    else:
+        words = [word.strip() for word in text.split(",")]
+        for word in words:
+            usable = word.lstrip("-").isdigit() and 0 <= int(word) < num_classes
+            _require(
+                usable, "sample.labels", text, f'"{word}" is not a class; classes are 0 to {num_classes - 1}, or write "all"'
+            )
+        labels = [int(word) for word in words]
+    return tuple(labels[i % len(labels)] for i in range(count))
+
+
+def step_scales(config, num_tokens: int):
+    """Guidance scale of every autoregressive step `[T]`."""
+    return cfg_scales(num_tokens, config.sample.num_ar_steps, config.sample.cfg_scale, config.sample.cfg_schedule)
+
+
+def resolved(config) -> dict:
+    """The configuration as plain nested dicts, with the named size written out, for storing beside a checkpoint."""
+    values = config.to_dict()
+    values["model"] |= resolve_size(config.model)
+    values["model"]["jepa_head"] = config.loss.jepa_weight > 0
+    values["mesh"] = list(config.mesh)
+    return values
+
+
+def differences(stored: dict, current: dict, keys=None) -> list[str]:
+    """Lines "key: stored -> current" for every key whose value differs (only `keys`, or all)."""
+    stored, current = flatten(stored), flatten(current)
+    names = keys or sorted(stored.keys() | current.keys())
+    absent = "(absent)"
+    return [f"{k}: {stored.get(k, absent)} -> {current.get(k, absent)}" for k in names if stored.get(k) != current.get(k)]
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested dicts as one dict with dotted names."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat

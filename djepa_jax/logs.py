@@ -1,0 +1,147 @@
+"""Metrics to a file, to TensorBoard and to the terminal; picture grids."""
+
+import json
+import math
+import pathlib
+import shutil
+import sys
+import time
+
+import numpy as np
+from clu import parameter_overview
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from tensorboardX import SummaryWriter
+
+GRID_GAP = 2
+MIN_TILE = 48
+LABEL_HEIGHT = 14
+
+
+class MetricWriter:
+    """Scalars and images of a run: `metrics.jsonl` (one line a step) and TensorBoard event files."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._file = open(workdir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in `close`)
+        self._events = SummaryWriter(str(workdir), flush_secs=30)
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Write one line; a value that is not finite becomes null, as JSON has no word for it."""
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        self._file.write(json.dumps(line) + "\n")
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Write uint8 pictures `[H, W, 3]`."""
+        for name, image in images.items():
+            self._events.add_image(name, image, step, dataformats="HWC")
+
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Write texts, shown in TensorBoard."""
+        for name, text in texts.items():
+            self._events.add_text(name, text, step)
+
+    def flush(self) -> None:
+        """Put everything on disk."""
+        self._file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._events.close()
+        self._file.close()
+
+
+class ProgressLine:
+    """One line that stays at the bottom of a terminal, or a plain line now and then where there is none."""
+
+    def __init__(self, num_steps: int, stream=None):
+        self.num_steps = num_steps
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self._last_plain = 0.0
+
+    def show(self, step: int, metrics: dict[str, float], rate: float, seconds_left: float) -> None:
+        """Report a step: losses, images per second, time left."""
+        losses = "  ".join(f"{k} {metrics[k]:.4f}" for k in ("loss", "token_loss", "jepa_loss") if k in metrics)
+        line = f"step {step}/{self.num_steps}  {losses}  {rate:.0f} images/s  {format_seconds(seconds_left)} left"
+        if metrics.get("skipped_steps"):
+            line += f"  {int(metrics['skipped_steps'])} steps skipped"
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write("\r" + line[:width].ljust(width))
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        if self.live:
+            self.stream.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+
+class Stopwatch:
+    """Time since the last lap, and how much of it was spent waiting for data."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.waited = 0.0
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap and the share of them spent waiting; starts the next one."""
+        now = time.perf_counter()
+        seconds, waited = now - self.start, self.waited
+        self.start, self.waited = now, 0.0
+        return seconds, waited / max(seconds, 1e-9)
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` (of sampling or saving) out of the present lap."""
+        self.start += seconds
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people write it: 42 s, 3 min 05 s, 2 h 07 min."""
+    seconds = round(max(seconds, 0))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def describe_parameters(params: dict) -> str:
+    """clu's table of parameters: name, shape, count."""
+    return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
+def label_grid(images: np.ndarray, labels: list[str], columns: int | None = None) -> np.ndarray:
+    """Pictures `[n, H, W, C]` uint8 in a grid, each with its label above: uint8 `[H', W', 3]`.
+
+    Small pictures are enlarged without smoothing.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scale = max(1, math.ceil(MIN_TILE / images.shape[1]))
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    rows = math.ceil(len(images) / columns)
+    size = (columns * (width + GRID_GAP) + GRID_GAP, rows * (height + LABEL_HEIGHT + GRID_GAP) + GRID_GAP)
+    canvas = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        row, column = divmod(index, columns)
+        x, y = GRID_GAP + column * (width + GRID_GAP), GRID_GAP + row * (height + LABEL_HEIGHT + GRID_GAP)
+        draw.text((x + 1, y), label, fill="black", font=font)
+        tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+        canvas.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x, y + LABEL_HEIGHT))
+    return np.asarray(canvas)
+
+
+def save_png(path: pathlib.Path, image: np.ndarray, texts: dict[str, str]) -> None:
+    """Write a picture with text entries (the command that made it, its settings)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    Image.fromarray(image).save(path, pnginfo=info)

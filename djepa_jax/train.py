@@ -1,0 +1,257 @@
+"""The training loop: mesh, data, state, one jitted step, and what happens between steps."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from djepa_jax import config as configuration
+from djepa_jax import logs, sharding
+from djepa_jax.checkpoint import Checkpoints, check_workdir, lock_workdir, write_json
+from djepa_jax.config import ConfigError, Experiment
+from djepa_jax.data.pipeline import example_stream, host_batches
+from djepa_jax.data.sources import Source, open_source
+from djepa_jax.evaluation.runner import FILE_NAME, evaluate
+from djepa_jax.generate import Generator, check_same_model, save_samples
+from djepa_jax.train_step import TrainState, init_state, make_train_step
+
+LAG = 2  # steps between running one and reading its metrics, so that the device never waits for the host
+PREFETCH = 2  # batches that wait on the device
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and from where to resume."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended."""
+
+    step: int
+    finished: bool
+    grid: pathlib.Path | None
+    evaluation: dict | None
+
+
+def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step: False) -> Result:
+    """Train, or go on from the workdir's latest checkpoint.
+
+    Args:
+        config: an ml-collections config.
+        workdir: folder of checkpoints, metrics and samples.
+        should_stop: asked after every step (with the number of steps made); True saves and stops.
+
+    Raises:
+        ConfigError, ValueError: a setting that cannot work; nothing was touched.
+        CheckpointError: an unusable workdir or checkpoint; nothing was overwritten.
+        TrainingError: too many non-finite gradients in a row.
+    """
+    experiment = configuration.build(config)
+    source = open_source(config.data.source, config.data.path, experiment.modality, config.data.num_classes)
+    mesh = sharding.make_mesh(config.mesh)
+    divisor = sharding.batch_divisor(mesh)
+    if config.batch_size % divisor:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}; it must be a multiple of {divisor}, the devices that share a batch."
+        )
+    check_workdir(workdir)
+    with lock_workdir(workdir):
+        return _Run(config, experiment, source, mesh, pathlib.Path(workdir)).train(should_stop)
+
+
+class _Run:
+    """One process's part of a training run."""
+
+    def __init__(self, config, experiment: Experiment, source: Source, mesh, workdir: pathlib.Path):
+        self.config, self.experiment, self.source, self.mesh, self.workdir = config, experiment, source, mesh, workdir
+        self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+        self.generator = Generator(config, experiment, mesh)
+        self.progress = logs.ProgressLine(config.num_steps)
+        self.watch = logs.Stopwatch()
+        self.last_logged = 0
+        self.abstract = jax.eval_shape(lambda: init_state(experiment.train))
+        self.shardings = sharding.state_shardings(self.abstract, mesh)
+
+    def train(self, should_stop) -> Result:
+        """Prepare, loop, finish; checkpoints are complete when this returns or raises."""
+        state, examples = self._start()
+        try:
+            with SignalCatcher() as signals:
+                writer = logs.MetricWriter(self.workdir)
+                try:
+                    self._announce(writer, state)
+                    state, examples = self._loop(state, examples, writer, lambda step: signals.caught or should_stop(step))
+                    return self._finish(state, examples, writer)
+                finally:
+                    writer.close()
+        finally:
+            self.checkpoints.close()
+
+    def _start(self) -> tuple[TrainState, int]:
+        """A fresh state, or the latest checkpoint's with the examples it has seen."""
+        step = self.checkpoints.latest_step()
+        if step is None:
+            write_json(self.workdir / "config.json", configuration.resolved(self.config))
+            make = jax.jit(lambda: init_state(self.experiment.train), out_shardings=self.shardings)
+            return make(), 0
+        meta = self.checkpoints.read_meta(step)
+        check_same_model(meta.config, self.config)
+        for line in configuration.differences(meta.config, json.loads(json.dumps(configuration.resolved(self.config)))):
+            self.progress.say(f"changed since the checkpoint: {line}")
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings)
+        state = self.checkpoints.restore(abstract, step)
+        write_json(self.workdir / "config.json", configuration.resolved(self.config))
+        self.progress.say(f"going on from step {step} of {self.config.num_steps} ({self.checkpoints.directory})")
+        return state, meta.examples
+
+    def _announce(self, writer: logs.MetricWriter, state: TrainState) -> None:
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        shape = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        if int(state.step) == 0:
+            self.progress.say(logs.describe_parameters(state.params))
+            writer.write_texts(0, {"config": json.dumps(configuration.resolved(self.config), indent=2)})
+        self.progress.say(
+            f"training on {devices}, mesh {shape}; {len(self.source)} examples, batches of {self.config.batch_size}"
+        )
+
+    def _loop(self, state: TrainState, examples: int, writer, should_stop) -> tuple[TrainState, int]:
+        config, step = self.config, int(state.step)
+        if step >= config.num_steps:
+            return state, examples
+        self.progress.say("compiling the training step")
+        train_step = jax.jit(make_train_step(self.experiment.train), donate_argnums=0, out_shardings=(self.shardings, None))
+        batches = self._batches(examples)
+        pending = collections.deque()
+        self.last_logged, self.watch = step, logs.Stopwatch()
+        while step < config.num_steps and not should_stop(step):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            self.watch.waited += time.perf_counter() - waiting
+            state, metrics = train_step(state, batch)
+            step, examples = step + 1, examples + config.batch_size
+            pending.append((step, metrics))
+            if len(pending) > LAG:
+                self._report(*pending.popleft(), writer)
+            self._between_steps(step, state, examples, writer)
+        while pending:
+            self._report(*pending.popleft(), writer)
+        return state, examples
+
+    def _batches(self, consumed: int) -> Iterator[dict]:
+        """Batches on the device, a few ahead of the step that uses them."""
+        stream = example_stream(self.source, self.config.seed, self.config.data.random_flip)
+        host, hosts = jax.process_index(), jax.process_count()
+        place, queue = sharding.batch_sharding(self.mesh), collections.deque()
+        for batch in host_batches(stream, self.config.batch_size, consumed, host, hosts):
+            queue.append({name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()})
+            if len(queue) > PREFETCH:
+                yield queue.popleft()
+
+    def _report(self, step: int, metrics: dict, writer: logs.MetricWriter) -> None:
+        """Read the metrics of a step that is over, log them, and stop a run that has gone bad."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if values["bad_streak"] >= self.config.max_bad_steps:
+            last = self.checkpoints.latest_step()
+            raise TrainingError(
+                f"loss or gradient was not finite in {int(values['bad_streak'])} steps in a row, the last of them step {step}. "
+                f"The last good checkpoint is {f'step {last} in {self.checkpoints.directory}' if last is not None else 'none yet'}; "
+                "lower optimizer.learning_rate and run the same command again."
+            )
+        if step % self.config.log_every and step != self.config.num_steps:
+            return
+        seconds, share_waiting = self.watch.lap()
+        rate = (step - self.last_logged) / seconds
+        self.last_logged = step
+        values |= {"images_per_second": rate * self.config.batch_size, "data_wait_share": share_waiting}
+        writer.write_scalars(step, values)
+        self.progress.show(step, values, values["images_per_second"], (self.config.num_steps - step) / rate)
+
+    def _between_steps(self, step: int, state: TrainState, examples: int, writer) -> None:
+        """Checkpoints, sample grids and evaluations that are due; the time they take is not training time."""
+        start = time.perf_counter()
+        config, last = self.config, step == self.config.num_steps
+        if step % config.checkpoint_every == 0 and not last:
+            self.checkpoints.save(state, configuration.resolved(config), examples)
+        if config.sample_every and step % config.sample_every == 0 and not last:
+            self._sample_grid(step, state, writer)
+        if config.evaluate_every and step % config.evaluate_every == 0 and not last:
+            self._evaluate(step, state, writer)
+        self.watch.pause(time.perf_counter() - start)
+
+    def _finish(self, state: TrainState, examples: int, writer) -> Result:
+        """The last checkpoint, grid and evaluation, or just the checkpoint of a run that was asked to stop."""
+        step = int(state.step)
+        if self.checkpoints.latest_step() != step and step > 0:
+            self.checkpoints.save(state, configuration.resolved(self.config), examples)
+            self.checkpoints.wait()
+            self.progress.say(f"saved step {step} in {self.checkpoints.directory}")
+        if step < self.config.num_steps:
+            return Result(step, False, None, None)
+        grid = self._grid_path(step)
+        if not grid.exists():
+            self._sample_grid(step, state, writer)
+        record = self._read_evaluation(step)
+        if record is None and self.config.evaluation.kind != "none":
+            self.progress.say(f"evaluating {self.config.evaluation.count} samples")
+            record = self._evaluate(step, state, writer)
+        return Result(step, True, grid if grid.exists() else None, record)
+
+    def _grid_path(self, step: int) -> pathlib.Path:
+        return self.workdir / "samples" / f"step_{step:08d}.png"
+
+    def _sample_grid(self, step: int, state: TrainState, writer) -> None:
+        labels = self.experiment.sample_labels
+        arrays = self.generator.images(state.ema_params, labels, self.config.sample.seed)
+        save_samples(self._grid_path(step), arrays, labels, {"step": step, "sample": self.config.sample.to_dict()})
+        if "images" in arrays:
+            writer.write_images(step, {"samples": logs.label_grid(arrays["images"], [str(label) for label in labels])})
+
+    def _evaluate(self, step: int, state: TrainState, writer) -> dict:
+        record = evaluate(self.config, self.generator, state.ema_params, self.source, step, self.workdir)
+        figures = {name: value for name, value in record.items() if isinstance(value, float)}
+        writer.write_scalars(step, {f"evaluation/{name}": value for name, value in figures.items()})
+        self.progress.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        return record
+
+    def _read_evaluation(self, step: int) -> dict | None:
+        """An evaluation already made of this very step and these very settings."""
+        path = self.workdir / FILE_NAME
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text())
+        same = record["step"] == step and record["sample"] == self.config.sample.to_dict()
+        return record if same and record["evaluation"] == self.config.evaluation.to_dict() else None
+
+
+class SignalCatcher:
+    """Turns the first SIGINT or SIGTERM into a request to save and stop; a second SIGINT ends the process at once."""
+
+    def __init__(self):
+        self.caught = False
+        self._previous: dict = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._catch)
+            except ValueError:  # not the main thread: signals are somebody else's business
+                break
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        del frame
+        self.caught = True
+        print(
+            f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping; press Ctrl-C again to stop at once.",
+            flush=True,
+        )
+        signal.signal(signal.SIGINT, signal.default_int_handler)
