@@ -2,18 +2,30 @@
 
 One multiply-add is two operations; matrix products only; a backward pass costs twice the forward one.
 "Ideal" means that nothing is computed that is not used: no padding, no recomputation.
+`count_products` counts what a traced program does and so checks the formulas.
 """
 
+import math
+
+from jax.extend import core
+
+from djepa_jax.losses import FlowMatching
+from djepa_jax.losses.base import TokenLoss
+from djepa_jax.losses.diffusion import NUM_TRAIN_STEPS
 from djepa_jax.masking import MaskPlan, reveal_counts
 from djepa_jax.models.djepa import ModelConfig
 
 TIME_FEATURES = 256
 
-# Dense bfloat16 peak, FLOP/s, by a part of the name that JAX gives the device (vendors' data sheets).
+# Dense bfloat16 peak, FLOP/s, by a part of the name that JAX gives the device (vendors' data sheets); first match wins.
 PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
+    "TPU v4 lite": 138e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -55,9 +67,9 @@ def train_image(
 ) -> float:
     """One training image, forward and backward.
 
-    Ideal by default: mean numbers of visible and masked tokens, and no time embedding (it is a table). `padded`
-    counts what the step really runs: V visible places, packed rows, whole last layers, and `time_rows`
-    evaluations of the time embedding per image.
+    Ideal by default: mean numbers of visible and masked tokens, and the last layers at masked places only. `padded`
+    counts what the step really runs: V visible places, packed rows, whole last layers; but not what `model.remat`
+    computes again. `time_rows` is the number of time embeddings per image, see there.
     """
     n, p = model.num_tokens, model.num_prefix_tokens
     masked = plan.packed_rows / plan.chunk_size if padded else mean_masked(plan)
@@ -77,13 +89,35 @@ def train_image(
     return 3 * (context + predictor + inputs + denoiser + 16 * model.width**2 * masked) + target
 
 
+def time_rows(token_loss: TokenLoss, plan: MaskPlan, padded: bool = False) -> float:
+    """Time embeddings per training image.
+
+    Flow matching draws continuous times, so every row has its own. Diffusion looks up a table of all its steps,
+    made once per batch; a fraction of it per image, and none of it in the ideal count.
+    """
+    if isinstance(token_loss, FlowMatching):
+        masked = plan.packed_rows / plan.chunk_size if padded else mean_masked(plan)
+        return masked * token_loss.noise_multiplicity
+    return NUM_TRAIN_STEPS / plan.batch_size if padded else 0.0
+
+
+def sampling_calls(token_loss: TokenLoss) -> int:
+    """Denoiser evaluations that sampling one token takes."""
+    if isinstance(token_loss, FlowMatching):
+        return (token_loss.num_denoise_steps - 1) * (2 if token_loss.sampler == "heun" else 1)
+    return token_loss.num_denoise_steps
+
+
 def mean_masked(plan: MaskPlan, points: int = 4096) -> float:
     """Mean number of masked tokens under the plan's ratios."""
     return sum(plan.masked_at((i + 0.5) / points) for i in range(points)) / points
 
 
 def ar_step(model: ModelConfig, visible: float, new: float, denoiser_calls: int) -> float:
-    """One autoregressive step of one image: encoder on `visible`, predictor for `new` places, denoiser on them."""
+    """One autoregressive step of one image: encoder on `visible`, predictor for `new` places, denoiser on them.
+
+    Once per sample: guidance doubles it. Time embeddings, which the whole batch shares, are left out.
+    """
     row = denoiser_row(model)
     p = model.num_prefix_tokens
     encoder = trunk(model.width, model.encoder_depth, model.mlp_ratio, p + visible)
@@ -99,3 +133,22 @@ def sample_image(model: ModelConfig, num_ar_steps: int, denoiser_calls: int, gui
         total += ar_step(model, visible, new, denoiser_calls)
         visible += new
     return total * (2 if guided else 1)
+
+
+def padded_sample_image(model: ModelConfig, segments, denoiser_calls: int, guided: bool) -> float:
+    """One sampled image with the padded shapes of `segments` (`sample.plan_segments`)."""
+    total = sum(ar_step(model, s.visible, s.new, denoiser_calls) * (s.stop - s.start) for s in segments)
+    return total * (2 if guided else 1)
+
+
+def count_products(jaxpr: core.Jaxpr) -> float:
+    """Matrix products of a traced program, over all devices; the body of a scan counts as often as it runs."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        inner = sum(count_products(sub) for sub in core.jaxprs_in_params(equation.params))
+        total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total

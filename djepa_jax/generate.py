@@ -80,10 +80,12 @@ def check_same_model(stored: dict, config) -> None:
         )
 
 
-def command_line() -> str:
-    """The command that is running, ready to be pasted."""
-    arguments = sys.argv[1:]
-    return shlex.join(["python", "-m", "djepa_jax.main", *arguments])
+def command_line(*extra: str) -> str:
+    """The command that is running, with `extra` flags, ready to be pasted from the folder it was started in."""
+    python = sys.executable
+    if pathlib.Path(python).is_relative_to(pathlib.Path.cwd()):
+        python = str(pathlib.Path(python).relative_to(pathlib.Path.cwd()))
+    return shlex.join([python, "-m", "djepa_jax.main", *sys.argv[1:], *extra])
 
 
 def save_samples(out: pathlib.Path, arrays: dict, labels, settings: dict) -> list[pathlib.Path]:

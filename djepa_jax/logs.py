@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tensorboardX import SummaryWriter
 
 GRID_GAP = 2
-MIN_TILE = 48
+MIN_TILE = 64
 LABEL_HEIGHT = 14
 
 

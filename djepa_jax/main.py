@@ -4,11 +4,14 @@ import difflib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from absl import flags
 from ml_collections import config_flags
+
+from djepa_jax.config import flatten
+from djepa_jax.generate import command_line
 
 MODES = ("train", "sample", "evaluate")
 USAGE = "usage: python -m djepa_jax.main --config=configs/digits.py --workdir=DIR [--mode=train|sample|evaluate] [--config.KEY=VALUE ...]"
@@ -28,49 +31,51 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and samples.", flag_values=values)
     flags.DEFINE_string("out", "", "sample: where to write; the .png and .npz go side by side.", flag_values=values)
-    config_flags.DEFINE_config_file("config", None, "Configuration file, perhaps with :variant.", flag_values=values)
+    return read_flags(values, argv, USAGE, required=("config", "workdir"))
+
+
+def read_flags(values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str]) -> flags.FlagValues:
+    """Add `--config` to the flags in `values` and read the command line into them; raises as `parse` does."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Configuration file, perhaps with :variant.", flag_values=values, sys_argv=list(argv)
+    )
     try:
         rest = values(list(argv))[1:]
+        if values["config"].value is not None:
+            values.config.lock()  # a file that failed to load says so only when it is used
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
         raise UsageError(_explain(error, argv)) from error
     if rest:
-        raise UsageError(f'"{rest[0]}" is not a flag; values are given as --flag=VALUE.\n{USAGE}')
-    for name in ("config", "workdir"):
+        raise UsageError(f'"{rest[0]}" is not a flag; values are given as --flag=VALUE.\n{usage}')
+    for name in required:
         if values[name].value is None:
-            raise UsageError(f"--{name} is missing.\n{USAGE}")
+            raise UsageError(f"--{name} is missing.\n{usage}")
     return values
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> str:
     """One line for what went wrong while reading flags, with a suggestion where a key is misspelt."""
-    text = str(error).strip("'\"").splitlines()[0] if str(error) else type(error).__name__
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
     if isinstance(error, OSError):
-        return f"the config file cannot be read: {error}"
-    if isinstance(error, AttributeError | KeyError):
+        return f'--config "{path}" cannot be read; name a Python file such as configs/digits.py, perhaps with :variant.'
+    if isinstance(error, AttributeError | KeyError) and path:
+        known = flatten(_load_config(path).to_dict())
         keys = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
-        unknown = next((key for key in keys if key.rpartition(".")[2] in text or key in text), "")
-        suggestion = _closest(unknown, argv)
+        unknown = next((key for key in keys if key not in known), None)
         if unknown:
-            return f"unknown config key {unknown}." + (f" Did you mean {suggestion}?" if suggestion else "")
-    return text
+            return f"unknown config key {unknown}; did you mean {_closest(unknown, known)}?"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _closest(key: str, argv: Sequence[str]) -> str | None:
-    """The existing key most like a misspelt one."""
-    from djepa_jax.config import flatten
-
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if path is None:
-        return None
-    known = flatten(_load_config(path).to_dict())
-    by_name = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1)
-    return by_name.get(close[0], close[0]) if close else None
+def _closest(key: str, known: Iterable[str]) -> str:
+    """The existing key most like a misspelt one, by its last part first."""
+    name = key.rpartition(".")[2]
+    return max(known, key=lambda k: difflib.SequenceMatcher(None, name, k.rpartition(".")[2]).ratio() + 0.01 * (k[:3] == key[:3]))
 
 
 def _load_config(path: str):
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", path, flag_values=values)
+    config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=[])
     values(["djepa_jax"])
     return values.config
 
@@ -109,8 +114,6 @@ def summarise(result, config, workdir: str) -> None:
     if not result.finished:
         print(f"stopped at step {result.step} of {config.num_steps}; the same command goes on from there.")
         return
-    command = next((a for a in sys.argv if a.startswith("--config=")), "--config=FILE")
-    base = f"python -m djepa_jax.main {command} --workdir={workdir}"
     print(f"\nTraining is complete ({result.step} steps); to start afresh, name another --workdir or remove {workdir}.")
     if result.grid:
         print(f"Samples:  {result.grid}")
@@ -118,9 +121,15 @@ def summarise(result, config, workdir: str) -> None:
         figures = f"accuracy {result.evaluation['accuracy']:.3f}, Frechet distance {result.evaluation['frechet_distance']:.3f}"
         print(f"Quality:  {figures} ({pathlib.Path(workdir) / 'evaluation.json'})")
     print("Try next:")
-    print(f"  {base} --mode=sample --out=threes.png --config.sample.labels=3 --config.sample.count=25")
-    print(f"  {base} --mode=evaluate --config.sample.cfg_scale=1.0")
-    print(f"  tensorboard --logdir={workdir}")
+    for extra in NEXT_STEPS:
+        print(f"  {command_line(*extra)}")
+
+
+NEXT_STEPS = (
+    ("--mode=sample", "--out=threes.png", "--config.sample.labels=3", "--config.sample.count=25"),
+    ("--mode=sample", "--out=four_steps.png", "--config.sample.num_ar_steps=4"),
+    ("--mode=evaluate", "--config.sample.cfg_scale=1.0"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

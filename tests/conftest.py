@@ -28,7 +28,8 @@ class Parity:
         self.variant = variant
         with safe_open(PARITY / f"model_{variant}.safetensors", "np") as file:
             self.official = json.loads(file.metadata()["config"])
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            self.tensors = {name: file.get_tensor(name) for name in names}
         self.config = self._model_config()
         self.graph, self.abstract = split_model(self.config)
         self.params = jax.tree.map(jax.numpy.asarray, from_official(self.tensors, self.abstract))
@@ -75,9 +76,33 @@ def flow() -> Parity:
     return load_parity("flow")
 
 
+class Spy:
+    """A denoiser that keeps the noised tokens it was given and what it answered."""
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        self.time, self.condition = denoiser.time, denoiser.condition
+
+    def __call__(self, xt, time, condition):
+        self.xt, self.output = xt, self.denoiser(xt, time, condition)
+        return self.output
+
+
 def assert_close(actual, expected, tolerance: float):
     """Largest difference within `tolerance` times the largest absolute value of the expected array."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
     assert error <= tolerance, f"relative error {error:.2e} exceeds {tolerance:.0e}"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> str:
+    """The workdir of one finished tiny run, made by the command line."""
+    from tiny import CONFIG, TINY
+
+    from djepa_jax.main import main
+
+    workdir = str(tmp_path_factory.mktemp("trained") / "run")
+    assert main(["djepa_jax", f"--config={CONFIG}", f"--workdir={workdir}", *TINY]) == 0
+    return workdir

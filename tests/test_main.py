@@ -1,0 +1,151 @@
+"""The command line: what bad input gets, before any work is done."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tiny import CONFIG, TINY
+
+from djepa_jax import main as cli
+from djepa_jax.checkpoint import lock_workdir
+
+# what is typed -> words that the one-line error must contain
+BAD_INPUT = {
+    "unknown key": (["--config.optimizer.learning_rat=1e-3"], ["learning_rat", "optimizer.learning_rate"]),
+    "unknown group": (["--config.optimiser.learning_rate=1e-3"], ["optimiser.learning_rate", "optimizer.learning_rate"]),
+    "unknown top-level key": (["--config.num_step=5"], ["num_step", "num_steps"]),
+    "wrong type": (["--config.num_steps=many"], ["num_steps", "many"]),
+    "unknown flag": (["--confg=x"], ["confg"]),
+    "unknown mode": (["--mode=fly"], ["fly", "train"]),
+    "stray word": (["sample"], ["sample", "--flag=VALUE"]),
+    "unknown loss": (["--config.loss.name=gan"], ["loss.name", "gan", "flow_matching"]),
+    "sampler of the other loss": (["--config.sample.sampler=ddpm"], ["sample.sampler", "ddpm", "euler"]),
+    "unknown size": (["--config.model.size=XL"], ["model.size", "XL", "custom"]),
+    "size left out": (["--config.model.width=0"], ["model.width", "custom"]),
+    "heads do not divide width": (["--config.model.num_heads=3"], ["model.width", "num_heads", "3"]),
+    "patch does not divide image": (["--config.data.patch_size=3"], ["image_size 8", "patch_size 3"]),
+    "mask ratio of zero": (["--config.loss.mask_ratio_min=0.0"], ["mask_ratio_min", "0.0", "above 0"]),
+    "mask ratio above one": (["--config.loss.mask_ratio_min=1.5"], ["mask_ratio_min", "1.5", "at most 1"]),
+    "mask group does not divide batch": (["--config.loss.mask_group=7"], ["mask_group", "7"]),
+    "no steps": (["--config.num_steps=0"], ["num_steps", "0", "at least 1"]),
+    "no AR steps": (["--config.sample.num_ar_steps=0"], ["num_ar_steps", "0", "16"]),
+    "more AR steps than tokens": (["--config.sample.num_ar_steps=17"], ["num_ar_steps", "17", "16"]),
+    "too few denoising steps": (["--config.sample.num_denoise_steps=1"], ["num_denoise_steps", "1"]),
+    "class too large": (["--config.sample.labels=3,10"], ["sample.labels", "10", "0 to 9"]),
+    "class below zero": (["--config.sample.labels=-1"], ["sample.labels", "-1"]),
+    "class by an unknown word": (["--config.sample.labels=seven"], ["sample.labels", "seven"]),
+    "cfg is NaN": (["--config.sample.cfg_scale=nan"], ["cfg_scale", "nan", "finite"]),
+    "temperature is NaN": (["--config.sample.temperature=nan"], ["temperature", "nan", "finite"]),
+    "learning rate is NaN": (["--config.optimizer.learning_rate=nan"], ["learning_rate", "nan"]),
+    "unknown source": (["--config.data.source=imagenet"], ["data.source", "imagenet", "digits"]),
+    "missing data file": (["--config.data.source=npz", "--config.data.path=/no/such.npz"], ["data.path", "/no/such.npz"]),
+    "data of another shape": (["--config.data.image_size=16"], ["(8, 8, 1)", "(16, 16, 1)"]),
+    "too few classes": (["--config.data.num_classes=5"], ["class 9", "num_classes", "5"]),
+    "mesh does not fit": (["--config.mesh=(3,1,1)"], ["mesh", "3", "-1"]),
+    "batch does not split": (["--config.batch_size=12"], ["batch_size", "12", "8"]),
+}
+
+
+def run(*arguments: str) -> int:
+    return cli.main(["djepa_jax", *arguments])
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_error(case, tmp_path, capsys):
+    arguments, words = BAD_INPUT[case]
+    workdir = tmp_path / "run"
+    assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    for word in words:
+        assert word in error, error
+    assert not workdir.exists(), "a refused command must not touch the workdir"
+
+
+@pytest.mark.parametrize("missing", ["config", "workdir"])
+def test_required_flags(missing, capsys):
+    flags = {"config": f"--config={CONFIG}", "workdir": "--workdir=/tmp/never"}
+    del flags[missing]
+    assert run(*flags.values()) == 2
+    assert f"--{missing} is missing" in capsys.readouterr().err
+
+
+def test_unknown_config_file_and_variant(tmp_path, capsys):
+    assert run("--config=/no/such/config.py", f"--workdir={tmp_path}") == 2
+    assert "/no/such/config.py" in capsys.readouterr().err
+    assert run(f"--config={CONFIG}:vae", f"--workdir={tmp_path}") == 2
+    assert "vae" in capsys.readouterr().err
+
+
+def test_workdir_that_is_a_file(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    assert run(f"--config={CONFIG}", f"--workdir={path}", *TINY) == 2
+    assert str(path) in capsys.readouterr().err
+    assert path.read_text() == "precious"
+
+
+def test_second_run_in_a_workdir_is_refused(tmp_path, capsys):
+    with lock_workdir(tmp_path):
+        assert run(f"--config={CONFIG}", f"--workdir={tmp_path}", *TINY) == 2
+    error = capsys.readouterr().err
+    assert "in use by process" in error and str(tmp_path) in error
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+def test_missing_checkpoint_is_an_error(mode, tmp_path, capsys):
+    assert run(f"--config={CONFIG}", f"--workdir={tmp_path / 'typo'}", f"--mode={mode}", *TINY) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])
+def test_checkpoint_of_another_model_is_refused(mode, trained, capsys):
+    before = sorted(path for path in pathlib.Path(trained).rglob("*") if "checkpoints" in path.parts)
+    assert run(f"--config={CONFIG}", f"--workdir={trained}", f"--mode={mode}", *TINY, "--config.model.width=32") == 2
+    error = capsys.readouterr().err
+    assert "model.width: 16 -> 32" in error
+    assert run(f"--config={CONFIG}:diffusion", f"--workdir={trained}", f"--mode={mode}", *TINY) == 2
+    assert "loss.name: flow_matching -> diffusion" in capsys.readouterr().err
+    assert before == sorted(path for path in pathlib.Path(trained).rglob("*") if "checkpoints" in path.parts)
+
+
+def test_foreign_checkpoint_folder_is_refused(tmp_path, capsys):
+    step = tmp_path / "checkpoints" / "5"
+    step.mkdir(parents=True)
+    (step / "weights.bin").write_bytes(b"something else")
+    assert run(f"--config={CONFIG}", f"--workdir={tmp_path}", *TINY) == 2
+    assert str(tmp_path / "checkpoints") in capsys.readouterr().err
+    assert (step / "weights.bin").read_bytes() == b"something else"
+
+
+def test_sample_mode_writes_grid_and_arrays(trained, tmp_path, capsys):
+    from PIL import Image
+
+    flags = ["--config.sample.labels=3,7", "--config.sample.count=5", "--config.sample.cfg_scale=2.0"]
+    out = tmp_path / "some folder" / "grid.png"
+    assert run(f"--config={CONFIG}", f"--workdir={trained}", "--mode=sample", f"--out={out}", *TINY, *flags) == 0
+    assert str(out) in capsys.readouterr().out
+    with np.load(out.with_suffix(".npz"), allow_pickle=False) as arrays:
+        assert arrays["images"].shape == (5, 8, 8, 1) and arrays["images"].dtype == np.uint8
+        assert arrays["labels"].tolist() == [3, 7, 3, 7, 3]
+        assert json.loads(str(arrays["settings"]))["sample"]["cfg_scale"] == 2.0
+    with Image.open(out) as grid:
+        assert "djepa_jax.main" in grid.text["command"]
+
+
+def test_evaluate_mode_writes_its_record(trained, capsys):
+    assert run(f"--config={CONFIG}", f"--workdir={trained}", "--mode=evaluate", *TINY) == 0
+    record = json.loads((pathlib.Path(trained) / "evaluation.json").read_text())
+    assert 0 <= record["accuracy"] <= 1 and record["frechet_distance"] > 0
+    assert record["sample"]["num_ar_steps"] == 3 and record["evaluation"]["count"] == 70 and record["step"] == 3
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_finished_run_says_so_and_names_what_to_try(trained, capsys):
+    assert run(f"--config={CONFIG}", f"--workdir={trained}", *TINY) == 0
+    output = capsys.readouterr().out
+    assert "Training is complete (3 steps)" in output and "start afresh" in output
+    assert "step_00000003.png" in output and "accuracy" in output
+    assert output.count("-m djepa_jax.main") == 3

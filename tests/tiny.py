@@ -1,0 +1,33 @@
+"""The smallest useful run of the digits configuration, as command line flags and as a config."""
+
+import pathlib
+
+from djepa_jax.main import parse
+
+CONFIG = str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py")
+TINY = (
+    "--config.num_steps=3",
+    "--config.batch_size=16",
+    "--config.log_every=1",
+    "--config.sample_every=0",
+    "--config.checkpoint_every=100",
+    "--config.model.width=16",
+    "--config.model.encoder_depth=1",
+    "--config.model.predictor_depth=1",
+    "--config.model.num_heads=2",
+    "--config.model.denoiser_depth=1",
+    "--config.model.denoiser_width=16",
+    "--config.model.scan_unroll=1",
+    "--config.optimizer.warmup_steps=2",
+    "--config.sample.count=10",
+    "--config.sample.batch_size=40",
+    "--config.sample.num_ar_steps=3",
+    "--config.sample.num_denoise_steps=3",
+    "--config.sample.num_segments=1",
+    "--config.evaluation.count=70",
+)
+
+
+def tiny_config(*extra: str, variant: str = "flow"):
+    """The tiny digits config with further flags."""
+    return parse(["djepa_jax", f"--config={CONFIG}:{variant}", "--workdir=unused", *TINY, *extra]).config
