@@ -14,7 +14,10 @@ from djepa_jax.config import flatten
 from djepa_jax.generate import command_line
 
 MODES = ("train", "sample", "evaluate")
-USAGE = "usage: python -m djepa_jax.main --config=configs/digits.py --workdir=DIR [--mode=train|sample|evaluate] [--config.KEY=VALUE ...]"
+USAGE = (
+    "usage: python -m djepa_jax.main --config=configs/digits.py --workdir=DIR [--mode=train|sample|evaluate] "
+    "[--config.KEY=VALUE ...]"
+)
 
 
 class UsageError(ValueError):

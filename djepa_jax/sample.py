@@ -68,7 +68,7 @@ def plan_segments(spec: SampleSpec) -> list[Segment]:
     counts = reveal_counts(spec.model.num_tokens, spec.num_ar_steps)
     before = [sum(counts[:s]) for s in range(len(counts))]  # visible tokens when step s starts
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def segment(start: int, stop: int) -> tuple[float, Segment]:
         shape = Segment(start, stop, before[stop - 1], max(counts[start:stop]))
         cost = flops.ar_step(spec.model, shape.visible, shape.new, spec.token_loss.num_denoise_steps)

@@ -157,9 +157,10 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if values["bad_streak"] >= self.config.max_bad_steps:
             last = self.checkpoints.latest_step()
+            saved = "none yet" if last is None else f"step {last} in {self.checkpoints.directory}"
             raise TrainingError(
                 f"loss or gradient was not finite in {int(values['bad_streak'])} steps in a row, the last of them step {step}. "
-                f"The last good checkpoint is {f'step {last} in {self.checkpoints.directory}' if last is not None else 'none yet'}; "
+                f"The last good checkpoint is {saved}; "
                 "lower optimizer.learning_rate and run the same command again."
             )
         if step % self.config.log_every and step != self.config.num_steps:

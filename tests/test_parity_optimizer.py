@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import PARITY, VARIANTS, assert_close, load_parity
 
@@ -57,8 +58,8 @@ def run_toy(prefix: str) -> dict[str, np.ndarray]:
     @jax.jit
     def run(state, gradients):
         def step(state, grads):
-            norm = jnp.sqrt(sum(jnp.square(g).sum() for g in grads.values()))
-            state, metrics = apply_update(config, optimizer, state, grads, {"loss": jnp.zeros(()), "grad_norm": norm})
+            metrics = {"loss": jnp.zeros(()), "grad_norm": optax.tree.norm(grads)}
+            state, metrics = apply_update(config, optimizer, state, grads, metrics)
             after = {f"{name}_after": value for name, value in state.params.items()}
             average = {f"{name}_ema_after": value for name, value in state.ema_params.items()}
             return state, after | average | {"grad_norm": metrics["grad_norm"], "lr": metrics["learning_rate"]}

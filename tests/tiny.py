@@ -4,7 +4,8 @@ import pathlib
 
 from djepa_jax.main import parse
 
-CONFIG = str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py")
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIG = str(CONFIGS / "digits.py")
 TINY = (
     "--config.num_steps=3",
     "--config.batch_size=16",
@@ -26,6 +27,12 @@ TINY = (
     "--config.sample.num_segments=1",
     "--config.evaluation.count=70",
 )
+
+
+def load_config(name: str):
+    """A shipped config by name, perhaps with :variant."""
+    file, _, variant = name.partition(":")
+    return parse(["djepa_jax", f"--config={CONFIGS / file}.py" + (f":{variant}" if variant else ""), "--workdir=unused"]).config
 
 
 def tiny_config(*extra: str, variant: str = "flow"):

@@ -17,9 +17,7 @@ def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Ar
 def check_patches(size: int, patch: int) -> None:
     """Raise ValueError unless windows of `patch` tile a square of `size`."""
     if patch < 1 or size % patch:
-        raise ValueError(
-            f"data.image_size {size} is not divisible by data.patch_size {patch}; choose a patch size that divides it."
-        )
+        raise ValueError(f"data.image_size {size} is not divisible by data.patch_size {patch}; choose one that divides it.")
 
 
 def check_shape(example, shape: tuple[int, ...], dtype_kind: str) -> None:

@@ -23,6 +23,7 @@ class DenoiserBlock(nnx.Module):
         self.modulation = Linear(width, (3, width), rngs=rngs, dtype=dtype, kernel_init=zeros_init)
 
     def __call__(self, x: jax.Array, activated: jax.Array) -> jax.Array:
+        """Map `[..., w]`, with silu(y) `[..., w]`, to `[..., w]`."""
         shift, scale, gate = jnp.moveaxis(self.modulation(activated), -2, 0)  # [..., w] each
         hidden = self.norm(x) * (1 + scale) + shift
         return x + gate * self.down(jax.nn.silu(self.up(hidden)))

@@ -86,6 +86,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,))) if affine else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise `[..., D]`."""
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         x = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPSILON)
@@ -102,6 +103,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise `[..., D]`."""
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPSILON)
         return (x * self.scale[...]).astype(self.dtype)
@@ -153,6 +155,7 @@ class Mlp(nnx.Module):
         self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Map `[B, S, D]` to `[B, S, D]`."""
         up_key, down_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(jax.nn.gelu(self.up(x), approximate=False), self.dropout_rate, up_key)
         return dropout(self.down(x), self.dropout_rate, down_key)

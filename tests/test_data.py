@@ -1,0 +1,102 @@
+"""Sources and the order of examples."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from djepa_jax.data.pipeline import example_stream, host_batches
+from djepa_jax.data.sources import ArraySource, load_digits, load_npz, open_source
+from djepa_jax.modalities import MODALITIES
+
+
+@pytest.fixture
+def numbered() -> ArraySource:
+    """Ten 2 x 2 pictures; the label tells which."""
+    images = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
+    return ArraySource(images, np.arange(10))
+
+
+def take(stream, count, batch_size=4, **where):
+    return list(itertools.islice(host_batches(stream, batch_size, **where), count))
+
+
+def test_every_epoch_is_another_permutation(numbered):
+    stream = example_stream(numbered, seed=0)
+    epochs = [[int(stream[e * 10 + i]["label"]) for i in range(10)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_order_is_a_function_of_seed(numbered):
+    def labels(seed):
+        return [int(example_stream(numbered, seed)[i]["label"]) for i in range(30)]
+
+    assert labels(3) == labels(3) and labels(3) != labels(4)
+
+
+@pytest.mark.parametrize("consumed", [4, 12, 24])  # 12 and 24 lie in the middle of an epoch
+def test_resuming_gives_the_same_batches_and_flips(numbered, consumed):
+    stream = example_stream(numbered, seed=1, random_flip=True)
+    whole = take(stream, 10, consumed=0)
+    resumed = take(stream, 10 - consumed // 4, consumed=consumed)
+    for a, b in zip(whole[consumed // 4 :], resumed, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_see_the_same_examples(numbered, hosts):
+    stream = example_stream(numbered, seed=1, random_flip=True)
+    whole = take(stream, 5, consumed=8)
+    parts = [take(stream, 5, consumed=8, host=h, num_hosts=hosts) for h in range(hosts)]
+    for step, batch in enumerate(whole):
+        together = np.concatenate([part[step]["image"] for part in parts])
+        assert sorted(map(bytes, together)) == sorted(map(bytes, batch["image"]))
+
+
+def test_flip_mirrors_about_half_of_the_images(numbered):
+    plain, flipped = example_stream(numbered, 0), example_stream(numbered, 0, random_flip=True)
+    mirrored = 0
+    for i in range(200):
+        a, b = plain[i]["image"], flipped[i]["image"]
+        assert (a == b).all() or (a[:, ::-1] == b).all()
+        mirrored += not (a == b).all()
+    assert 60 < mirrored < 140
+
+
+def test_digits_are_the_real_ones():
+    source = load_digits()
+    assert len(source) == 1797 and source.images.shape == (1797, 8, 8, 1) and source.images.dtype == np.uint8
+    assert source.images.max() == 255 and np.bincount(source.labels).min() > 170
+    assert len(np.unique(source.images)) == 17
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((3, 2, 2, 1), np.uint8)}, "labels"),
+        ({"images": np.zeros((3, 2, 2, 1), np.uint8), "labels": np.zeros(2)}, "3 images and 2 labels"),
+        ({"images": np.zeros((0, 2, 2, 1), np.uint8), "labels": np.zeros(0)}, "0 images"),
+        ({"images": np.array([None]), "labels": np.zeros(1)}, "npz file"),
+    ],
+)
+def test_unusable_npz_is_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(ValueError, match=words):
+        load_npz(str(tmp_path / "data.npz"))
+
+
+def test_truncated_npz_is_refused(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, images=np.zeros((9, 8, 8, 1), np.uint8), labels=np.zeros(9))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="data.path"):
+        load_npz(str(path))
+
+
+def test_npz_images_without_channel_axis_get_one(tmp_path):
+    np.savez(tmp_path / "data.npz", images=np.zeros((5, 4, 4), np.uint8), labels=np.arange(5))
+    modality = MODALITIES["image_pixels"](4, 1, 2)
+    source = open_source("npz", str(tmp_path / "data.npz"), modality, num_classes=5)
+    assert source[2]["image"].shape == (4, 4, 1) and source[2]["label"] == 2

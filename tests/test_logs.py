@@ -1,0 +1,85 @@
+"""Progress, metrics files and grids."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from djepa_jax import logs
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (-3, "0 s")]
+)
+def test_durations_read_like_speech(seconds, text):
+    assert logs.format_seconds(seconds) == text
+
+
+def test_progress_line_names_step_losses_rate_and_time_left():
+    stream = io.StringIO()
+    logs.ProgressLine(100, stream).show(7, {"loss": 1.5, "jepa_loss": 0.5, "skipped_steps": 2.0}, 1234.5, 65)
+    line = stream.getvalue()
+    for word in ("step 7/100", "loss 1.5000", "jepa_loss 0.5000", "images/s", "1 min 05 s left", "2 steps skipped"):
+        assert word in line
+
+
+def test_live_line_stays_on_one_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = logs.ProgressLine(10, stream)
+    progress.show(1, {"loss": 1.0}, 1, 1)
+    progress.show(2, {"loss": 0.5}, 1, 1)
+    assert "\n" not in stream.getvalue() and stream.getvalue().count("\r") == 2
+    progress.say("saved")
+    assert stream.getvalue().endswith("saved\n")
+
+
+def test_metrics_survive_not_a_number(tmp_path):
+    writer = logs.MetricWriter(tmp_path)
+    writer.write_scalars(1, {"loss": 0.5, "grad_norm": float("nan")})
+    writer.write_images(1, {"samples": np.zeros((4, 4, 3), np.uint8)})
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "grad_norm": None}
+    (events,) = tmp_path.glob("events.out.tfevents*")
+    assert events.stat().st_size > 100
+
+
+def test_a_new_run_appends_to_the_metrics(tmp_path):
+    for step in (1, 2):
+        writer = logs.MetricWriter(tmp_path)
+        writer.write_scalars(step, {"loss": 1.0})
+        writer.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_shows_every_picture_enlarged(channels):
+    images = np.stack([np.full((8, 8, channels), value, np.uint8) for value in (10, 90, 170)])
+    grid = logs.label_grid(images, ["0", "1", "2"], columns=3)
+    assert grid.ndim == 3 and grid.shape[2] == 3
+    for index, value in enumerate((10, 90, 170)):
+        tile = (grid == value).all(-1)
+        assert tile.sum() >= 64 * 64 * 0.99, f"picture {index} is missing"
+
+
+def test_png_keeps_its_command(tmp_path):
+    path = tmp_path / "new folder" / "grid.png"
+    logs.save_png(path, np.zeros((4, 4, 3), np.uint8), {"command": "python -m djepa_jax.main"})
+    with Image.open(path) as image:
+        assert image.text == {"command": "python -m djepa_jax.main"}
+
+
+def test_stopwatch_leaves_pauses_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("djepa_jax.logs.time.perf_counter", lambda: now[0])
+    watch = logs.Stopwatch()
+    now[0] = 110.0
+    watch.pause(6.0)
+    watch.waited = 1.0
+    seconds, share = watch.lap()
+    assert seconds == pytest.approx(4.0) and share == pytest.approx(0.25)

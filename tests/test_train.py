@@ -1,0 +1,187 @@
+"""The whole training path on real digits with a tiny model: resume, guard, sharding, records."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from djepa_jax import config as configuration
+from djepa_jax import sharding
+from djepa_jax.checkpoint import CheckpointError, Checkpoints
+from djepa_jax.data.sources import load_digits
+from djepa_jax.train import TrainingError, train
+from djepa_jax.train_step import init_state, make_train_step
+
+STEPS = 20
+STOPS = (7, 9)  # 112 examples make no whole epoch, so both stops are in the middle of one
+
+
+def run_config(*extra):
+    return tiny_config(f"--config.num_steps={STEPS}", "--config.evaluation.kind=none", "--config.data.random_flip=True", *extra)
+
+
+def final_arrays(workdir) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint, by path."""
+    experiment = configuration.build(run_config())
+    abstract = jax.eval_shape(lambda: init_state(experiment.train))
+    mesh = sharding.make_mesh((-1, 1, 1))
+    shardings = sharding.state_shardings(abstract, mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    checkpoints = Checkpoints(workdir)
+    state = checkpoints.restore(target)
+    checkpoints.close()
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(run_config(), str(workdir)).finished
+    return workdir
+
+
+def test_stopping_and_resuming_changes_no_bit(uninterrupted, tmp_path):
+    for stop in STOPS:
+        result = train(run_config(), str(tmp_path), should_stop=lambda step, stop=stop: step == stop)
+        assert not result.finished and result.step == stop
+    assert train(run_config(), str(tmp_path)).finished
+    expected, actual = final_arrays(uninterrupted), final_arrays(tmp_path)
+    assert expected.keys() == actual.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(actual[path], value, err_msg=path)
+
+
+def test_metrics_of_every_step_are_recorded(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    names = "loss token_loss jepa_loss grad_norm param_norm learning_rate skipped_steps target_std target_rank cosine"
+    for name in (*names.split(), "images_per_second", "data_wait_share"):
+        assert all(np.isfinite(line[name]) for line in lines), name
+    assert all(0 <= line["data_wait_share"] <= 1 for line in lines)
+    assert list(uninterrupted.glob("events.out.tfevents*"))
+    stored = json.loads((uninterrupted / "config.json").read_text())
+    assert stored["model"]["width"] == 16 and stored["num_steps"] == STEPS
+
+
+def test_newest_checkpoints_are_kept(uninterrupted):
+    assert Checkpoints(uninterrupted).latest_step() == STEPS
+
+
+def test_more_steps_go_on_from_a_finished_run(tmp_path, capsys):
+    train(run_config("--config.num_steps=2"), str(tmp_path))
+    train(run_config("--config.num_steps=3"), str(tmp_path))
+    output = capsys.readouterr().out
+    assert "going on from step 2" in output and "num_steps: 2 -> 3" in output
+
+
+def test_damaged_checkpoint_is_an_error_and_stays(tmp_path):
+    train(run_config("--config.num_steps=2"), str(tmp_path))
+    step = tmp_path / "checkpoints" / "2"
+    data = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="cannot be restored"):
+        train(run_config(), str(tmp_path))
+    assert step.is_dir() and not (tmp_path / "checkpoints" / str(STEPS)).exists()
+
+
+# ---------------------------------------------------------------- the step itself
+
+
+@pytest.fixture(scope="module")
+def step_parts():
+    config = run_config("--config.mesh=(-1,1,1)")
+    experiment = configuration.build(config)
+    source = load_digits()
+    batches = [{"image": source.images[i * 16 : (i + 1) * 16], "label": source.labels[i * 16 : (i + 1) * 16]} for i in range(6)]
+    return experiment, jax.jit(make_train_step(experiment.train)), jax.jit(lambda: init_state(experiment.train)), batches
+
+
+def poisoned(batch: dict) -> dict:
+    """A batch that makes loss and gradients NaN."""
+    return batch | {"image": np.full(batch["image"].shape, np.nan, np.float32)}
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def test_non_finite_step_changes_nothing_but_counters(step_parts):
+    _, step, make_state, batches = step_parts
+    as_float = [{**b, "image": b["image"].astype(np.float32)} for b in batches]
+    state, _ = step(make_state(), as_float[0])
+    bad, metrics = step(state, poisoned(as_float[1]))
+    for name in ("params", "ema_params", "opt_state"):
+        for before, after in zip(leaves(getattr(state, name)), leaves(getattr(bad, name)), strict=True):
+            np.testing.assert_array_equal(before, after)
+    assert int(bad.step) == 2 and int(bad.skipped_steps) == 1 and int(metrics["bad_streak"]) == 1
+    good, metrics = step(bad, as_float[2])
+    assert int(metrics["bad_streak"]) == 0 and int(good.skipped_steps) == 1
+    assert any((a != b).any() for a, b in zip(leaves(bad.params), leaves(good.params), strict=True))
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path, monkeypatch):
+    config = run_config("--config.max_bad_steps=3", "--config.checkpoint_every=4")
+    healthy = make_train_step
+
+    def failing_after_six(spec):
+        step = healthy(spec)
+
+        def wrapped(state, batch):
+            image = jax.numpy.where(state.step >= 6, jax.numpy.nan, batch["image"].astype(jax.numpy.float32))
+            return step(state, batch | {"image": image})
+
+        return wrapped
+
+    monkeypatch.setattr("djepa_jax.train.make_train_step", failing_after_six)
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*step 9.*step 4"):
+        train(config, str(tmp_path))
+    saved = final_arrays(tmp_path)
+    assert all(np.isfinite(value).all() for value in saved.values())
+
+
+def test_target_encoder_carries_no_gradient(step_parts):
+    from djepa_jax.models.djepa import split_model
+    from djepa_jax.train_step import batch_loss
+
+    experiment, _, make_state, batches = step_parts
+    spec, state = experiment.train, make_state()
+    graph, _ = split_model(spec.model)
+    tokens = spec.tokenize(batches[0]["image"])
+
+    def loss(ema_params):
+        return batch_loss(spec, graph, state.params, ema_params, tokens, batches[0]["label"], jax.random.key(0))[0]
+
+    grads = jax.jit(jax.grad(loss))(state.ema_params)
+    assert all((leaf == 0).all() for leaf in leaves(grads))
+
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_losses_do_not_depend_on_the_mesh(step_parts, mesh_shape):
+    experiment, step, make_state, batches = step_parts
+    state, expected = make_state(), []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        expected.append(float(metrics["loss"]))
+    mesh = sharding.make_mesh(mesh_shape)
+    shardings = sharding.state_shardings(jax.eval_shape(make_state), mesh)
+    state = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)()
+    sharded_step = jax.jit(make_train_step(experiment.train), donate_argnums=0, out_shardings=(shardings, None))
+    actual = []
+    for batch in batches:
+        state, metrics = sharded_step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        actual.append(float(metrics["loss"]))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_labels_are_dropped_at_the_given_rate():
+    from djepa_jax.train_step import drop_labels
+
+    labels = jax.numpy.zeros(20_000, jax.numpy.int32)
+    dropped = np.asarray(drop_labels(jax.random.key(0), labels, 0.1, 10))
+    assert set(np.unique(dropped)) == {0, 10} and abs((dropped == 10).mean() - 0.1) < 0.01
