@@ -13,7 +13,8 @@ FLOPs are those of one training step, or of one batch of samples, over all devic
 3. traced: matrix products of the traced program, loops expanded; what `model.remat` computes again shows here;
 4. unrolled: XLA's cost analysis of the training step lowered with its scans unrolled (small depths only);
 5. compiled: XLA's cost analysis of the program that ran, times the devices. XLA counts the body of a loop once,
-   however often it runs (GPU builds may differ), so this is the whole only if the config unrolls every scan.
+   however often it runs (GPU builds may differ), so this is the whole only if the config unrolls every scan;
+   work that every device repeats, such as the optimiser's on replicated parameters, counts on each.
 
 XLA's counts include elementwise work, the others are matrix products only.
 """
@@ -158,7 +159,7 @@ def train_flops(spec: TrainSpec) -> dict[str, float]:
 
 def sample_flops(spec: SampleSpec, batch_size: int) -> dict[str, float | None]:
     """Ideal (exact shapes) and padded (segments) FLOPs of one batch of samples."""
-    calls = flops.sampling_calls(spec.token_loss)
+    calls = spec.token_loss.denoiser_calls
     exact = flops.sample_image(spec.model, spec.num_ar_steps, calls, spec.guided)
     padded = flops.padded_sample_image(spec.model, plan_segments(spec), calls, spec.guided)
     return {"ideal": exact * batch_size, "padded": padded * batch_size, "unrolled": None}
@@ -289,9 +290,15 @@ def part_rows(part: str, record: dict) -> list[tuple[str, str]]:
         ("images/s", f"{record['images_per_second']:.1f}"),
         ("memory a device", f"{planned} planned by XLA; peak of the process so far {peak}"),
         *flop_rows(record["flops"], unit),
-        ("useful FLOP/s", f"{record['useful_flops_per_second'] / 1e9:,.1f} G"),
+        ("useful FLOP/s", readable(record["useful_flops_per_second"])),
         ("useful MFU", f"{mfu:.1%} of the bfloat16 peak" if mfu is not None else "peak not known for this device"),
     ]
+
+
+def readable(value: float) -> str:
+    """Four digits and a decimal prefix."""
+    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G")) if value >= s), (1e6, "M"))
+    return f"{value / scale:.4g} {prefix}"
 
 
 def flop_rows(counts: dict, unit: str) -> list[tuple[str, str]]:
@@ -299,10 +306,10 @@ def flop_rows(counts: dict, unit: str) -> list[tuple[str, str]]:
 
     def row(name: str, other: str, missing: str = "not known", remark: str = "") -> str:
         value = counts[name]
-        return missing if value is None else f"{value / 1e9:,.2f} G, {value / counts[other]:.3f} x {other}{remark}"
+        return missing if value is None else f"{readable(value)}, {value / counts[other]:.3f} x {other}{remark}"
 
     return [
-        (f"FLOPs a {unit}", f"{counts['ideal'] / 1e9:,.2f} G ideal"),
+        (f"FLOPs a {unit}", f"{readable(counts['ideal'])} ideal"),
         ("  padded", row("padded", "ideal")),
         ("  traced", row("traced", "padded")),
         ("  XLA, unrolled", row("unrolled", "padded", f"not made (for training up to depth {MAX_UNROLLED_DEPTH})")),

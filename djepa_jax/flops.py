@@ -9,9 +9,7 @@ import math
 
 from jax.extend import core
 
-from djepa_jax.losses import FlowMatching
 from djepa_jax.losses.base import TokenLoss
-from djepa_jax.losses.diffusion import NUM_TRAIN_STEPS
 from djepa_jax.masking import MaskPlan, reveal_counts
 from djepa_jax.models.djepa import ModelConfig
 
@@ -92,20 +90,13 @@ def train_image(
 def time_rows(token_loss: TokenLoss, plan: MaskPlan, padded: bool = False) -> float:
     """Time embeddings per training image.
 
-    Flow matching draws continuous times, so every row has its own. Diffusion looks up a table of all its steps,
-    made once per batch; a fraction of it per image, and none of it in the ideal count.
+    With continuous times (flow matching) every row has its own. Diffusion looks up a table of all its steps, made
+    once per batch: a fraction of it per image, and none of it in the ideal count.
     """
-    if isinstance(token_loss, FlowMatching):
+    if not token_loss.time_table_size:
         masked = plan.packed_rows / plan.chunk_size if padded else mean_masked(plan)
         return masked * token_loss.noise_multiplicity
-    return NUM_TRAIN_STEPS / plan.batch_size if padded else 0.0
-
-
-def sampling_calls(token_loss: TokenLoss) -> int:
-    """Denoiser evaluations that sampling one token takes."""
-    if isinstance(token_loss, FlowMatching):
-        return (token_loss.num_denoise_steps - 1) * (2 if token_loss.sampler == "heun" else 1)
-    return token_loss.num_denoise_steps
+    return token_loss.time_table_size / plan.batch_size if padded else 0.0
 
 
 def mean_masked(plan: MaskPlan, points: int = 4096) -> float:

@@ -85,7 +85,7 @@ def _load_config(path: str):
 
 def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, one folder per JAX version, unless JAX was told where."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if not jax.config.jax_compilation_cache_dir:
         root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "djepa_jax" / f"jax-{jax.__version__}"))
 

@@ -71,7 +71,7 @@ def plan_segments(spec: SampleSpec) -> list[Segment]:
     @functools.cache
     def segment(start: int, stop: int) -> tuple[float, Segment]:
         shape = Segment(start, stop, before[stop - 1], max(counts[start:stop]))
-        cost = flops.ar_step(spec.model, shape.visible, shape.new, spec.token_loss.num_denoise_steps)
+        cost = flops.ar_step(spec.model, shape.visible, shape.new, spec.token_loss.denoiser_calls)
         return cost * (stop - start), shape
 
     best: dict[int, tuple[float, tuple[Segment, ...]]] = {0: (0.0, ())}

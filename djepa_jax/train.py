@@ -73,7 +73,7 @@ class _Run:
         self.generator = Generator(config, experiment, mesh)
         self.progress = logs.ProgressLine(config.num_steps)
         self.watch = logs.Stopwatch()
-        self.last_logged = 0
+        self.last_logged, self.rate = 0, 0.0  # step, and steps per second up to it
         self.abstract = jax.eval_shape(lambda: init_state(experiment.train))
         self.shardings = sharding.state_shardings(self.abstract, mesh)
 
@@ -163,14 +163,15 @@ class _Run:
                 f"The last good checkpoint is {saved}; "
                 "lower optimizer.learning_rate and run the same command again."
             )
-        if step % self.config.log_every and step != self.config.num_steps:
-            return
-        seconds, share_waiting = self.watch.lap()
-        rate = (step - self.last_logged) / seconds
-        self.last_logged = step
-        values |= {"images_per_second": rate * self.config.batch_size, "data_wait_share": share_waiting}
-        writer.write_scalars(step, values)
-        self.progress.show(step, values, values["images_per_second"], (self.config.num_steps - step) / rate)
+        due = step % self.config.log_every == 0 or step == self.config.num_steps
+        if due:
+            seconds, share_waiting = self.watch.lap()
+            self.rate, self.last_logged = (step - self.last_logged) / seconds, step
+            values |= {"images_per_second": self.rate * self.config.batch_size, "data_wait_share": share_waiting}
+            writer.write_scalars(step, values)
+        if due or (self.progress.live and self.rate):
+            left = (self.config.num_steps - step) / self.rate
+            self.progress.show(step, values, self.rate * self.config.batch_size, left)
 
     def _between_steps(self, step: int, state: TrainState, examples: int, writer) -> None:
         """Checkpoints, sample grids and evaluations that are due; the time they take is not training time."""
@@ -213,7 +214,7 @@ class _Run:
             writer.write_images(step, {"samples": logs.label_grid(arrays["images"], [str(label) for label in labels])})
 
     def _evaluate(self, step: int, state: TrainState, writer) -> dict:
-        record = evaluate(self.config, self.generator, state.ema_params, self.source, step, self.workdir)
+        record = evaluate(self.config, self.generator, state.ema_params, self.source, step, self.workdir, progress=True)
         figures = {name: value for name, value in record.items() if isinstance(value, float)}
         writer.write_scalars(step, {f"evaluation/{name}": value for name, value in figures.items()})
         self.progress.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))

@@ -20,7 +20,7 @@ find_python() {
     fi
     [ "$name" = "${DJEPA_PYTHON:-}" ] && break
   done
-  die "Python 3.11 or newer is needed, found $(python3 --version 2>&1 || true); install one or set DJEPA_PYTHON to its path"
+  die "Python 3.11 or newer is needed, found $("${DJEPA_PYTHON:-python3}" --version 2>&1 || true); install one or set DJEPA_PYTHON to its path"
 }
 
 # prepare PLATFORM [EXTRA]: make .venv and install; does nothing when it already holds exactly this.

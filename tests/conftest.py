@@ -56,6 +56,13 @@ class Parity:
         )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """One cache for the session, so that a second call of the command line compiles nothing anew."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 @functools.cache
 def load_parity(variant: str) -> Parity:
     return Parity(variant)

@@ -36,7 +36,8 @@ class Field:
         return cond
 
     def __call__(self, xt, time, condition):
-        return self.formula(xt, time, condition)
+        rows = jnp.broadcast_shapes(xt.shape[:-1], time.shape[:-1], condition.shape[:-1])
+        return self.formula(jnp.broadcast_to(xt, (*rows, xt.shape[-1])), time, condition)
 
 
 def mixed_field(token_loss) -> Field:
@@ -82,24 +83,16 @@ def test_one_loss_per_token(name):
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
-def test_loss_is_the_same_in_bfloat16_tokens(name):
-    token_loss = TOKEN_LOSSES[name]()
-    x0 = jnp.full((4, CHANNELS), 0.5)  # exact in both
-    losses = [
-        token_loss.loss(mixed_field(token_loss), x.astype(d), x0, jax.random.key(0)) for x, d in ((x0, "bfloat16"), (x0, "f4"))
-    ]
-    assert losses[0].dtype == jnp.float32
-    np.testing.assert_array_equal(*losses)
-
-
-@pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_more_draws_only_calm_the_loss(name):
     """The number of draws changes the spread of the loss, not its mean."""
-    x0, cond = jnp.zeros((4096, CHANNELS)), jnp.zeros((4096, CHANNELS))
-    few, many = (
-        TOKEN_LOSSES[name](noise_multiplicity=k).loss(mixed_field(TOKEN_LOSSES[name]()), x0, cond, jax.random.key(k))
-        for k in (1, 8)
-    )
+    zeros = jnp.zeros((4096, CHANNELS))
+
+    @jax.jit
+    def draw():
+        losses = [TOKEN_LOSSES[name](noise_multiplicity=count) for count in (1, 8)]
+        return [loss.loss(mixed_field(loss), zeros, zeros, jax.random.key(0)) for loss in losses]
+
+    few, many = map(np.asarray, draw())
     assert abs(few.mean() - many.mean()) < 4 * few.std() / math.sqrt(len(few)) + 4 * many.std() / math.sqrt(len(many))
     assert abs(few.std() / many.std() / math.sqrt(8) - 1) < 0.3
 
@@ -124,11 +117,9 @@ def test_ideal_denoiser_of_a_point_has_no_error(name):
     token_loss, x0 = TOKEN_LOSSES[name](), jnp.broadcast_to(POINT, (64, CHANNELS))
     t = jax.random.uniform(jax.random.key(0), (64, 4), maxval=0.9)
     noise = jax.random.normal(jax.random.key(1), (64, 4, CHANNELS))
-    if name == "diffusion":
-        error = token_loss.terms(IDEAL[name], x0, x0, (1000 * t).astype(int), noise)[0]
-    else:
-        error = token_loss.terms(IDEAL[name], x0, x0, t, noise)
-    assert float(error.max()) < 1e-6
+    t = (1000 * t).astype(int) if name == "diffusion" else t
+    squared_error = jax.tree.leaves(jax.jit(functools.partial(token_loss.terms, IDEAL[name]))(x0, x0, t, noise))[0]
+    assert float(squared_error.max()) < 1e-6
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -139,7 +130,7 @@ def test_diffusion_finds_the_point(sampler, steps):
     noise = jax.random.normal(jax.random.key(0), (6, token_loss.noises_per_token, CHANNELS))
     tokens = token_loss.sample(IDEAL["diffusion"], jnp.zeros((1, 6, CHANNELS)), noise, 1.0, 1.0)
     # A single step divides by the signal at step 999, 5e-5, and what rounding left with it.
-    np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=1e-5 if steps > 1 else 0.02)
+    np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=1e-4 if steps > 1 else 0.02)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
@@ -170,13 +161,6 @@ def test_orders_of_the_integrators():
     assert all(3.6 < coarse / fine < 4.1 for coarse, fine in zip(heun, heun[1:], strict=False))
 
 
-@pytest.mark.parametrize("shift", [1.0, 0.5, 3.0])
-def test_time_grid(shift):
-    times = FlowMatching(num_denoise_steps=11, time_shift=shift).times()
-    assert times[0] == 0 and times[-1] == 1 and (np.diff(times) > 0).all()
-    np.testing.assert_allclose(times[5], 0.5 / (0.5 + shift * 0.5), rtol=1e-6)
-
-
 def test_temperature_scales_the_added_noise_alone():
     """Without temperature only the start is left of the noise; DDIM and flow matching never use it."""
     diffusion, cond = Diffusion(num_denoise_steps=3), jnp.zeros((1, 4, CHANNELS))
@@ -201,12 +185,11 @@ def test_variational_term_trains_the_variance_alone():
         return Diffusion().terms(field, x0, x0, t[:, None], noise[:, None])
 
     zeros = jnp.zeros_like(x0)
-    by_mean, by_variance = jax.grad(lambda *outputs: terms(*outputs)[1].sum(), argnums=(0, 1))(zeros, zeros)
-    np.testing.assert_array_equal(by_mean, 0)
-    assert (by_variance != 0).all()
-    by_mean, by_variance = jax.grad(lambda *outputs: terms(*outputs)[0].sum(), argnums=(0, 1))(zeros, zeros)
-    assert (by_mean != 0).all()
-    np.testing.assert_array_equal(by_variance, 0)
+    gradients = jax.jit(jax.jacrev(lambda *outputs: jax.tree.map(jnp.sum, terms(*outputs)), argnums=(0, 1)))
+    (error_by_mean, error_by_variance), (bound_by_mean, bound_by_variance) = gradients(zeros, zeros)
+    np.testing.assert_array_equal(bound_by_mean, 0)
+    np.testing.assert_array_equal(error_by_variance, 0)
+    assert (bound_by_variance != 0).all() and (error_by_mean != 0).all()
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -225,21 +208,25 @@ def test_clip_tames_an_awful_denoiser(sampler, bound):
 
 
 def test_guide():
-    conditional, unconditional = jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0])
-    both = jnp.stack([conditional, unconditional])
-    np.testing.assert_array_equal(guide(both[:1], 7.0), conditional)
-    np.testing.assert_allclose(guide(both, 1.0), conditional)
-    np.testing.assert_allclose(guide(both, 0.0), unconditional)
-    np.testing.assert_allclose(guide(both, 3.0), [2.0, 8.0])
+    both = jnp.array([[1.0, 2.0], [0.5, -1.0]])  # conditional, unconditional
+    np.testing.assert_array_equal(guide(both[:1], 7.0), both[0])
+    for scale, expected in ((1.0, both[0]), (0.0, both[1]), (3.0, [2.0, 8.0])):
+        np.testing.assert_allclose(guide(both, scale), expected)
 
 
-def test_gaussian_kl_closed_form():
-    assert float(gaussian_kl(0.3, 0.7, 0.3, 0.7)) == 0
+def test_guidance_acts_on_the_noise_prediction_alone():
+    """The variance of a guided reverse step is the conditional half's."""
+    predicted, values = jnp.array([[[1.0], [0.5]], [[-2.0], [0.0]]]), jnp.array([[[-1.0], [1.0]], [[0.3], [0.4]]])  # [G, rows, 1]
+    diffusion = Diffusion(num_denoise_steps=10)
+    at = {name: value[4] for name, value in diffusion.reverse_steps().items()}
+    step = diffusion.reverse(jnp.concatenate([predicted, values], axis=-1), jnp.zeros((2, 1)), at, jnp.ones((2, 1)), 3.0, 1.0)
+    np.testing.assert_allclose(step["x0"], -at["sigma"] / at["signal"] * jnp.array([[7.0], [1.5]]), rtol=1e-5)
+    np.testing.assert_allclose(step["log_variance"][:, 0], [at["posterior_log_variance"], jnp.log(at["beta"])], rtol=1e-5)
+
+
+def test_gaussian_kl_and_discretised_probabilities():
     np.testing.assert_allclose(gaussian_kl(1.0, 0.0, 0.0, 0.0), 0.5)
     np.testing.assert_allclose(gaussian_kl(0.0, math.log(4.0), 0.0, 0.0), 0.5 * (4 - 1 - math.log(4)), rtol=1e-6)
-
-
-def test_discretised_probabilities_sum_to_one():
     bins = jnp.linspace(-1, 1, 256)
     for mean, log_scale in ((0.0, -2.0), (0.9, 0.5), (-3.0, -1.0)):
         np.testing.assert_allclose(jnp.exp(-discretised_nll(bins, mean, log_scale)).sum(), 1, rtol=1e-4)

@@ -82,7 +82,7 @@ def test_every_token_is_revealed_exactly_once(num_ar_steps, num_segments):
     class Counting:
         """A token loss whose sample is its noise, so that the noise's place can be read off the result."""
 
-        noises_per_token, num_denoise_steps, out_per_channel = 1, 1, 1
+        noises_per_token, denoiser_calls, out_per_channel = 1, 1, 1
 
         def sample(self, denoiser, cond, noise, cfg_scale, temperature):
             return noise[..., 0, :]

@@ -179,6 +179,16 @@ def test_losses_do_not_depend_on_the_mesh(step_parts, mesh_shape):
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+def test_without_jepa_there_is_no_head_and_no_target():
+    config = run_config("--config.loss.jepa_weight=0")
+    experiment = configuration.build(config)
+    state = jax.jit(lambda: init_state(experiment.train))()
+    assert "jepa_head" not in state.params
+    source = load_digits()
+    _, metrics = jax.jit(make_train_step(experiment.train))(state, {"image": source.images[:16], "label": source.labels[:16]})
+    assert "jepa_loss" not in metrics and float(metrics["loss"]) == float(metrics["token_loss"])
+
+
 def test_labels_are_dropped_at_the_given_rate():
     from djepa_jax.train_step import drop_labels
 

@@ -34,6 +34,14 @@ class TokenLoss(Protocol):
     def noises_per_token(self) -> int:
         """How many noise vectors sampling one token takes (S)."""
 
+    @property
+    def denoiser_calls(self) -> int:
+        """Denoiser evaluations that sampling one token takes."""
+
+    @property
+    def time_table_size(self) -> int:
+        """Rows of the table of time embeddings that a training step looks up; 0 where times are continuous."""
+
     def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, key: jax.Array) -> jax.Array:
         """Loss of clean tokens `[..., C]` under conditions `[..., D]`: `[...]` float32."""
 

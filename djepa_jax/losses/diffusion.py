@@ -105,6 +105,12 @@ class Diffusion:
     clip_x0: float = 0.0
 
     out_per_channel = 2
+    time_table_size = NUM_TRAIN_STEPS
+
+    @property
+    def denoiser_calls(self) -> int:
+        """One per reverse step."""
+        return self.num_denoise_steps
 
     @property
     def noises_per_token(self) -> int:

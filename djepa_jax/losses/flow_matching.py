@@ -27,6 +27,12 @@ class FlowMatching:
 
     out_per_channel = 1
     noises_per_token = 1
+    time_table_size = 0
+
+    @property
+    def denoiser_calls(self) -> int:
+        """One per step of the grid, two with Heun."""
+        return (self.num_denoise_steps - 1) * (2 if self.sampler == "heun" else 1)
 
     def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, key: jax.Array) -> jax.Array:
         """Mean squared velocity error per token, averaged over the draws: `[...]`. `x0` is the clean token."""

@@ -17,7 +17,9 @@ def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Ar
 def check_patches(size: int, patch: int) -> None:
     """Raise ValueError unless windows of `patch` tile a square of `size`."""
     if patch < 1 or size % patch:
-        raise ValueError(f"data.image_size {size} is not divisible by data.patch_size {patch}; choose one that divides it.")
+        raise ValueError(
+            f"data.image_size {size} is not divisible by data.patch_size {patch}; choose a patch size that divides it."
+        )
 
 
 def check_shape(example, shape: tuple[int, ...], dtype_kind: str) -> None:
@@ -25,6 +27,6 @@ def check_shape(example, shape: tuple[int, ...], dtype_kind: str) -> None:
     if tuple(example.shape) != shape or example.dtype.kind != dtype_kind:
         kind = {"u": "uint8", "f": "float"}[dtype_kind]
         raise ValueError(
-            f"the data holds {example.dtype} examples of shape {tuple(example.shape)}, the config expects {kind} of shape {shape}; "
-            "set data.image_size and data.channels to match."
+            f"the data holds {example.dtype} examples of shape {tuple(example.shape)}, the config expects {kind} "
+            f"of shape {shape}; set data.image_size and data.channels to match."
         )
