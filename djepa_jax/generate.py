@@ -39,7 +39,7 @@ class Generator:
         scales = configuration.step_scales(self.config, self.experiment.modality.num_tokens)
         place = sharding.batch_sharding(self.mesh)
         batches = []
-        for start in tqdm(range(0, count, self.batch_size), "sampling", unit="batch", disable=not progress):
+        for start in tqdm(range(0, count, self.batch_size), "sampling", unit="batch", disable=None if progress else True):
             ids = np.arange(start, start + self.batch_size, dtype=np.int32)
             wanted = np.asarray(labels, np.int32)[ids % count]
             ids, wanted = jax.device_put((ids, wanted), place)

@@ -84,7 +84,8 @@ class _Run:
             with SignalCatcher() as signals:
                 writer = logs.MetricWriter(self.workdir)
                 try:
-                    self._announce(writer, state)
+                    if int(state.step) < self.config.num_steps:
+                        self._announce(writer, state)
                     state, examples = self._loop(state, examples, writer, lambda step: signals.caught or should_stop(step))
                     return self._finish(state, examples, writer)
                 finally:
@@ -106,7 +107,8 @@ class _Run:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings)
         state = self.checkpoints.restore(abstract, step)
         write_json(self.workdir / "config.json", configuration.resolved(self.config))
-        self.progress.say(f"going on from step {step} of {self.config.num_steps} ({self.checkpoints.directory})")
+        if step < self.config.num_steps:
+            self.progress.say(f"going on from step {step} of {self.config.num_steps} ({self.checkpoints.directory})")
         return state, meta.examples
 
     def _announce(self, writer: logs.MetricWriter, state: TrainState) -> None:
@@ -123,24 +125,33 @@ class _Run:
         config, step = self.config, int(state.step)
         if step >= config.num_steps:
             return state, examples
-        self.progress.say("compiling the training step")
-        train_step = jax.jit(make_train_step(self.experiment.train), donate_argnums=0, out_shardings=(self.shardings, None))
         batches = self._batches(examples)
+        batch = next(batches)
+        train_step = self._compile(state, batch)
         pending = collections.deque()
         self.last_logged, self.watch = step, logs.Stopwatch()
         while step < config.num_steps and not should_stop(step):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            self.watch.waited += time.perf_counter() - waiting
             state, metrics = train_step(state, batch)
             step, examples = step + 1, examples + config.batch_size
             pending.append((step, metrics))
             if len(pending) > LAG:
                 self._report(*pending.popleft(), writer)
             self._between_steps(step, state, examples, writer)
+            waiting = time.perf_counter()
+            batch = next(batches)
+            self.watch.waited += time.perf_counter() - waiting
         while pending:
             self._report(*pending.popleft(), writer)
         return state, examples
+
+    def _compile(self, state: TrainState, batch: dict) -> Callable:
+        """The training step, compiled for these arguments; the old state's memory is reused for the new one."""
+        self.progress.say("compiling the training step")
+        start = time.perf_counter()
+        step = jax.jit(make_train_step(self.experiment.train), donate_argnums=0, out_shardings=(self.shardings, None))
+        compiled = step.lower(state, batch).compile()
+        self.progress.say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
+        return compiled
 
     def _batches(self, consumed: int) -> Iterator[dict]:
         """Batches on the device, a few ahead of the step that uses them."""

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -77,14 +78,40 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path, capsys):
     assert "going on from step 2" in output and "num_steps: 2 -> 3" in output
 
 
-def test_damaged_checkpoint_is_an_error_and_stays(tmp_path):
-    train(run_config("--config.num_steps=2"), str(tmp_path))
-    step = tmp_path / "checkpoints" / "2"
-    data = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+def cut(path: pathlib.Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "arrays cut": lambda step: cut(largest(step / "state" / "ocdbt.process_0")),
+    "description gone": lambda step: (step / "state" / "_METADATA").unlink(),
+    "meta cut": lambda step: cut(step / "meta" / "metadata"),
+    "state gone": lambda step: shutil.rmtree(step / "state"),
+}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    train(run_config("--config.num_steps=2"), str(workdir))
+    return workdir
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_an_error_and_stays(two_steps, tmp_path, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    step = workdir / "checkpoints" / "2"
+    DAMAGE[damage](step)
+    before = sorted(path for path in step.rglob("*"))
     with pytest.raises(CheckpointError, match="cannot be restored"):
-        train(run_config(), str(tmp_path))
-    assert step.is_dir() and not (tmp_path / "checkpoints" / str(STEPS)).exists()
+        train(run_config(), str(workdir))
+    assert sorted(path for path in step.rglob("*")) == before
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
 
 
 # ---------------------------------------------------------------- the step itself
@@ -136,7 +163,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path, monkeypatch):
         return wrapped
 
     monkeypatch.setattr("djepa_jax.train.make_train_step", failing_after_six)
-    with pytest.raises(TrainingError, match=r"3 steps in a row.*step 9.*step 4"):
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*step 9.*good checkpoint is step 8 "):
         train(config, str(tmp_path))
     saved = final_arrays(tmp_path)
     assert all(np.isfinite(value).all() for value in saved.values())

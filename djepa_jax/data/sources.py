@@ -1,6 +1,7 @@
 """Data sources: objects with a length that give `{"image": array, "label": int}` by index."""
 
 import pathlib
+import zipfile
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ def load_npz(path: str) -> ArraySource:
         with np.load(file, allow_pickle=False) as arrays:
             name = "latents" if "latents" in arrays else "images"
             images, labels = arrays[name], arrays["labels"]
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f'data.path "{path}" is not an npz file with arrays "images" (or "latents") and "labels": {error}'
         ) from error
