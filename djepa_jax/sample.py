@@ -107,14 +107,14 @@ def ar_step(
     num_tokens = spec.model.num_tokens
     places = state.num_visible + jnp.arange(segment.new)  # [K]
     inside = jnp.minimum(places, num_tokens - 1)
-    cond = _conditions(spec, model, state, order, labels, inside, segment.visible)  # [G, B, K, D]
+    cond = conditions(spec, model, state, order, labels, inside, segment.visible)  # [G, B, K, D]
     new = spec.token_loss.sample(model.denoiser, cond, noise_of(inside), cfg_scale, temperature)  # [B, K, C]
     target = jnp.where(jnp.arange(segment.new) < num_new, places, num_tokens)  # out of range is dropped
     tokens = state.tokens.at[:, target].set(new, mode="drop")
     return SampleState(tokens=tokens, num_visible=state.num_visible + num_new)
 
 
-def _conditions(spec: SampleSpec, model, state: SampleState, order, labels, places, max_visible: int):
+def conditions(spec: SampleSpec, model, state: SampleState, order, labels, places, max_visible: int):
     """Predictor features at `places` `[K]`: `[G, B, K, D]`, G = 2 with guidance (conditional first)."""
     guidance = 2 if spec.guided else 1
     pairs = jnp.stack([labels, jnp.full_like(labels, spec.model.null_label)][:guidance], axis=1)  # [B, G]

@@ -138,7 +138,7 @@ def make_train_step(spec: TrainSpec) -> Callable:
             return batch_loss(spec, graph, params, state.ema_params, tokens, batch["label"], key)
 
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return apply_update(spec.optimizer, optimizer, state, grads, metrics)
 
     return train_step
@@ -165,7 +165,7 @@ def apply_update(config: OptimizerConfig, optimizer, state: TrainState, grads, m
         bad_streak=(state.bad_streak + 1) * bad,
     )
     metrics |= {
-        "param_norm": optax.global_norm(state.params),
+        "param_norm": optax.tree.norm(state.params),
         "learning_rate": learning_rate(config, updates_made),
         "skipped_steps": state.skipped_steps,
         "bad_streak": state.bad_streak,

@@ -221,7 +221,7 @@ def test_guidance_acts_on_the_noise_prediction_alone():
     at = {name: value[4] for name, value in diffusion.reverse_steps().items()}
     step = diffusion.reverse(jnp.concatenate([predicted, values], axis=-1), jnp.zeros((2, 1)), at, jnp.ones((2, 1)), 3.0, 1.0)
     np.testing.assert_allclose(step["x0"], -at["sigma"] / at["signal"] * jnp.array([[7.0], [1.5]]), rtol=1e-5)
-    np.testing.assert_allclose(step["log_variance"][:, 0], [at["posterior_log_variance"], jnp.log(at["beta"])], rtol=1e-5)
+    np.testing.assert_allclose(step["log_variance"][:, 0], [at["posterior_log_variance"], at["log_beta"]], rtol=1e-5)
 
 
 def test_gaussian_kl_and_discretised_probabilities():

@@ -77,10 +77,11 @@ def test_reverse_steps_in_float32(data, num_steps):
 
 def test_ends_of_the_learned_range(data):
     """Variance value +1 means the log of beta, -1 the clipped posterior."""
-    beta, low = (jnp.asarray(data[f"sched_100_{name}"]) for name in ("betas", "posterior_log_variance_clipped"))
+    at = {name: value[::-1] for name, value in Diffusion(num_denoise_steps=100).reverse_steps().items()}
+    high, low = at["log_beta"], at["posterior_log_variance"]
     for value, name in ((1.0, "log_betas"), (-1.0, "posterior_log_variance_clipped")):
         output = jnp.full((100, 2), value)
-        _, log_variance = split_output(output, beta[:, None], low[:, None])
+        _, log_variance = split_output(output, high[:, None], low[:, None])
         assert_close(log_variance[:, 0], data[f"sched_100_{name}"], SCHEDULE_32)
 
 

@@ -17,7 +17,7 @@ from djepa_jax.losses.diffusion import Diffusion
 from djepa_jax.losses.flow_matching import FlowMatching
 from djepa_jax.masking import cfg_scales, reveal_counts, to_order
 from djepa_jax.modalities.patches import patchify, unpatchify
-from djepa_jax.sample import SampleSpec, SampleState, _conditions, plan_segments, run_steps
+from djepa_jax.sample import SampleSpec, SampleState, conditions, plan_segments, run_steps
 
 TOLERANCE = {"gauss": 1e-4, "gauss_p2": 1e-4, "flow": 1e-5}
 RUNS = [(variant, cfg) for variant in VARIANTS for cfg in (1, 3)]
@@ -125,11 +125,11 @@ def single_steps(variant: str, cfg: int) -> dict[str, jax.Array]:
 
     @jax.jit
     def run(tokens, order, labels, noise, scales):
-        def conditions(num_visible):
+        def known(num_visible):
             state = SampleState(tokens=tokens, num_visible=num_visible)
-            return _conditions(spec, recording.parity.model, state, order, labels, jnp.arange(num_tokens), num_tokens)
+            return conditions(spec, recording.parity.model, state, order, labels, jnp.arange(num_tokens), num_tokens)
 
-        per_step = jax.vmap(conditions)(jnp.asarray(np.cumsum(counts) - counts))  # [T, G, B, N, D]
+        per_step = jax.vmap(known)(jnp.asarray(np.cumsum(counts) - counts))  # [T, G, B, N, D]
         step_of = np.repeat(np.arange(len(counts)), counts)  # the step that reveals a place
         cond = jnp.moveaxis(per_step[step_of, :, :, np.arange(num_tokens)], 0, 2)  # [G, B, N, D]
         scales = scales[step_of][:, None]  # [N, 1], broadcast over channels

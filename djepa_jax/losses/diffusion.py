@@ -76,14 +76,14 @@ def make_schedule(num_steps: int) -> Schedule:
     )
 
 
-def split_output(output: jax.Array, beta: jax.Array, posterior_log_variance: jax.Array):
+def split_output(output: jax.Array, log_beta: jax.Array, posterior_log_variance: jax.Array):
     """Noise prediction and log-variance of a denoiser output `[..., 2C]`.
 
     The second half interpolates (in log space, -1..1) between the clipped posterior variance and beta.
     """
     noise, range_value = jnp.split(output, 2, axis=-1)
     share = (range_value + 1) / 2
-    return noise, share * jnp.log(beta) + (1 - share) * posterior_log_variance
+    return noise, share * log_beta + (1 - share) * posterior_log_variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Diffusion:
         xt = at["signal"] * clean + at["sigma"] * noise
         time = jnp.take(denoiser.time(jnp.arange(NUM_TRAIN_STEPS)), t, axis=0)  # [..., K, w]
         output = denoiser(xt, time, denoiser.condition(cond)[..., None, :])
-        predicted, log_variance = split_output(output, at["beta"], at["posterior_log_variance"])
+        predicted, log_variance = split_output(output, at["log_beta"], at["posterior_log_variance"])
         mse = jnp.square(predicted - noise).mean(-1)
         implied = (xt - at["sigma"] * jax.lax.stop_gradient(predicted)) / at["signal"]
         mean = at["posterior_mean_x0"] * implied + at["posterior_mean_xt"] * xt
@@ -174,7 +174,7 @@ class Diffusion:
     def reverse(self, outputs, x, at, z, cfg_scale, temperature) -> dict[str, jax.Array]:
         """One reverse step from denoiser outputs `[G, ..., 2C]`: mean, log_variance, x0 and sample `[..., C]`."""
         predicted = guide(outputs[..., : x.shape[-1]], cfg_scale)
-        _, log_variance = split_output(outputs[0], at["beta"], at["posterior_log_variance"])
+        _, log_variance = split_output(outputs[0], at["log_beta"], at["posterior_log_variance"])
         x0 = (x - at["sigma"] * predicted) / at["signal"]
         if self.clip_x0:
             x0 = jnp.clip(x0, -self.clip_x0, self.clip_x0)
@@ -189,7 +189,7 @@ class Diffusion:
 
 def _coefficients(schedule: Schedule) -> dict[str, np.ndarray]:
     values = dict(
-        beta=schedule.betas,
+        log_beta=np.log(schedule.betas),
         signal=np.sqrt(schedule.alphas_cumprod),
         sigma=np.sqrt(1 - schedule.alphas_cumprod),
         signal_prev=np.sqrt(schedule.alphas_cumprod_prev),

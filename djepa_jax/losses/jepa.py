@@ -21,7 +21,7 @@ def feature_statistics(predicted: jax.Array, target: jax.Array) -> dict[str, jax
 
     Returns:
         `target_std`: standard deviation over rows, mean over features; goes to 0 in a collapse.
-        `target_rank`: effective rank, tr(C)^2 / tr(C^2) of the rows' covariance C, between 1 and D.
+        `target_rank`: effective rank, tr(C)^2 / tr(C^2) of the rows' covariance C, between 1 and D (0 if all rows are equal).
         `cosine`: mean cosine between prediction and target.
     """
     predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
