@@ -63,7 +63,7 @@ def test_reverse_steps_in_float32(data, num_steps):
     at = Diffusion(num_denoise_steps=num_steps).reverse_steps()
     expected = {
         "timesteps": "timestep_map",
-        "beta": "betas",
+        "log_beta": "log_betas",
         "posterior_log_variance": "posterior_log_variance_clipped",
         "posterior_mean_x0": "posterior_mean_coef1",
         "posterior_mean_xt": "posterior_mean_coef2",
