@@ -167,13 +167,7 @@ class _Run:
         """Read the metrics of a step that is over, log them, and stop a run that has gone bad."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if values["bad_streak"] >= self.config.max_bad_steps:
-            last = self.checkpoints.latest_step()
-            saved = "none yet" if last is None else f"step {last} in {self.checkpoints.directory}"
-            raise TrainingError(
-                f"loss or gradient was not finite in {int(values['bad_streak'])} steps in a row, the last of them step {step}. "
-                f"The last good checkpoint is {saved}; "
-                "lower optimizer.learning_rate and run the same command again."
-            )
+            raise self._gone_bad(int(values["bad_streak"]), step)
         due = step % self.config.log_every == 0 or step == self.config.num_steps
         if due:
             seconds, share_waiting = self.watch.lap()
@@ -183,6 +177,15 @@ class _Run:
         if due or (self.progress.live and self.rate):
             left = (self.config.num_steps - step) / self.rate
             self.progress.show(step, values, self.rate * self.config.batch_size, left)
+
+    def _gone_bad(self, streak: int, step: int) -> TrainingError:
+        self.checkpoints.wait()
+        last = self.checkpoints.latest_step()
+        saved = "none yet" if last is None else f"step {last} in {self.checkpoints.directory}"
+        return TrainingError(
+            f"loss or gradient was not finite in {streak} steps in a row, the last of them step {step}. The last good "
+            f"checkpoint is {saved}; lower optimizer.learning_rate and run the same command again."
+        )
 
     def _between_steps(self, step: int, state: TrainState, examples: int, writer) -> None:
         """Checkpoints, sample grids and evaluations that are due; the time they take is not training time."""
