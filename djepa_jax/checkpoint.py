@@ -156,20 +156,20 @@ def _as_dict(state: TrainState) -> dict:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def check_workdir(workdir: str | os.PathLike) -> None:
-    """Make sure that a workdir can be written, before anything is computed.
+def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
+    """Make sure that the folder a flag names can be written, before anything is computed; creates it.
 
     Raises:
         CheckpointError: it is a file, or may not be created or written.
     """
-    path = pathlib.Path(workdir)
+    path = pathlib.Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f'--workdir "{workdir}" cannot be written ({error.strerror}); choose another folder.') from error
+        raise CheckpointError(f'{flag} "{folder}" cannot be written ({error.strerror}); choose another folder.') from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
-from djepa_jax.checkpoint import Checkpoints
+from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.logs import label_grid, save_png
 from djepa_jax.models.djepa import split_model
@@ -106,8 +106,11 @@ def run_sample(config, workdir: str, out: str) -> list[pathlib.Path]:
     experiment = configuration.build(config)
     mesh = sharding.make_mesh(config.mesh)
     params, step = load_ema(config, experiment, workdir, mesh)
+    target = pathlib.Path(out) if out else pathlib.Path(workdir) / "samples" / "sample.png"
+    if target.is_dir():
+        raise CheckpointError(f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}.')
+    check_writable(target.parent, "--out")
     labels = experiment.sample_labels
     arrays = Generator(config, experiment, mesh).images(params, labels, config.sample.seed, progress=True)
     settings = {"step": step, "model": dataclasses.asdict(experiment.train.model), "sample": config.sample.to_dict()}
-    target = pathlib.Path(out) if out else pathlib.Path(workdir) / "samples" / "sample.png"
     return save_samples(target, arrays, labels, settings)

@@ -12,7 +12,7 @@ import jax
 
 from djepa_jax import config as configuration
 from djepa_jax import logs, sharding
-from djepa_jax.checkpoint import Checkpoints, check_workdir, lock_workdir, write_json
+from djepa_jax.checkpoint import Checkpoints, check_writable, lock_workdir, write_json
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.data.pipeline import example_stream, host_batches
 from djepa_jax.data.sources import Source, open_source
@@ -59,7 +59,7 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
         raise ConfigError(
             f"config.batch_size is {config.batch_size}; it must be a multiple of {divisor}, the devices that share a batch."
         )
-    check_workdir(workdir)
+    check_writable(workdir)
     with lock_workdir(workdir):
         return _Run(config, experiment, source, mesh, pathlib.Path(workdir)).train(should_stop)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_workdir, lock_workdir, write_json
+from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable, lock_workdir, write_json
 from djepa_jax.train import SignalCatcher
 
 
@@ -30,8 +30,8 @@ def test_unwritable_workdir_is_named(tmp_path):
     file.touch()
     for path in (file, file / "below"):
         with pytest.raises(CheckpointError, match="cannot be written"):
-            check_workdir(path)
-    check_workdir(tmp_path / "new" / "folder with spaces")
+            check_writable(path)
+    check_writable(tmp_path / "new" / "folder with spaces")
     assert list((tmp_path / "new" / "folder with spaces").iterdir()) == []
 
 

@@ -135,6 +135,14 @@ def test_sample_mode_writes_grid_and_arrays(trained, tmp_path, capsys):
         assert "djepa_jax.main" in grid.text["command"]
 
 
+def test_unusable_out_is_refused_before_sampling(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "grid.png"):
+        assert run(f"--config={CONFIG}", f"--workdir={trained}", "--mode=sample", f"--out={out}", *TINY) == 2
+        assert f'--out "{tmp_path}' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_evaluate_mode_writes_its_record(trained, capsys):
     assert run(f"--config={CONFIG}", f"--workdir={trained}", "--mode=evaluate", *TINY) == 0
     record = json.loads((pathlib.Path(trained) / "evaluation.json").read_text())
