@@ -37,9 +37,10 @@ from absl import flags
 
 from djepa_jax import config as configuration
 from djepa_jax import flops, sharding
+from djepa_jax.checkpoint import CheckpointError, check_writable
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.generate import Generator
-from djepa_jax.main import UsageError, read_flags
+from djepa_jax.main import HelpRequest, UsageError, read_flags
 from djepa_jax.models.djepa import init_params
 from djepa_jax.sample import SampleSpec, make_sampler, plan_segments
 from djepa_jax.train_step import TrainSpec, init_state, make_train_step
@@ -138,11 +139,8 @@ PARTS = {"train": prepare_training, "sample": prepare_sampling}
 def random_batch(config, modality, mesh) -> dict[str, jax.Array]:
     """A batch of noise in the form that the modality's source has, placed on the mesh."""
     rng, shape = np.random.default_rng(config.seed), (config.batch_size, *modality.example_shape)
-    try:
-        modality.check_example(np.zeros(modality.example_shape, np.uint8))
-        images = rng.integers(0, 256, shape, np.uint8)  # [B, ...]
-    except ValueError:
-        images = rng.standard_normal(shape, np.float32)
+    is_float = modality.example_dtype.kind == "f"
+    images = rng.standard_normal(shape, np.float32) if is_float else rng.integers(0, 256, shape, np.uint8)  # [B, ...]
     labels = rng.integers(0, config.data.num_classes, config.batch_size, np.int32)  # [B]
     return jax.device_put({"image": images, "label": labels}, sharding.batch_sharding(mesh))
 
@@ -340,15 +338,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: measure, print the table, write the JSON; bad input is one error and exit status 2."""
     try:
         values = parse(sys.argv if argv is None else argv)
+        if values.out:
+            check_writable(pathlib.Path(values.out).parent, "--out")
         results = benchmark(values.config, values.parts, Timing(values.steps, values.repeats, values.warmup))
         print(report(results))
         if values.out:
             out = pathlib.Path(values.out)
-            out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results, indent=2) + "\n")
             print(f"wrote {out}")
         return 0
-    except (ValueError, OSError) as error:
+    except HelpRequest as request:
+        print(request)
+        return 0
+    except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -20,6 +20,7 @@ from djepa_jax.train_step import TrainState
 
 FORMAT = 1
 LOCK_NAME = ".lock"
+RECORD_NAME = "last_saved.json"  # names a step that was saved whole, so that lost checkpoints are noticed
 
 
 class CheckpointError(RuntimeError):
@@ -40,7 +41,8 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 1):
-        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.workdir = pathlib.Path(workdir).absolute()
+        self.directory = self.workdir / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=False)
         self._options = options
         self._open_manager = None
@@ -52,8 +54,33 @@ class Checkpoints:
         return self._open_manager
 
     def latest_step(self) -> int | None:
-        """The newest finished step, or None where nothing has been saved."""
+        """The newest finished step, or None where nothing has been saved.
+
+        Raises:
+            CheckpointError: there is something else where the checkpoints should be.
+        """
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not a folder; move it away, or choose another --workdir.")
         return self._manager.latest_step() if self.directory.is_dir() else None
+
+    def step_to_resume(self) -> int | None:
+        """The newest finished step, or None in a workdir that never had one.
+
+        Raises:
+            CheckpointError: steps were saved here and none is left: never a silent start from scratch.
+        """
+        step, record = self.latest_step(), self.workdir / RECORD_NAME
+        if step is None and record.exists():
+            raise CheckpointError(
+                f"{self.directory} holds no checkpoint, though {record.read_text().strip()} was saved there; put it back, "
+                f"or remove {record} to start from scratch."
+            )
+        return step
+
+    def _record(self) -> None:
+        step = self.latest_step()
+        if step is not None:
+            write_json(self.workdir / RECORD_NAME, {"step": step})
 
     def save(self, state: TrainState, config: dict, examples: int) -> int:
         """Start saving in the background; an earlier save that failed is reported here.
@@ -69,6 +96,7 @@ class Checkpoints:
             saved = self._manager.save(step, args=arguments)
         except Exception as error:
             raise CheckpointError(f"saving step {step} to {self.directory} failed: {error}") from error
+        self._record()  # of an earlier save, which is finished when a new one has begun
         if not saved:
             raise CheckpointError(f"step {step} was not saved: {self.directory} already holds step {self.latest_step()}.")
         return step
@@ -78,6 +106,7 @@ class Checkpoints:
         if self._open_manager is not None:
             try:
                 self._open_manager.wait_until_finished()
+                self._record()
             except Exception as error:
                 raise CheckpointError(f"saving to {self.directory} failed: {error}") from error
 
@@ -163,6 +192,8 @@ def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
         CheckpointError: it is a file, or may not be created or written.
     """
     path = pathlib.Path(folder)
+    if not str(folder) or "://" in str(folder):
+        raise CheckpointError(f'{flag} "{folder}" is not a local folder; name one.')
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"

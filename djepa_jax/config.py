@@ -22,8 +22,9 @@ MODEL_KEYS = (
     *(f"model.{key}" for key in ("mlp_ratio", "num_prefix_tokens", "qk_norm")),
     *(f"data.{key}" for key in ("modality", "image_size", "channels", "patch_size", "num_classes", "latent_scale")),
     "loss.name",
-    "model.jepa_head",
+    "loss.jepa_weight above 0",
 )
+MAX_SEED = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -55,30 +56,30 @@ def build(config) -> Experiment:
     """Check a configuration and build everything static from it.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: a value that cannot work, or a key that is missing.
     """
-    _check_choices(config)
-    _check_numbers(config)
     try:
-        modality = make_modality(config.data)
-        model = make_model_config(config, modality)
-        plan = MaskPlan(
-            modality.num_tokens,
-            config.batch_size,
-            config.loss.mask_ratio_min,
-            config.loss.mask_ratio_std,
-            config.loss.mask_group or config.batch_size,
-        )
-        reveal_counts(modality.num_tokens, config.sample.num_ar_steps)
+        _check_choices(config)
+        _check_numbers(config)
+        return _assemble(config)
     except ConfigError:
         raise
+    except (AttributeError, KeyError) as error:
+        text = str(error).strip("'\"").splitlines()[0]
+        raise ConfigError(f"config lacks a key that configs/default.py has: {text}.") from error
     except ValueError as error:
         raise ConfigError(f"config: {error}") from error
+
+
+def _assemble(config) -> Experiment:
+    modality = make_modality(config.data)
+    model = make_model_config(config, modality)
+    reveal_counts(modality.num_tokens, config.sample.num_ar_steps)
     token_loss = make_token_loss(config)
     train = TrainSpec(
         model=model,
         token_loss=token_loss,
-        plan=plan,
+        plan=make_mask_plan(config, modality.num_tokens),
         optimizer=OptimizerConfig(num_steps=config.num_steps, **config.optimizer),
         tokenize=modality.tokenize,
         seed=config.seed,
@@ -89,6 +90,12 @@ def build(config) -> Experiment:
     sample = SampleSpec(model, token_loss, config.sample.num_ar_steps, config.sample.cfg_scale != 1, config.sample.num_segments)
     labels = parse_labels(config.sample.labels, config.data.num_classes, config.sample.count)
     return Experiment(modality, train, sample, labels)
+
+
+def make_mask_plan(config, num_tokens: int) -> MaskPlan:
+    """How a batch is masked; `loss.mask_group` 0 stands for the whole batch."""
+    loss = config.loss
+    return MaskPlan(num_tokens, config.batch_size, loss.mask_ratio_min, loss.mask_ratio_std, loss.mask_group or config.batch_size)
 
 
 def _check_choices(config) -> None:
@@ -104,45 +111,53 @@ def _check_choices(config) -> None:
     _choice(config, "evaluation.kind", ("none", "small_images"))
 
 
+# Bounds of every number: (lowest, highest, what the bounds say). A bound with "<" is excluded.
+ABOVE_ZERO = (0, math.inf, "it must be above 0")
+AT_LEAST_ZERO = (0, math.inf, "it must be a finite number, at least 0")
+AT_LEAST_ONE = (1, math.inf, "it must be at least 1")
+SHARE = (0, 1, "it must be at least 0 and below 1")
+SEED = (0, MAX_SEED, f"it must be between 0 and {MAX_SEED}")
+BOUNDS = {
+    AT_LEAST_ONE: "num_steps batch_size checkpoint_every keep_checkpoints log_every max_bad_steps model.num_prefix_tokens "
+    "model.scan_unroll loss.noise_multiplicity data.image_size data.channels data.patch_size data.num_classes sample.count "
+    "sample.batch_size sample.num_segments evaluation.count",
+    AT_LEAST_ZERO: "sample_every evaluate_every model.width model.encoder_depth model.predictor_depth model.num_heads "
+    "model.denoiser_depth model.denoiser_width loss.token_weight loss.jepa_weight loss.mask_group optimizer.warmup_steps "
+    "optimizer.min_learning_rate optimizer.weight_decay sample.cfg_scale sample.temperature sample.clip_x0",
+    ABOVE_ZERO: "model.mlp_ratio loss.mask_ratio_std optimizer.learning_rate optimizer.epsilon optimizer.clip_norm "
+    "data.latent_scale sample.time_shift",
+    SHARE: "model.dropout model.attention_dropout loss.label_drop_prob optimizer.beta1 optimizer.beta2 optimizer.ema_decay",
+    SEED: "seed sample.seed evaluation.seed",
+}
+
+
 def _check_numbers(config) -> None:
-    positive = ("num_steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps")
-    for key in positive:
-        _require(config[key] > 0, key, config[key], "it must be at least 1")
-    for group, keys in {
-        "data": ("image_size", "channels", "patch_size", "num_classes", "latent_scale"),
-        "sample": ("count", "batch_size", "num_denoise_steps", "time_shift", "num_segments"),
-        "evaluation": ("count",),
-        "loss": ("noise_multiplicity", "mask_ratio_std"),
-        "model": ("mlp_ratio", "scan_unroll"),
-        "optimizer": ("learning_rate", "epsilon", "clip_norm"),
-    }.items():
-        for key in keys:
-            value = config[group][key]
-            _require(_finite(value) and value > 0, f"{group}.{key}", value, "it must be above 0")
-    for key in ("cfg_scale", "temperature", "clip_x0"):
-        value = config.sample[key]
-        _require(_finite(value) and value >= 0, f"sample.{key}", value, "it must be a finite number, at least 0")
-    for key in ("token_weight", "jepa_weight"):
-        value = config.loss[key]
-        _require(_finite(value) and value >= 0, f"loss.{key}", value, "it must be a finite number, at least 0")
-    for group, key in (
-        ("loss", "label_drop_prob"),
-        ("model", "dropout"),
-        ("model", "attention_dropout"),
-        ("optimizer", "ema_decay"),
-    ):
-        value = config[group][key]
-        _require(_finite(value) and 0 <= value < 1, f"{group}.{key}", value, "it must be at least 0 and below 1")
+    values = flatten(config.to_dict())
+    for bounds, keys in BOUNDS.items():
+        lowest, highest, remedy = bounds
+        for key in keys.split():
+            value = values[key]
+            excluded = (bounds is ABOVE_ZERO and value == 0) or (bounds is SHARE and value == 1)
+            _require(math.isfinite(value) and lowest <= value <= highest and not excluded, key, value, remedy)
+    _require(
+        config.loss.token_weight + config.loss.jepa_weight > 0,
+        "loss.token_weight",
+        0.0,
+        "with a JEPA weight of 0 it must be above 0",
+    )
     ratio = config.loss.mask_ratio_min
-    _require(_finite(ratio) and 0 < ratio <= 1, "loss.mask_ratio_min", ratio, "it must be above 0 and at most 1")
-    most = 1000 if config.loss.name == "diffusion" else math.inf
-    least = 1 if config.loss.name == "diffusion" else 2
+    _require(math.isfinite(ratio) and 0 < ratio <= 1, "loss.mask_ratio_min", ratio, "it must be above 0 and at most 1")
+    least, most = (1, 1000) if config.loss.name == "diffusion" else (2, math.inf)
     steps = config.sample.num_denoise_steps
     _require(least <= steps <= most, "sample.num_denoise_steps", steps, f"it must be between {least} and {most}")
-
-
-def _finite(value) -> bool:
-    return math.isfinite(value)
+    if config.evaluation.kind == "small_images":
+        _require(
+            config.data.modality == "image_pixels",
+            "evaluation.kind",
+            "small_images",
+            'it judges pixels; with latents set it to "none"',
+        )
+        _require(config.evaluation.count > 1, "evaluation.count", config.evaluation.count, "it must be at least 2")
 
 
 def make_modality(data) -> Modality:
@@ -157,7 +172,7 @@ def resolve_size(model) -> dict[str, int]:
     named = SIZES.get(model.size, {})
     values = {key: model[key] or named.get(key, 0) for key in keys}
     for key, value in values.items():
-        _require(value > 0, f"model.{key}", value, 'with model.size "custom" it must be given')
+        _require(value > 0, f"model.{key}", value, 'with model.size "custom" it must be given, and above 0')
     return values
 
 
@@ -170,9 +185,8 @@ def make_model_config(config, modality: Modality) -> ModelConfig:
     size = resolve_size(config.model)
     heads = size["num_heads"]
     _require(size["width"] % heads == 0, "model.width", size["width"], f"it must be a multiple of model.num_heads, {heads}")
-    _require(
-        config.model.num_prefix_tokens >= 1, "model.num_prefix_tokens", config.model.num_prefix_tokens, "it must be at least 1"
-    )
+    hidden = int(size["width"] * config.model.mlp_ratio)
+    _require(hidden >= 1, "model.mlp_ratio", config.model.mlp_ratio, "it leaves the MLPs no hidden unit")
     out_per_channel = TOKEN_LOSSES[config.loss.name].out_per_channel
     return ModelConfig(
         num_tokens=modality.num_tokens,
@@ -215,7 +229,7 @@ def parse_labels(text: str, num_classes: int, count: int) -> tuple[int, ...]:
     else:
         words = [word.strip() for word in text.split(",")]
         for word in words:
-            usable = word.lstrip("-").isdigit() and 0 <= int(word) < num_classes
+            usable = word.isdecimal() and int(word) < num_classes
             _require(
                 usable, "sample.labels", text, f'"{word}" is not a class; classes are 0 to {num_classes - 1}, or write "all"'
             )
@@ -232,7 +246,7 @@ def resolved(config) -> dict:
     """The configuration as plain nested dicts, with the named size written out, for storing beside a checkpoint."""
     values = config.to_dict()
     values["model"] |= resolve_size(config.model)
-    values["model"]["jepa_head"] = config.loss.jepa_weight > 0
+    values["loss"]["jepa_weight above 0"] = config.loss.jepa_weight > 0
     values["mesh"] = list(config.mesh)
     return values
 

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shlex
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -88,17 +89,36 @@ def command_line(*extra: str) -> str:
     return shlex.join([python, "-m", "djepa_jax.main", *sys.argv[1:], *extra])
 
 
+def output_paths(out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The grid's and the arrays' file for a name given with either ending, or with none."""
+    base = out.with_suffix("") if out.suffix in (".png", ".npz") else out
+    return base.with_name(base.name + ".png"), base.with_name(base.name + ".npz")
+
+
+def make_grid(images: np.ndarray, labels) -> np.ndarray:
+    """A labelled grid of the first pictures: uint8 `[H', W', 3]`."""
+    return label_grid(images[:MAX_GRID], [str(label) for label in labels[:MAX_GRID]])
+
+
 def save_samples(out: pathlib.Path, arrays: dict, labels, settings: dict) -> list[pathlib.Path]:
     """Write `OUT.npz` with everything and, where there are pictures, a labelled grid `OUT.png`; return the paths."""
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings)
-    np.savez(out.with_suffix(".npz"), **arrays, labels=np.asarray(labels, np.int32), settings=text)
-    written = [out.with_suffix(".npz")]
-    if "images" in arrays:
-        grid = label_grid(arrays["images"][:MAX_GRID], [str(label) for label in labels[:MAX_GRID]])
-        save_png(out.with_suffix(".png"), grid, {"command": command_line(), "settings": text})
-        written.insert(0, out.with_suffix(".png"))
-    return written
+    png, npz = output_paths(out)
+    np.savez(npz, **arrays, labels=np.asarray(labels, np.int32), settings=text)
+    if "images" not in arrays:
+        return [npz]
+    save_png(png, make_grid(arrays["images"], labels), {"command": command_line(), "settings": text})
+    return [png, npz]
+
+
+def stored_settings(npz: pathlib.Path) -> dict | None:
+    """The settings in a file that `save_samples` wrote; None if there is none or it cannot be read."""
+    try:
+        with np.load(npz, allow_pickle=False) as arrays:
+            return json.loads(str(arrays["settings"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def run_sample(config, workdir: str, out: str) -> list[pathlib.Path]:
@@ -107,7 +127,7 @@ def run_sample(config, workdir: str, out: str) -> list[pathlib.Path]:
     mesh = sharding.make_mesh(config.mesh)
     params, step = load_ema(config, experiment, workdir, mesh)
     target = pathlib.Path(out) if out else pathlib.Path(workdir) / "samples" / "sample.png"
-    if target.is_dir():
+    if any(path.is_dir() for path in (target, *output_paths(target))):
         raise CheckpointError(f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}.')
     check_writable(target.parent, "--out")
     labels = experiment.sample_labels

@@ -18,9 +18,13 @@ LABEL_HEIGHT = 14
 
 
 class MetricWriter:
-    """Scalars and images of a run: `metrics.jsonl` (one line a step) and TensorBoard event files."""
+    """Scalars and images of a run: `metrics.jsonl` (one line a step) and TensorBoard event files.
 
-    def __init__(self, workdir: pathlib.Path):
+    Lines of steps after `step`, which a run made that did not save them, are dropped: they will be made again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int = 0):
+        _drop_lines_after(workdir / "metrics.jsonl", step)
         self._file = open(workdir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in `close`)
         self._events = SummaryWriter(str(workdir), flush_secs=30)
 
@@ -41,15 +45,25 @@ class MetricWriter:
         for name, text in texts.items():
             self._events.add_text(name, text, step)
 
-    def flush(self) -> None:
-        """Put everything on disk."""
-        self._file.flush()
-        self._events.flush()
-
     def close(self) -> None:
         """Flush and close both."""
         self._events.close()
         self._file.close()
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a crash
 
 
 class ProgressLine:
@@ -59,7 +73,6 @@ class ProgressLine:
         self.num_steps = num_steps
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
-        self._last_plain = 0.0
 
     def show(self, step: int, metrics: dict[str, float], rate: float, seconds_left: float) -> None:
         """Report a step: losses, images per second, time left."""

@@ -24,6 +24,10 @@ class UsageError(ValueError):
     """A command line that cannot be understood."""
 
 
+class HelpRequest(Exception):
+    """Somebody asked for help; the message is it."""
+
+
 def parse(argv: Sequence[str]) -> flags.FlagValues:
     """Read the command line into flags of its own (no global state).
 
@@ -38,36 +42,60 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def read_flags(values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str]) -> flags.FlagValues:
-    """Add `--config` to the flags in `values` and read the command line into them; raises as `parse` does."""
+    """Add `--config` to the flags in `values` and read the command line into them.
+
+    Raises:
+        UsageError: as `parse` does.
+        HelpRequest: -h, --help or --helpfull was typed.
+    """
+    argv = _join_config(argv)
+    sys.modules.pop("config_config", None)  # ml_collections would load the file on top of the one before
     config_flags.DEFINE_config_file(
-        "config", None, "Configuration file, perhaps with :variant.", flag_values=values, sys_argv=list(argv)
+        "config", None, "Configuration file, perhaps with :variant.", flag_values=values, sys_argv=argv
     )
+    if {"-h", "--help", "--helpfull"} & set(argv):
+        raise HelpRequest(f"{usage}\n\n{values.main_module_help() or values.get_help()}")
     try:
-        rest = values(list(argv))[1:]
+        rest = values(argv)[1:]
         if values["config"].value is not None:
             values.config.lock()  # a file that failed to load says so only when it is used
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
-        raise UsageError(_explain(error, argv)) from error
+    except Exception as error:  # a config file is a program: anything can happen in it
+        raise UsageError(_explain(error, argv, usage)) from error
     if rest:
         raise UsageError(f'"{rest[0]}" is not a flag; values are given as --flag=VALUE.\n{usage}')
     for name in required:
-        if values[name].value is None:
+        if not values[name].value:
             raise UsageError(f"--{name} is missing.\n{usage}")
     return values
 
 
-def _explain(error: Exception, argv: Sequence[str]) -> str:
+def _join_config(argv: Sequence[str]) -> list[str]:
+    """The arguments with "--config FILE" written as "--config=FILE"."""
+    joined = list(argv)
+    for index in range(len(joined) - 1):
+        if joined[index] in ("--config", "-config"):
+            joined[index : index + 2] = [f"--config={joined[index + 1]}"]
+            break
+    return joined
+
+
+def _explain(error: Exception, argv: Sequence[str], usage: str) -> str:
     """One line for what went wrong while reading flags, with a suggestion where a key is misspelt."""
     path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
+    known = _known_keys(path)
+    keys = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    unknown = next((key for key in keys if key not in known), None)
+    if known and unknown:
+        return f"unknown config key {unknown}; did you mean {_closest(unknown, known)}?"
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"{error}\n{usage}"
     if isinstance(error, OSError):
         return f'--config "{path}" cannot be read; name a Python file such as configs/digits.py, perhaps with :variant.'
-    if isinstance(error, AttributeError | KeyError) and path:
-        known = flatten(_load_config(path).to_dict())
-        keys = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
-        unknown = next((key for key in keys if key not in known), None)
-        if unknown:
-            return f"unknown config key {unknown}; did you mean {_closest(unknown, known)}?"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if path and not known:
+        while error.__context__ is not None:  # the innermost one is the file's own
+            error = error.__context__
+        return f'--config "{path}" failed: {type(error).__name__}: {error}'
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _closest(key: str, known: Iterable[str]) -> str:
@@ -76,11 +104,16 @@ def _closest(key: str, known: Iterable[str]) -> str:
     return max(known, key=lambda k: difflib.SequenceMatcher(None, name, k.rpartition(".")[2]).ratio() + 0.01 * (k[:3] == key[:3]))
 
 
-def _load_config(path: str):
+def _known_keys(path: str) -> dict:
+    """All keys of the config in a file; none if it cannot be loaded."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=[])
-    values(["djepa_jax"])
-    return values.config
+    sys.modules.pop("config_config", None)
+    try:
+        config_flags.DEFINE_config_file("config", path or None, flag_values=values, sys_argv=[])
+        values(["djepa_jax"])
+        return flatten(values.config.to_dict())
+    except Exception:  # the error that matters is being explained by the caller
+        return {}
 
 
 def use_compilation_cache() -> None:
@@ -123,20 +156,24 @@ def summarise(result, config, workdir: str) -> None:
     if result.evaluation:
         figures = f"accuracy {result.evaluation['accuracy']:.3f}, Frechet distance {result.evaluation['frechet_distance']:.3f}"
         print(f"Quality:  {figures} ({pathlib.Path(workdir) / 'evaluation.json'})")
-    print("Try next:")
-    for extra in NEXT_STEPS:
+    print(f"Try next (in {pathlib.Path.cwd()}):")
+    for extra in next_steps(config):
         print(f"  {command_line(*extra)}")
 
 
-NEXT_STEPS = (
-    ("--mode=sample", "--out=threes.png", "--config.sample.labels=3", "--config.sample.count=25"),
-    ("--mode=sample", "--out=four_steps.png", "--config.sample.num_ar_steps=4"),
-    ("--mode=evaluate", "--config.sample.cfg_scale=1.0"),
-)
+def next_steps(config) -> list[tuple[str, ...]]:
+    """Flags worth adding to the command of a finished run."""
+    last, few = config.data.num_classes - 1, max(1, config.sample.num_ar_steps // 2)
+    sample = "--mode=sample"
+    return [
+        (sample, "--out=one_class.png", f"--config.sample.labels={min(3, last)}", "--config.sample.count=25"),
+        (sample, "--out=fewer_steps.png", f"--config.sample.num_ar_steps={few}"),
+        (sample, "--out=strong_guidance.png", "--config.sample.cfg_scale=4.0"),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: parse, run, and turn every expected failure into one line and exit status 2."""
+    """Entry point: parse, run, and turn every expected failure into one line and exit status 2 (130 for Ctrl-C)."""
     from djepa_jax.checkpoint import CheckpointError
     from djepa_jax.train import TrainingError
 
@@ -146,9 +183,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = parse(sys.argv if argv is None else argv)
         use_compilation_cache()
         return run(values)
-    except (UsageError, ValueError, CheckpointError, TrainingError) as error:
+    except HelpRequest as request:
+        print(request)
+        return 0
+    except (ValueError, OSError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class MaskPlan:
     @property
     def max_visible(self) -> int:
         """The most tokens that can be visible (V)."""
-        return self.num_tokens - math.ceil(self.num_tokens * self.ratio_min - 1e-6)
+        return self.num_tokens - max(1, math.ceil(self.num_tokens * self.ratio_min - 1e-6))
 
     @property
     def chunk_size(self) -> int:
@@ -61,13 +61,14 @@ class MaskPlan:
     def packed_rows(self) -> int:
         """Rows per chunk that hold all its masked tokens, whatever the draw (K)."""
         strata = self.chunk_size // self.group_size
-        return self.group_size * sum(self.masked_at((i + 1) / strata, slack=1e-3) for i in range(strata))
+        slack = 1e-3 + 1e-6 * self.num_tokens  # the draw is made in float32
+        return self.group_size * sum(self.masked_at((i + 1) / strata, slack) for i in range(strata))
 
     def masked_at(self, u: float, slack: float = 0.0) -> int:
         """Masked tokens at quantile `u` of the ratio's distribution, rounded up."""
         low, high = self.cdf_range
         ratio = statistics.NormalDist(RATIO_MEAN, self.ratio_std).inv_cdf(low + u * (high - low))
-        return min(self.num_tokens, math.ceil(self.num_tokens * ratio - 1e-6 + slack))
+        return min(self.num_tokens, max(1, math.ceil(self.num_tokens * ratio - 1e-6 + slack)))
 
     @property
     def cdf_range(self) -> tuple[float, float]:

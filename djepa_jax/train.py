@@ -16,8 +16,9 @@ from djepa_jax.checkpoint import Checkpoints, check_writable, lock_workdir, writ
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.data.pipeline import example_stream, host_batches
 from djepa_jax.data.sources import Source, open_source
-from djepa_jax.evaluation.runner import FILE_NAME, evaluate
-from djepa_jax.generate import Generator, check_same_model, save_samples
+from djepa_jax.evaluation.runner import evaluate, identity, read_evaluation
+from djepa_jax.evaluation.small_images import check_judgeable
+from djepa_jax.generate import Generator, check_same_model, make_grid, output_paths, save_samples, stored_settings
 from djepa_jax.train_step import TrainState, init_state, make_train_step
 
 LAG = 2  # steps between running one and reading its metrics, so that the device never waits for the host
@@ -53,6 +54,8 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
     """
     experiment = configuration.build(config)
     source = open_source(config.data.source, config.data.path, experiment.modality, config.data.num_classes)
+    if config.evaluation.kind != "none":
+        check_judgeable(source)
     mesh = sharding.make_mesh(config.mesh)
     divisor = sharding.batch_divisor(mesh)
     if config.batch_size % divisor:
@@ -79,35 +82,48 @@ class _Run:
 
     def train(self, should_stop) -> Result:
         """Prepare, loop, finish; checkpoints are complete when this returns or raises."""
-        state, examples = self._start()
         try:
-            with SignalCatcher() as signals:
-                writer = logs.MetricWriter(self.workdir)
-                try:
-                    if int(state.step) < self.config.num_steps:
-                        self._announce(writer, state)
-                    state, examples = self._loop(state, examples, writer, lambda step: signals.caught or should_stop(step))
-                    return self._finish(state, examples, writer)
-                finally:
-                    writer.close()
+            state, examples = self._start()
+            writer = logs.MetricWriter(self.workdir, int(state.step))
+            try:
+                with SignalCatcher() as signals:
+                    return self._train(state, examples, writer, lambda step: signals.caught or should_stop(step))
+            finally:
+                writer.close()
         finally:
             self.checkpoints.close()
 
+    def _train(self, state: TrainState, examples: int, writer: logs.MetricWriter, should_stop) -> Result:
+        start = int(state.step)
+        if start < self.config.num_steps:
+            self._announce(writer, state)
+            state, examples = self._loop(state, examples, writer, should_stop)
+        step = int(state.step)
+        if self.checkpoints.latest_step() != step and step > 0:
+            self.checkpoints.save(state, configuration.resolved(self.config), examples)
+            self.checkpoints.wait()
+            self.progress.say(f"saved step {step} in {self.checkpoints.directory}")
+        if step < self.config.num_steps or (step > start and should_stop(step)):
+            return Result(step, False, None, None)
+        return Result(step, True, self._final_grid(step, state, writer), self._final_evaluation(step, state, writer))
+
     def _start(self) -> tuple[TrainState, int]:
         """A fresh state, or the latest checkpoint's with the examples it has seen."""
-        step = self.checkpoints.latest_step()
+        step = self.checkpoints.step_to_resume()
         if step is None:
             write_json(self.workdir / "config.json", configuration.resolved(self.config))
             make = jax.jit(lambda: init_state(self.experiment.train), out_shardings=self.shardings)
             return make(), 0
         meta = self.checkpoints.read_meta(step)
         check_same_model(meta.config, self.config)
-        for line in configuration.differences(meta.config, json.loads(json.dumps(configuration.resolved(self.config)))):
+        for line in configuration.differences(meta.config, configuration.resolved(self.config)):
             self.progress.say(f"changed since the checkpoint: {line}")
+        if step > self.config.num_steps:
+            self.progress.say(f"the checkpoint already has {step} steps, more than num_steps {self.config.num_steps}")
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings)
         state = self.checkpoints.restore(abstract, step)
-        write_json(self.workdir / "config.json", configuration.resolved(self.config))
         if step < self.config.num_steps:
+            write_json(self.workdir / "config.json", configuration.resolved(self.config))
             self.progress.say(f"going on from step {step} of {self.config.num_steps} ({self.checkpoints.directory})")
         return state, meta.examples
 
@@ -123,8 +139,6 @@ class _Run:
 
     def _loop(self, state: TrainState, examples: int, writer, should_stop) -> tuple[TrainState, int]:
         config, step = self.config, int(state.step)
-        if step >= config.num_steps:
-            return state, examples
         batches = self._batches(examples)
         batch = next(batches)
         train_step = self._compile(state, batch)
@@ -142,6 +156,8 @@ class _Run:
             self.watch.waited += time.perf_counter() - waiting
         while pending:
             self._report(*pending.popleft(), writer)
+        if step == config.num_steps and int(state.skipped_steps) == step:
+            raise self._gone_bad(int(state.bad_streak), step)
         return state, examples
 
     def _compile(self, state: TrainState, batch: dict) -> Callable:
@@ -199,23 +215,22 @@ class _Run:
             self._evaluate(step, state, writer)
         self.watch.pause(time.perf_counter() - start)
 
-    def _finish(self, state: TrainState, examples: int, writer) -> Result:
-        """The last checkpoint, grid and evaluation, or just the checkpoint of a run that was asked to stop."""
-        step = int(state.step)
-        if self.checkpoints.latest_step() != step and step > 0:
-            self.checkpoints.save(state, configuration.resolved(self.config), examples)
-            self.checkpoints.wait()
-            self.progress.say(f"saved step {step} in {self.checkpoints.directory}")
-        if step < self.config.num_steps:
-            return Result(step, False, None, None)
-        grid = self._grid_path(step)
-        if not grid.exists():
+    def _final_grid(self, step: int, state: TrainState, writer) -> pathlib.Path | None:
+        """The last grid's path; a grid of these very weights and settings is not made again."""
+        png, npz = output_paths(self._grid_path(step))
+        if stored_settings(npz) != identity(state.ema_params, self.config, step):
             self._sample_grid(step, state, writer)
-        record = self._read_evaluation(step)
-        if record is None and self.config.evaluation.kind != "none":
+        return png if png.exists() else None
+
+    def _final_evaluation(self, step: int, state: TrainState, writer) -> dict | None:
+        """The evaluation of the last step; one of these very weights and settings is not made again."""
+        if self.config.evaluation.kind == "none":
+            return None
+        record = read_evaluation(self.config, state.ema_params, step, self.workdir)
+        if record is None:
             self.progress.say(f"evaluating {self.config.evaluation.count} samples")
             record = self._evaluate(step, state, writer)
-        return Result(step, True, grid if grid.exists() else None, record)
+        return record
 
     def _grid_path(self, step: int) -> pathlib.Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
@@ -223,25 +238,16 @@ class _Run:
     def _sample_grid(self, step: int, state: TrainState, writer) -> None:
         labels = self.experiment.sample_labels
         arrays = self.generator.images(state.ema_params, labels, self.config.sample.seed)
-        save_samples(self._grid_path(step), arrays, labels, {"step": step, "sample": self.config.sample.to_dict()})
+        save_samples(self._grid_path(step), arrays, labels, identity(state.ema_params, self.config, step))
         if "images" in arrays:
-            writer.write_images(step, {"samples": logs.label_grid(arrays["images"], [str(label) for label in labels])})
+            writer.write_images(step, {"samples": make_grid(arrays["images"], labels)})
 
     def _evaluate(self, step: int, state: TrainState, writer) -> dict:
         record = evaluate(self.config, self.generator, state.ema_params, self.source, step, self.workdir, progress=True)
-        figures = {name: value for name, value in record.items() if isinstance(value, float)}
+        figures = {name: record[name] for name in ("accuracy", "frechet_distance")}
         writer.write_scalars(step, {f"evaluation/{name}": value for name, value in figures.items()})
         self.progress.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         return record
-
-    def _read_evaluation(self, step: int) -> dict | None:
-        """An evaluation already made of this very step and these very settings."""
-        path = self.workdir / FILE_NAME
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text())
-        same = record["step"] == step and record["sample"] == self.config.sample.to_dict()
-        return record if same and record["evaluation"] == self.config.evaluation.to_dict() else None
 
 
 class SignalCatcher:

@@ -145,10 +145,10 @@ def make_train_step(spec: TrainSpec) -> Callable:
 
 
 def apply_update(config: OptimizerConfig, optimizer, state: TrainState, grads, metrics):
-    """Optimiser and moving average, unless loss or gradient norm is not finite: then nothing but counters move."""
-    finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
+    """Optimiser and moving average, unless loss, gradient or update is not finite: then nothing but counters move."""
     updates_made = state.step - state.skipped_steps
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(updates))
     params = optax.apply_updates(state.params, updates)
     ema_params = update_ema(state.ema_params, params, ema_decay(config, updates_made))
 

@@ -76,9 +76,14 @@ def test_digits_are_the_real_ones():
     ("arrays", "words"),
     [
         ({"images": np.zeros((3, 2, 2, 1), np.uint8)}, "labels"),
-        ({"images": np.zeros((3, 2, 2, 1), np.uint8), "labels": np.zeros(2)}, "3 images and 2 labels"),
-        ({"images": np.zeros((0, 2, 2, 1), np.uint8), "labels": np.zeros(0)}, "0 images"),
+        ({"images": np.zeros((3, 2, 2, 1), np.uint8), "labels": np.zeros(2, int)}, "3 images and 2 labels"),
+        ({"images": np.zeros((0, 2, 2, 1), np.uint8), "labels": np.zeros(0, int)}, "0 images"),
         ({"images": np.array([None]), "labels": np.zeros(1)}, "npz file"),
+        ({"images": np.zeros((3, 2, 2, 1), np.uint8), "labels": np.array([0.5, 1, 2])}, "float64 labels"),
+        ({"images": np.zeros((3, 2, 2, 1), np.uint8), "labels": np.array(["a", "b", "c"])}, "whole number"),
+        ({"images": np.zeros((3, 2, 2, 1), np.uint8), "labels": np.eye(3, dtype=int)}, r"labels of shape \(3, 3\)"),
+        ({"images": np.uint8(3), "labels": np.zeros(1, int)}, "needs images"),
+        ({"latents": np.full((1, 2, 2, 1), np.nan), "labels": np.zeros(1, int)}, "not finite"),
     ],
 )
 def test_unusable_npz_is_refused(tmp_path, arrays, words):
@@ -87,9 +92,23 @@ def test_unusable_npz_is_refused(tmp_path, arrays, words):
         load_npz(str(tmp_path / "data.npz"))
 
 
+def test_npy_file_is_refused(tmp_path):
+    np.save(tmp_path / "data.npy", np.zeros((3, 2, 2, 1), np.uint8))
+    with pytest.raises(ValueError, match="npz file"):
+        load_npz(str(tmp_path / "data.npy"))
+
+
+@pytest.mark.parametrize("labels", [[-1, 4], [0, 5], [0, 2**32]])
+def test_label_out_of_range_is_named(tmp_path, labels):
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.array(labels))
+    wrong = next(label for label in labels if not 0 <= label < 5)
+    with pytest.raises(ValueError, match=f"class {wrong}, data.num_classes is 5"):
+        open_source("npz", str(tmp_path / "data.npz"), MODALITIES["image_pixels"](4, 1, 2), num_classes=5)
+
+
 def test_truncated_npz_is_refused(tmp_path):
     path = tmp_path / "data.npz"
-    np.savez(path, images=np.zeros((9, 8, 8, 1), np.uint8), labels=np.zeros(9))
+    np.savez(path, images=np.zeros((9, 8, 8, 1), np.uint8), labels=np.zeros(9, int))
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="data.path"):
         load_npz(str(path))

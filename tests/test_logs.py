@@ -49,12 +49,17 @@ def test_metrics_survive_not_a_number(tmp_path):
     assert events.stat().st_size > 100
 
 
-def test_a_new_run_appends_to_the_metrics(tmp_path):
-    for step in (1, 2):
-        writer = logs.MetricWriter(tmp_path)
-        writer.write_scalars(step, {"loss": 1.0})
+def test_going_on_drops_steps_that_were_not_saved(tmp_path):
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        writer = logs.MetricWriter(tmp_path, start)
+        for step in steps:
+            writer.write_scalars(step, {"loss": float(start)})
         writer.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 9, "lo')  # a crash in the middle of a line
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[:-1]] == [1, 2, 3, 4]
+    assert [json.loads(line)["loss"] for line in lines[:-1]] == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

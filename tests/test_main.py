@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
-from tiny import CONFIG, TINY
+from tiny import CONFIG, TINY, load_config
 
+from djepa_jax import config as configuration
 from djepa_jax import main as cli
 from djepa_jax.checkpoint import lock_workdir
 
@@ -19,6 +21,14 @@ BAD_INPUT = {
     "unknown flag": (["--confg=x"], ["confg"]),
     "unknown mode": (["--mode=fly"], ["fly", "train"]),
     "stray word": (["sample"], ["sample", "--flag=VALUE"]),
+    "bucket as workdir": (["--workdir=gs://bucket/run"], ["--workdir", "gs://bucket/run", "local folder"]),
+    "seed below zero": (["--config.seed=-1"], ["config.seed", "-1", "between 0"]),
+    "seed too large": (["--config.sample.seed=3000000000"], ["sample.seed", "3000000000", "between 0"]),
+    "no loss at all": (["--config.loss.token_weight=0", "--config.loss.jepa_weight=0"], ["token_weight", "above 0"]),
+    "no hidden units": (["--config.model.mlp_ratio=0.001"], ["mlp_ratio", "0.001"]),
+    "negative depth": (["--config.model.encoder_depth=-1"], ["encoder_depth", "-1", "at least 0"]),
+    "evaluation of one sample": (["--config.evaluation.count=1"], ["evaluation.count", "1", "at least 2"]),
+    "evaluation of latents": (["--config.data.modality=image_latents"], ["evaluation.kind", "small_images", "none"]),
     "unknown loss": (["--config.loss.name=gan"], ["loss.name", "gan", "flow_matching"]),
     "sampler of the other loss": (["--config.sample.sampler=ddpm"], ["sample.sampler", "ddpm", "euler"]),
     "unknown size": (["--config.model.size=XL"], ["model.size", "XL", "custom"]),
@@ -33,7 +43,7 @@ BAD_INPUT = {
     "more AR steps than tokens": (["--config.sample.num_ar_steps=17"], ["num_ar_steps", "17", "16"]),
     "too few denoising steps": (["--config.sample.num_denoise_steps=1"], ["num_denoise_steps", "1"]),
     "class too large": (["--config.sample.labels=3,10"], ["sample.labels", "10", "0 to 9"]),
-    "class below zero": (["--config.sample.labels=-1"], ["sample.labels", "-1"]),
+    "class below zero": (["--config.sample.labels=-1"], ["sample.labels", "-1", "0 to 9"]),
     "class by an unknown word": (["--config.sample.labels=seven"], ["sample.labels", "seven"]),
     "cfg is NaN": (["--config.sample.cfg_scale=nan"], ["cfg_scale", "nan", "finite"]),
     "temperature is NaN": (["--config.sample.temperature=nan"], ["temperature", "nan", "finite"]),
@@ -75,7 +85,7 @@ def test_unknown_config_file_and_variant(tmp_path, capsys):
     assert run("--config=/no/such/config.py", f"--workdir={tmp_path}") == 2
     assert "/no/such/config.py" in capsys.readouterr().err
     assert run(f"--config={CONFIG}:vae", f"--workdir={tmp_path}") == 2
-    assert "vae" in capsys.readouterr().err
+    assert "it has flow and diffusion" in capsys.readouterr().err
 
 
 def test_workdir_that_is_a_file(tmp_path, capsys):
@@ -157,3 +167,78 @@ def test_finished_run_says_so_and_names_what_to_try(trained, capsys):
     assert "Training is complete (3 steps)" in output and "start afresh" in output
     assert "step_00000003.png" in output and "accuracy" in output
     assert output.count("-m djepa_jax.main") == 3
+
+
+@pytest.mark.parametrize("name", ["digits", "digits:diffusion", "djepa_l"])
+def test_suggested_commands_are_accepted(name):
+    config = load_config(name)
+    for extra in cli.next_steps(config):
+        overrides = [flag for flag in extra if flag.startswith("--config.")]
+        configuration.build(load_config(name, *overrides))
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(flag, capsys):
+    assert run(flag) == 0
+    output = capsys.readouterr().out
+    assert "usage:" in output and "--workdir" in output and "sample" in output
+
+
+BROKEN_CONFIGS = {
+    "no get_config": ("x = 1", "get_config"),
+    "an error in it": ("def get_config():\n    return undefined_name", "undefined_name"),
+    "not Python": ("def get_config(:", "SyntaxError"),
+    "keys missing": (
+        "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'seed': 1})",
+        "lacks a key",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CONFIGS)
+def test_broken_config_file_is_one_clear_error(case, tmp_path, capsys):
+    text, word = BROKEN_CONFIGS[case]
+    (tmp_path / "broken.py").write_text(text)
+    assert run(f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and word in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_file_after_a_space(tmp_path, capsys):
+    assert run("--config", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.num_step=3") == 2
+    assert "num_step; did you mean num_steps?" in capsys.readouterr().err
+
+
+def float_keys() -> list[str]:
+    flat = configuration.flatten(load_config("digits").to_dict())
+    return [key for key, value in flat.items() if isinstance(value, float)]
+
+
+@pytest.mark.parametrize("key", float_keys())
+@pytest.mark.parametrize("value", ["nan", "inf", "-1.0"])
+def test_no_number_may_be_nan_infinite_or_negative(key, value):
+    with pytest.raises(configuration.ConfigError, match=key):
+        configuration.build(load_config("digits", f"--config.{key}={value}"))
+
+
+def test_lost_checkpoints_are_never_a_start_from_scratch(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err and not (workdir / "checkpoints").exists()
+    (workdir / "checkpoints").touch()
+    assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_damaged_or_foreign_evaluation_is_made_again(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    record = json.loads((workdir / "evaluation.json").read_text())
+    for text in ('{"accuracy": 0.', "[]", json.dumps(record | {"ema_norm": 1.0, "accuracy": 0.123})):
+        (workdir / "evaluation.json").write_text(text)
+        assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 0
+        assert json.loads((workdir / "evaluation.json").read_text()) == record
+    assert capsys.readouterr().out.count("evaluating 70 samples") == 3

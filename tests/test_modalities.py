@@ -39,7 +39,7 @@ def test_other_examples_are_refused(modality):
     _, it, examples = modality
     it.check_example(examples[0])
     other = np.float32 if examples.dtype == np.uint8 else np.uint8
-    for wrong in (examples[0, :4], examples[0].astype(other)):
+    for wrong in (examples[0, :4], examples[0].astype(other), examples[0].astype(np.uint16), examples[0].astype(np.float64)):
         with pytest.raises(ValueError, match="expects"):
             it.check_example(wrong)
 

@@ -55,6 +55,27 @@ def test_stopping_and_resuming_changes_no_bit(uninterrupted, tmp_path):
         np.testing.assert_array_equal(actual[path], value, err_msg=path)
 
 
+def test_a_crash_costs_only_the_steps_since_the_last_save(uninterrupted, tmp_path):
+    """A step that was saved in the background while training went on resumes to the same bits, too."""
+
+    def crash(step):
+        if step == 15:
+            raise RuntimeError("power cut")
+        return False
+
+    every_four = run_config("--config.checkpoint_every=4", "--config.keep_checkpoints=2")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(every_four, str(tmp_path), should_stop=crash)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
+    assert train(every_four, str(tmp_path)).finished
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["16", "20"]
+    expected, actual = final_arrays(uninterrupted), final_arrays(tmp_path)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(actual[path], value, err_msg=path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
 def test_metrics_of_every_step_are_recorded(uninterrupted):
     lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -65,10 +86,6 @@ def test_metrics_of_every_step_are_recorded(uninterrupted):
     assert list(uninterrupted.glob("events.out.tfevents*"))
     stored = json.loads((uninterrupted / "config.json").read_text())
     assert stored["model"]["width"] == 16 and stored["num_steps"] == STEPS
-
-
-def test_newest_checkpoints_are_kept(uninterrupted):
-    assert Checkpoints(uninterrupted).latest_step() == STEPS
 
 
 def test_more_steps_go_on_from_a_finished_run(tmp_path, capsys):
@@ -148,6 +165,20 @@ def test_non_finite_step_changes_nothing_but_counters(step_parts):
     good, metrics = step(bad, as_float[2])
     assert int(metrics["bad_streak"]) == 0 and int(good.skipped_steps) == 1
     assert any((a != b).any() for a, b in zip(leaves(bad.params), leaves(good.params), strict=True))
+
+
+def test_a_run_without_one_good_step_is_not_complete(tmp_path):
+    np.savez(tmp_path / "dark.npz", images=np.zeros((32, 8, 8), np.uint8), labels=np.arange(32) % 10)
+    config = run_config(f"--config.data.path={tmp_path / 'dark.npz'}", "--config.data.source=npz", "--config.num_steps=2")
+    config.optimizer.clip_norm = 1e-45  # zero in float32: the update becomes 0 * inf
+    config.optimizer.epsilon = 1e-45
+    config.optimizer.warmup_steps = 1
+    try:
+        result = train(config, str(tmp_path / "run"))
+    except TrainingError as error:
+        assert "not finite" in str(error)
+    else:
+        assert all(np.isfinite(value).all() for value in final_arrays(tmp_path / "run").values()) and result.finished
 
 
 def test_too_many_bad_steps_stop_the_run(tmp_path, monkeypatch):

@@ -29,10 +29,12 @@ TINY = (
 )
 
 
-def load_config(name: str):
-    """A shipped config by name, perhaps with :variant."""
+def load_config(name: str, *extra: str):
+    """A shipped config by name, perhaps with :variant, with further flags."""
     file, _, variant = name.partition(":")
-    return parse(["djepa_jax", f"--config={CONFIGS / file}.py" + (f":{variant}" if variant else ""), "--workdir=unused"]).config
+    return parse(
+        ["djepa_jax", f"--config={CONFIGS / file}.py" + (f":{variant}" if variant else ""), "--workdir=unused", *extra]
+    ).config
 
 
 def tiny_config(*extra: str, variant: str = "flow"):

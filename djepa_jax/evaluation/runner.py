@@ -1,17 +1,26 @@
 """The `--mode=evaluate` command, and the same at the end of training."""
 
+import json
 import pathlib
 
+import jax
 import numpy as np
+import optax
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.checkpoint import write_json
 from djepa_jax.data.sources import open_source
-from djepa_jax.evaluation.small_images import evaluate_images
+from djepa_jax.evaluation.small_images import check_judgeable, evaluate_images
 from djepa_jax.generate import Generator, load_ema
 
 FILE_NAME = "evaluation.json"
+
+
+def identity(params, config, step: int) -> dict:
+    """What a record or a grid is of: step, sampler settings and a number that other weights would not have."""
+    norm = float(jax.jit(optax.tree.norm)(params))
+    return {"step": step, "weights": "ema", "ema_norm": norm, "sample": config.sample.to_dict()}
 
 
 def evaluate(config, generator: Generator, params, source, step: int, workdir, progress: bool = False) -> dict:
@@ -20,9 +29,20 @@ def evaluate(config, generator: Generator, params, source, step: int, workdir, p
     labels = np.arange(settings.count) % num_classes
     samples = generator.images(params, labels, settings.seed, progress)["images"]
     record = evaluate_images(samples, labels, source.images, source.labels)
-    record |= {"step": step, "weights": "ema", "evaluation": settings.to_dict(), "sample": config.sample.to_dict()}
+    record |= identity(params, config, step) | {"evaluation": settings.to_dict()}
     write_json(pathlib.Path(workdir) / FILE_NAME, record)
     return record
+
+
+def read_evaluation(config, params, step: int, workdir) -> dict | None:
+    """The workdir's record, if it can be read and is of these very weights and settings."""
+    try:
+        record = json.loads((pathlib.Path(workdir) / FILE_NAME).read_text())
+        expected = identity(params, config, step) | {"evaluation": config.evaluation.to_dict()}
+        figures = {name: record[name] for name in ("accuracy", "frechet_distance")}
+        return record if record == figures | expected else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def run_evaluate(config, workdir: str) -> dict:
@@ -36,6 +56,7 @@ def run_evaluate(config, workdir: str) -> dict:
     if config.evaluation.kind == "none":
         raise configuration.ConfigError('config.evaluation.kind is "none"; set it to "small_images" to evaluate.')
     source = open_source(config.data.source, config.data.path, experiment.modality, config.data.num_classes)
+    check_judgeable(source)
     mesh = sharding.make_mesh(config.mesh)
     params, step = load_ema(config, experiment, workdir, mesh)
     return evaluate(config, Generator(config, experiment, mesh), params, source, step, workdir, progress=True)

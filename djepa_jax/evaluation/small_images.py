@@ -33,6 +33,12 @@ def accuracy(images: np.ndarray, labels: np.ndarray, real_images: np.ndarray, re
     return float((classifier.predict(_flat(images) * PIXEL_TOP) == labels).mean())
 
 
+def check_judgeable(source) -> None:
+    """Raise ValueError unless a source can train the classifier: at least two classes of pictures."""
+    if len(np.unique(source.labels)) < 2:
+        raise ValueError('evaluation.kind "small_images" needs data of at least two classes; set evaluation.kind to "none".')
+
+
 def evaluate_images(images, labels, real_images, real_labels) -> dict[str, float]:
     """Both figures for uint8 samples against all real images: `accuracy` and `frechet_distance` (values 0..1)."""
     return {

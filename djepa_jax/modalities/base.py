@@ -21,6 +21,10 @@ class Modality(Protocol):
     def example_shape(self) -> tuple[int, ...]:
         """Shape of one example as the data source gives it."""
 
+    @property
+    def example_dtype(self) -> np.dtype:
+        """Type of its values."""
+
     def check_example(self, example: np.ndarray) -> None:
         """Raise ValueError, naming what was found and expected, if a source's example does not fit."""
 

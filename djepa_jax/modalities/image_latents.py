@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djepa_jax.modalities.patches import check_patches, check_shape, patchify, unpatchify
+from djepa_jax.modalities.patches import check_example, check_patches, patchify, unpatchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,14 @@ class ImageLatents:
         """Height, width, channels of the map."""
         return (self.size, self.size, self.channels)
 
+    @property
+    def example_dtype(self) -> np.dtype:
+        """float32."""
+        return np.dtype(np.float32)
+
     def check_example(self, example: np.ndarray) -> None:
         """Raise ValueError unless the example is a float map of this shape."""
-        check_shape(example, self.example_shape, "f")
+        check_example(example, self.example_shape, self.example_dtype)
 
     def tokenize(self, examples: jax.Array) -> jax.Array:
         """Latents `[B, H, W, C]` -> scaled tokens."""

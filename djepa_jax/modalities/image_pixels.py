@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djepa_jax.modalities.patches import check_patches, check_shape, patchify, unpatchify
+from djepa_jax.modalities.patches import check_example, check_patches, patchify, unpatchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,14 @@ class ImagePixels:
         """Height, width, channels."""
         return (self.size, self.size, self.channels)
 
+    @property
+    def example_dtype(self) -> np.dtype:
+        """uint8."""
+        return np.dtype(np.uint8)
+
     def check_example(self, example: np.ndarray) -> None:
         """Raise ValueError unless the example is a uint8 image of this shape."""
-        check_shape(example, self.example_shape, "u")
+        check_example(example, self.example_shape, self.example_dtype)
 
     def tokenize(self, examples: jax.Array) -> jax.Array:
         """uint8 images `[B, H, W, C]` -> tokens in [-1, 1]."""

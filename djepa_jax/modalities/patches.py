@@ -1,6 +1,7 @@
 """Maps as tokens: non-overlapping windows, row by row."""
 
 import jax
+import numpy as np
 from einops import rearrange
 
 
@@ -22,11 +23,10 @@ def check_patches(size: int, patch: int) -> None:
         )
 
 
-def check_shape(example, shape: tuple[int, ...], dtype_kind: str) -> None:
-    """Raise ValueError unless an example has this shape and kind of dtype ("u" uint8, "f" float)."""
-    if tuple(example.shape) != shape or example.dtype.kind != dtype_kind:
-        kind = {"u": "uint8", "f": "float"}[dtype_kind]
+def check_example(example, shape: tuple[int, ...], dtype) -> None:
+    """Raise ValueError unless an example has exactly this shape and type."""
+    if tuple(example.shape) != shape or example.dtype != dtype:
         raise ValueError(
-            f"the data holds {example.dtype} examples of shape {tuple(example.shape)}, the config expects {kind} "
-            f"of shape {shape}; set data.image_size and data.channels to match."
+            f"the data holds {example.dtype} examples of shape {tuple(example.shape)}, the config expects {np.dtype(dtype)} "
+            f"of shape {shape}; convert the data, or set data.image_size and data.channels to match."
         )

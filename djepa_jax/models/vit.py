@@ -58,9 +58,10 @@ class Linear(nnx.Module):
         dtype=jnp.float32,
         kernel_init: Initializer = xavier_init,
         bias_init: Initializer = zeros_init,
+        precision: jax.lax.Precision | None = None,
     ):
         out = (out,) if isinstance(out, int) else out
-        self.dtype = dtype
+        self.dtype, self.precision = dtype, precision
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, *out)))
         self.bias = nnx.Param(bias_init(rngs.params(), out))
 
@@ -72,7 +73,7 @@ class Linear(nnx.Module):
         """
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # [R, in]
         kernel = self.kernel[...].astype(self.dtype)
-        out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())))  # [R, *out]
+        out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), self.precision)  # [R, *out]
         out = out + self.bias[...].astype(self.dtype)
         return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
@@ -140,7 +141,7 @@ class Attention(nnx.Module):
 
 def attention_weights(q: jax.Array, k: jax.Array, key_mask: jax.Array | None) -> jax.Array:
     """Softmax of scaled dot products in float32: `[B, H, Q, d]`, `[B, H, S, d]` -> `[B, H, Q, S]`."""
-    scores = jnp.einsum("bhqd,bhsd->bhqs", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    scores = jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if key_mask is not None:
         scores = jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
