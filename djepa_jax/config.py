@@ -111,7 +111,7 @@ def _check_choices(config) -> None:
     _choice(config, "evaluation.kind", ("none", "small_images"))
 
 
-# Bounds of every number: (lowest, highest, what the bounds say). A bound with "<" is excluded.
+# Bounds of every number: (lowest, highest, what the bounds say), and the keys that they hold for.
 ABOVE_ZERO = (0, math.inf, "it must be above 0")
 AT_LEAST_ZERO = (0, math.inf, "it must be a finite number, at least 0")
 AT_LEAST_ONE = (1, math.inf, "it must be at least 1")

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from djepa_jax.config import flatten
-from djepa_jax.generate import command_line
+from djepa_jax.generate import command_line, run_sample
 
 MODES = ("train", "sample", "evaluate")
 USAGE = (
@@ -127,8 +127,6 @@ def run(values: flags.FlagValues) -> int:
     """Do what the flags say; returns the exit status."""
     config, workdir = values.config, values.workdir
     if values.mode == "sample":
-        from djepa_jax.generate import run_sample
-
         for path in run_sample(config, workdir, values.out):
             print(f"wrote {path}")
         return 0

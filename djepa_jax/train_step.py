@@ -131,6 +131,7 @@ def make_train_step(spec: TrainSpec) -> Callable:
     optimizer = make_optimizer(spec.optimizer)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        """One update; everything random in it is drawn from (seed, step)."""
         key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
         tokens = spec.tokenize(batch["image"])
 
