@@ -1,5 +1,7 @@
 """Maps as tokens: non-overlapping windows, row by row."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from einops import rearrange
@@ -15,18 +17,45 @@ def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Ar
     return rearrange(tokens, "b (h w) (c p q) -> b (h p) (w q) c", h=height // patch, w=width // patch, p=patch, q=patch)
 
 
-def check_patches(size: int, patch: int) -> None:
-    """Raise ValueError unless windows of `patch` tile a square of `size`."""
-    if patch < 1 or size % patch:
-        raise ValueError(
-            f"data.image_size {size} is not divisible by data.patch_size {patch}; choose a patch size that divides it."
-        )
+@dataclasses.dataclass(frozen=True)
+class PatchedMaps:
+    """Square maps `[size, size, channels]`, cut into windows of `patch` x `patch`; what pixels and latents share."""
 
+    size: int
+    channels: int
+    patch: int
 
-def check_example(example, shape: tuple[int, ...], dtype) -> None:
-    """Raise ValueError unless an example has exactly this shape and type."""
-    if tuple(example.shape) != shape or example.dtype != dtype:
-        raise ValueError(
-            f"the data holds {example.dtype} examples of shape {tuple(example.shape)}, the config expects {np.dtype(dtype)} "
-            f"of shape {shape}; convert the data, or set data.image_size and data.channels to match."
-        )
+    def __post_init__(self):
+        if self.patch < 1 or self.size % self.patch:
+            raise ValueError(
+                f"data.image_size {self.size} is not divisible by data.patch_size {self.patch}; "
+                "choose a patch size that divides it."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Windows per map."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def token_dim(self) -> int:
+        """Values per window."""
+        return self.channels * self.patch**2
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Height, width, channels."""
+        return (self.size, self.size, self.channels)
+
+    def check_example(self, example: np.ndarray) -> None:
+        """Raise ValueError unless an example has exactly this shape and the modality's `example_dtype`."""
+        if tuple(example.shape) != self.example_shape or example.dtype != self.example_dtype:
+            raise ValueError(
+                f"the data holds {example.dtype} examples of shape {tuple(example.shape)}, the config expects "
+                f"{self.example_dtype} of shape {self.example_shape}; convert the data, or set data.image_size and "
+                "data.channels to match."
+            )
+
+    def detokenize(self, tokens: jax.Array) -> jax.Array:
+        """Tokens `[B, N, C]` -> maps `[B, H, W, C]` in the same value range."""
+        return unpatchify(tokens, self.patch, self.size, self.size)
