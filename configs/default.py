@@ -72,6 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
     data.patch_size = 1
     data.latent_scale = 0.2325  # image_latents: factor between autoencoder and network
     data.num_classes = 1000
+    data.class_names = "imagenet"  # imagenet, a text file with one name per line, or "" to use the numbers
     data.random_flip = False
 
     sample = config.sample = ConfigDict()

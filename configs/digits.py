@@ -58,6 +58,7 @@ def get_config(variant: str = "flow") -> ConfigDict:
     config.data.channels = 1
     config.data.patch_size = 2
     config.data.num_classes = 10
+    config.data.class_names = ""  # the digits themselves
 
     config.sample.count = 100
     config.sample.cfg_scale = 1.5

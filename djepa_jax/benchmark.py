@@ -327,7 +327,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("steps", 10, "Training steps in one repeat.", 1, flag_values=values)
     flags.DEFINE_integer("repeats", 10, "Timed repeats.", 1, flag_values=values)
     flags.DEFINE_integer("warmup", 2, "Calls before the clock starts.", 0, flag_values=values)
-    read_flags(values, argv, USAGE, required=("config",))
+    read_flags(values, argv, USAGE, required=lambda _: ("config",))
     unknown = [part for part in values.parts if part not in PARTS]
     if unknown or not values.parts:
         raise UsageError(f'--parts={",".join(values.parts)}: "{"".join(unknown[:1])}" is not one of {", ".join(PARTS)}.')

@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: asynchronous saves, restore onto a mesh, and what a workdir may be used for.
 
 A step holds the item `state` (parameters, moving average, optimiser, counters; pure dicts and arrays) and the
-item `meta` (format number, resolved configuration, examples consumed).
+item `meta` (format number, resolved configuration, examples consumed). An imported step may hold less than a whole
+state: its `meta` names the parts.
 """
 
 import contextlib
@@ -19,7 +20,9 @@ import orbax.checkpoint as ocp
 from djepa_jax.train_step import TrainState
 
 FORMAT = 1
+CHUNK_BYTES, DATA_FILE_BYTES = 2**24, 2**26  # of imports and exports
 LOCK_NAME = ".lock"
+STATE_PARTS = tuple(field.name for field in dataclasses.fields(TrainState))
 RECORD_NAME = "last_saved.json"  # names a step that was saved whole, so that lost checkpoints are noticed
 
 
@@ -35,6 +38,7 @@ class Meta:
     config: dict
     step: int
     examples: int
+    parts: tuple[str, ...] = STATE_PARTS  # of the training state that the step holds; `ema_params` is always one
 
 
 class Checkpoints:
@@ -116,29 +120,20 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no step, it cannot be read, or its format is another.
         """
-        step = self._existing(step)
-        try:
-            stored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            meta = Meta(**stored)
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        if meta.format != FORMAT:
-            raise CheckpointError(f"{self.directory / str(step)} has format {meta.format}, this version reads {FORMAT}.")
-        return meta
+        return read_meta(self.directory / str(self._existing(step)))
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """A whole training state; `abstract` gives shapes, dtypes and shardings.
+    def restore(self, abstract: TrainState, meta: Meta) -> dict:
+        """The parts of a training state that a step holds, by name; `abstract` gives shapes, dtypes and shardings.
 
         Raises:
-            CheckpointError: there is no step, or it does not hold exactly these arrays.
+            CheckpointError: the step does not hold exactly these arrays.
         """
-        step = self._existing(step)
+        wanted = {name: getattr(abstract, name) for name in meta.parts}
         try:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(abstract)))
-            restored = self._manager.restore(step, args=arguments)["state"]
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            return self._manager.restore(meta.step, args=arguments)["state"]
         except Exception as error:
-            raise self._damaged(step, error) from error
-        return TrainState(**restored)
+            raise _damaged(self.directory / str(meta.step), error) from error
 
     def restore_ema(self, abstract: dict, step: int | None = None) -> dict:
         """The moving average of the parameters alone; `abstract` gives shapes, dtypes and shardings.
@@ -146,19 +141,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no step, or it does not hold exactly these arrays.
         """
-        step = self._existing(step)
-        item = {"ema_params": abstract}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        arguments = ocp.args.PyTreeRestore(item=item, partial_restore=True, restore_args=restore_args)
-        try:
-            with ocp.CheckpointManager(self.directory, options=self._options) as fresh:
-                restored = fresh.restore(step, args=ocp.args.Composite(state=arguments))["state"]["ema_params"]
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
-            if found.shape != expected.shape:
-                raise CheckpointError(f"{self.directory / str(step)}: shape {found.shape}, the model has {expected.shape}.")
-        return restored
+        return restore_ema(self.directory / str(self._existing(step)), abstract)
 
     def close(self) -> None:
         """Wait for pending work and release the manager."""
@@ -173,12 +156,97 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} holds no checkpoint; train first, or correct --workdir.")
         return step
 
-    def _damaged(self, step: int, error: Exception) -> CheckpointError:
-        path = self.directory / str(step)
-        return CheckpointError(
-            f"{path} cannot be restored ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). "
-            f"Nothing was overwritten. Move that folder away to go on from an older step."
-        )
+
+def read_meta(folder: pathlib.Path) -> Meta:
+    """What is stored beside the arrays of the step in `folder`.
+
+    Raises:
+        CheckpointError: it cannot be read, or its format is another.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            stored = reader.restore(folder / "meta")
+        meta = Meta(**stored | {"parts": tuple(stored.get("parts", STATE_PARTS))})
+    except Exception as error:
+        raise _damaged(folder, error) from error
+    if meta.format != FORMAT:
+        raise CheckpointError(f"{folder} has format {meta.format}, this version reads {FORMAT}.")
+    return meta
+
+
+def restore_ema(folder: pathlib.Path, abstract: dict) -> dict:
+    """The moving average in the step in `folder`, as `Checkpoints.restore_ema`."""
+    return restore_arrays(folder / "state", {"ema_params": abstract})["ema_params"]
+
+
+def restore_arrays(folder: pathlib.Path, abstract: dict) -> dict:
+    """Part of the arrays that Orbax wrote into `folder`; `abstract` gives shapes, dtypes and shardings.
+
+    Raises:
+        CheckpointError: one of them is missing, damaged or of another shape.
+    """
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    arguments = ocp.args.PyTreeRestore(item=abstract, partial_restore=True, restore_args=restore_args)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(folder, args=arguments)
+    except Exception as error:
+        raise _damaged(folder, error) from error
+    for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
+        if found.shape != expected.shape:
+            raise CheckpointError(f"{folder}: shape {found.shape}, the model has {expected.shape}.")
+    return restored
+
+
+def save_arrays(folder: pathlib.Path, arrays: dict) -> None:
+    """Write arrays with Orbax into a new folder, with little memory beside them."""
+    with ocp.Checkpointer(_sparing_handler()) as writer:
+        writer.save(folder, args=_sparing_save(arrays))
+
+
+def save_imported(workdir: str | os.PathLike, parts: dict, config: dict, step: int, examples: int) -> pathlib.Path:
+    """Write a step that holds only some parts of a training state, with little memory beside them.
+
+    Args:
+        workdir: a workdir without checkpoints.
+        parts: values of `TrainState` fields by name; `ema_params` must be one.
+        config: the resolved configuration.
+        step: number of the step.
+        examples: examples that were consumed before it.
+
+    Returns:
+        the folder of the step.
+    """
+    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    directory.mkdir(parents=True, exist_ok=True)
+    meta = dataclasses.asdict(Meta(FORMAT, config, step, examples, tuple(parts)))
+    arguments = ocp.args.Composite(state=_sparing_save(parts), meta=ocp.args.JsonSave(meta))
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=False)
+    handlers = {"state": _sparing_handler(), "meta": ocp.JsonCheckpointHandler()}
+    try:
+        with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+            manager.save(step, args=arguments)
+    except Exception as error:
+        raise CheckpointError(f"saving step {step} to {directory} failed: {error}") from error
+    write_json(directory.parent / RECORD_NAME, {"step": step})
+    return directory / str(step)
+
+
+def _sparing_handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, save_device_host_concurrent_gb=1)
+
+
+def _sparing_save(arrays: dict) -> ocp.args.PyTreeSave:
+    """Small data files and chunks: Orbax holds what is not yet in a finished data file in memory."""
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
+    return ocp.args.PyTreeSave(arrays, save_args=chunks, ocdbt_target_data_file_size=DATA_FILE_BYTES)
+
+
+def _damaged(folder: pathlib.Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} cannot be restored ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). "
+        f"Nothing was overwritten. Move that folder away to go on from an older step."
+    )
 
 
 def _as_dict(state: TrainState) -> dict:

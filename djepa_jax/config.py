@@ -5,7 +5,9 @@ Nothing here touches a file or a device, so that a wrong value is reported befor
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+from djepa_jax import class_names
 from djepa_jax.losses import SAMPLERS, TOKEN_LOSSES
 from djepa_jax.masking import MaskPlan, cfg_scales, reveal_counts
 from djepa_jax.modalities import MODALITIES
@@ -25,6 +27,8 @@ MODEL_KEYS = (
     "loss.jepa_weight above 0",
 )
 MAX_SEED = 2**31 - 1
+LATER_KEYS = {"data.class_names": ""}  # and the value that means what was done before
+FILE_NAME = "config.json"  # in a workdir: the resolved configuration
 
 
 class ConfigError(ValueError):
@@ -39,6 +43,7 @@ class Experiment:
     train: TrainSpec
     sample: SampleSpec
     sample_labels: tuple[int, ...]
+    class_names: tuple[str, ...]
 
 
 def _require(condition: bool, key: str, value, remedy: str) -> None:
@@ -88,8 +93,9 @@ def _assemble(config) -> Experiment:
         label_drop_prob=config.loss.label_drop_prob,
     )
     sample = SampleSpec(model, token_loss, config.sample.num_ar_steps, config.sample.cfg_scale != 1, config.sample.num_segments)
-    labels = parse_labels(config.sample.labels, config.data.num_classes, config.sample.count)
-    return Experiment(modality, train, sample, labels)
+    names = class_names.resolve(config.data.class_names, config.data.num_classes)
+    labels = parse_labels(config.sample.labels, names, config.sample.count)
+    return Experiment(modality, train, sample, labels, names)
 
 
 def make_mask_plan(config, num_tokens: int) -> MaskPlan:
@@ -218,22 +224,21 @@ def make_token_loss(config):
     return TOKEN_LOSSES["flow_matching"](time_shift=config.sample.time_shift, **shared)
 
 
-def parse_labels(text: str, num_classes: int, count: int) -> tuple[int, ...]:
+def parse_labels(text: str, names: Sequence[str], count: int) -> tuple[int, ...]:
     """The label of each of `count` samples: "all" classes in turn, or a comma-separated list, repeated.
 
+    An entry is an index, a name, or a part that only one of the names has.
+
     Raises:
-        ConfigError: not a number, or no such class.
+        ConfigError: an entry that is no class, or may be several.
     """
     if text == "all":
-        labels = list(range(num_classes))
+        labels = list(range(len(names)))
     else:
-        words = [word.strip() for word in text.split(",")]
-        for word in words:
-            usable = word.isdecimal() and int(word) < num_classes
-            _require(
-                usable, "sample.labels", text, f'"{word}" is not a class; classes are 0 to {num_classes - 1}, or write "all"'
-            )
-        labels = [int(word) for word in words]
+        try:
+            labels = [class_names.find_class(word, names) for word in text.split(",")]
+        except ValueError as error:
+            raise ConfigError(f'config.sample.labels is {text!r}; {error} Or write "all".') from error
     return tuple(labels[i % len(labels)] for i in range(count))
 
 
@@ -248,7 +253,18 @@ def resolved(config) -> dict:
     values["model"] |= resolve_size(config.model)
     values["loss"]["jepa_weight above 0"] = config.loss.jepa_weight > 0
     values["mesh"] = list(config.mesh)
+    if config.data.class_names not in ("", class_names.IMAGENET):  # a file's names travel with the weights
+        values["data"]["class_names"] = list(class_names.resolve(config.data.class_names, config.data.num_classes))
     return values
+
+
+def upgraded(stored: dict) -> dict:
+    """A stored configuration with the keys that came after it was written, set to what was done before."""
+    groups = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
+    for name, value in LATER_KEYS.items():
+        group, _, key = name.rpartition(".")
+        groups[group].setdefault(key, value)
+    return groups
 
 
 def differences(stored: dict, current: dict, keys=None) -> list[str]:

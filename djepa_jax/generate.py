@@ -1,25 +1,38 @@
 """From a trained model to pictures on disk: batches of samples, grids, npz files."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shlex
 import sys
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable
 from djepa_jax.config import ConfigError, Experiment
-from djepa_jax.logs import label_grid, save_png
 from djepa_jax.models.djepa import split_model
-from djepa_jax.sample import make_sampler
+from djepa_jax.pictures import label_grid, save_png
+from djepa_jax.sample import SampleSpec, Segment, make_sampler, make_step, plan_segments
 
 MAX_GRID = 100
+
+
+@functools.lru_cache(maxsize=8)
+def jitted_sampler(spec: SampleSpec, mesh) -> Callable:
+    """The sampler as one program per batch size; calls with equal settings share it."""
+    return jax.jit(make_sampler(spec), out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def jitted_step(spec: SampleSpec, segment: Segment) -> Callable:
+    """One autoregressive step of the sampler, padded to the shapes of `segment`."""
+    return jax.jit(make_step(spec, segment))
 
 
 class Generator:
@@ -29,27 +42,58 @@ class Generator:
         self.config, self.experiment, self.mesh = config, experiment, mesh
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-config.sample.batch_size // divisor) * divisor
-        self._sampler = jax.jit(make_sampler(experiment.sample), out_shardings=sharding.replicated(mesh))
+        self.scales = configuration.step_scales(config, experiment.modality.num_tokens)  # [T]
 
     def __call__(self, params, labels, seed: int, progress: bool = False) -> np.ndarray:
         """Sample one token map per label: `[n, N, C]` float32.
 
         Sample i depends on (seed, i) alone, so the last, padded batch changes nothing.
         """
-        sample, count = self.config.sample, len(labels)
-        scales = configuration.step_scales(self.config, self.experiment.modality.num_tokens)
-        place = sharding.batch_sharding(self.mesh)
-        batches = []
-        for start in tqdm(range(0, count, self.batch_size), "sampling", unit="batch", disable=None if progress else True):
+        sampler = jitted_sampler(self.experiment.sample, self.mesh)
+        temperature, batches = self.config.sample.temperature, []
+        for wanted, ids in progress_bar(self._batches(labels), progress):
+            batches.append(np.asarray(sampler(params, wanted, ids, seed, self.scales, temperature)))
+        return np.concatenate(batches)[: len(labels)]
+
+    def _batches(self, labels) -> list[tuple[jax.Array, jax.Array]]:
+        """Labels and sample numbers on the devices, batch by batch; the last one is padded."""
+        labels, place, batches = np.asarray(labels, np.int32), sharding.batch_sharding(self.mesh), []
+        for start in range(0, len(labels), self.batch_size):
             ids = np.arange(start, start + self.batch_size, dtype=np.int32)
-            wanted = np.asarray(labels, np.int32)[ids % count]
-            ids, wanted = jax.device_put((ids, wanted), place)
-            batches.append(np.asarray(self._sampler(params, wanted, ids, seed, scales, sample.temperature)))
-        return np.concatenate(batches)[:count]
+            batches.append(jax.device_put((labels[ids % len(labels)], ids), place))
+        return batches
 
     def images(self, params, labels, seed: int, progress: bool = False) -> dict[str, np.ndarray]:
         """Sampled examples as the modality exports them."""
-        return self.experiment.modality.export(self(params, labels, seed, progress))
+        arrays = self.experiment.modality.export(self(params, labels, seed, progress))
+        return {name: np.asarray(array) for name, array in arrays.items()}
+
+    def stream(self, params, labels, seed: int) -> Iterator[np.ndarray]:
+        """The tokens `[n, N, C]` after each autoregressive step, zero where not yet revealed.
+
+        The last ones are what a call gives. All samples are held at once.
+        """
+        spec = self.experiment.sample
+        batches = self._batches(labels)
+        states = [spec.start(len(ids)) for _, ids in batches]
+        for segment in plan_segments(spec):
+            for number in range(segment.start, segment.stop):
+                tokens = []
+                for index, (wanted, ids) in enumerate(batches):
+                    states[index], raster = jitted_step(spec, segment)(
+                        params, states[index], wanted, ids, seed, number, self.scales[number], self.config.sample.temperature
+                    )
+                    tokens.append(np.asarray(raster))
+                yield np.concatenate(tokens)[: len(labels)]
+
+
+def progress_bar(batches: list, show: bool) -> Iterable:
+    """The batches, with a bar where a terminal is watching."""
+    if not show:
+        return batches
+    from tqdm import tqdm  # the command line's dependency, not the Python interface's
+
+    return tqdm(batches, "sampling", unit="batch", disable=None)
 
 
 def load_ema(config, experiment: Experiment, workdir, mesh):
@@ -63,12 +107,16 @@ def load_ema(config, experiment: Experiment, workdir, mesh):
     try:
         meta = checkpoints.read_meta()
         check_same_model(meta.config, config)
-        _, abstract = split_model(experiment.train.model)
-        shardings = sharding.state_shardings(abstract, mesh)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        return checkpoints.restore_ema(abstract, meta.step), meta.step
+        return checkpoints.restore_ema(placed_params(experiment, mesh), meta.step), meta.step
     finally:
         checkpoints.close()
+
+
+def placed_params(experiment: Experiment, mesh) -> dict:
+    """Shapes, dtypes and shardings of the parameters on a mesh."""
+    _, abstract = split_model(experiment.train.model)
+    shardings = sharding.state_shardings(abstract, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
 def check_same_model(stored: dict, config) -> None:
@@ -95,12 +143,12 @@ def output_paths(out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     return base.with_name(base.name + ".png"), base.with_name(base.name + ".npz")
 
 
-def make_grid(images: np.ndarray, labels) -> np.ndarray:
-    """A labelled grid of the first pictures: uint8 `[H', W', 3]`."""
-    return label_grid(images[:MAX_GRID], [str(label) for label in labels[:MAX_GRID]])
+def make_grid(images: np.ndarray, labels, names) -> np.ndarray:
+    """A grid of the first pictures, each under its class name: uint8 `[H', W', 3]`."""
+    return label_grid(images[:MAX_GRID], [names[label] for label in labels[:MAX_GRID]])
 
 
-def save_samples(out: pathlib.Path, arrays: dict, labels, settings: dict) -> list[pathlib.Path]:
+def save_samples(out: pathlib.Path, arrays: dict, labels, names, settings: dict) -> list[pathlib.Path]:
     """Write `OUT.npz` with everything and, where there are pictures, a labelled grid `OUT.png`; return the paths."""
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings)
@@ -108,7 +156,7 @@ def save_samples(out: pathlib.Path, arrays: dict, labels, settings: dict) -> lis
     np.savez(npz, **arrays, labels=np.asarray(labels, np.int32), settings=text)
     if "images" not in arrays:
         return [npz]
-    save_png(png, make_grid(arrays["images"], labels), {"command": command_line(), "settings": text})
+    save_png(png, make_grid(arrays["images"], labels, names), {"command": command_line(), "settings": text})
     return [png, npz]
 
 
@@ -133,4 +181,4 @@ def run_sample(config, workdir: str, out: str) -> list[pathlib.Path]:
     labels = experiment.sample_labels
     arrays = Generator(config, experiment, mesh).images(params, labels, config.sample.seed, progress=True)
     settings = {"step": step, "model": dataclasses.asdict(experiment.train.model), "sample": config.sample.to_dict()}
-    return save_samples(target, arrays, labels, settings)
+    return save_samples(target, arrays, labels, experiment.class_names, settings)

@@ -1,22 +1,21 @@
-"""Command line: `python -m djepa_jax.main --config=FILE --workdir=DIR [--mode=train|sample|evaluate]`."""
+"""Command line: `python -m djepa_jax.main --config=FILE --workdir=DIR [--mode=train|sample|evaluate|import|export]`."""
 
 import difflib
-import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
+from djepa_jax.compilation import use_compilation_cache
 from djepa_jax.config import flatten
-from djepa_jax.generate import command_line, run_sample
+from djepa_jax.generate import command_line
 
-MODES = ("train", "sample", "evaluate")
+EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 USAGE = (
-    "usage: python -m djepa_jax.main --config=configs/digits.py --workdir=DIR [--mode=train|sample|evaluate] "
-    "[--config.KEY=VALUE ...]"
+    "usage: python -m djepa_jax.main --config=configs/digits.py --workdir=DIR "
+    "[--mode=train|sample|evaluate|import|export] [--config.KEY=VALUE ...]"
 )
 
 
@@ -35,14 +34,24 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         UsageError: an unknown flag, key or variant, a missing file, or a value of the wrong type.
     """
     values = flags.FlagValues()
-    flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and samples.", flag_values=values)
-    flags.DEFINE_string("out", "", "sample: where to write; the .png and .npz go side by side.", flag_values=values)
-    return read_flags(values, argv, USAGE, required=("config", "workdir"))
+    flags.DEFINE_string(
+        "out", "", "sample: where to write; the .png and .npz go side by side. export: the folder to write.", flag_values=values
+    )
+    flags.DEFINE_string("source", "", "import: a .pth or .safetensors file, or an export folder.", flag_values=values)
+    flags.DEFINE_enum("format", "orbax", EXPORT_FORMATS, "export: how the weights are written.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "export: replace an export that is there.", flag_values=values)
+    flags.DEFINE_string("license", "", "export: licence of the weights, for the model card.", flag_values=values)
+    return read_flags(values, argv, USAGE, required=lambda values: REQUIRED[values.mode])
 
 
-def read_flags(values: flags.FlagValues, argv: Sequence[str], usage: str, required: Sequence[str]) -> flags.FlagValues:
+def read_flags(
+    values: flags.FlagValues, argv: Sequence[str], usage: str, required: Callable[[flags.FlagValues], Sequence[str]]
+) -> flags.FlagValues:
     """Add `--config` to the flags in `values` and read the command line into them.
+
+    `required` tells, from the values, which flags must be given.
 
     Raises:
         UsageError: as `parse` does.
@@ -63,7 +72,7 @@ def read_flags(values: flags.FlagValues, argv: Sequence[str], usage: str, requir
         raise UsageError(_explain(error, argv, usage)) from error
     if rest:
         raise UsageError(f'"{rest[0]}" is not a flag; values are given as --flag=VALUE.\n{usage}')
-    for name in required:
+    for name in required(values):
         if not values[name].value:
             raise UsageError(f"--{name} is missing.\n{usage}")
     return values
@@ -116,31 +125,59 @@ def _known_keys(path: str) -> dict:
         return {}
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, one folder per JAX version, unless JAX was told where."""
-    if not jax.config.jax_compilation_cache_dir:
-        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "djepa_jax" / f"jax-{jax.__version__}"))
-
-
-def run(values: flags.FlagValues) -> int:
-    """Do what the flags say; returns the exit status."""
-    config, workdir = values.config, values.workdir
-    if values.mode == "sample":
-        for path in run_sample(config, workdir, values.out):
-            print(f"wrote {path}")
-        return 0
-    if values.mode == "evaluate":
-        from djepa_jax.evaluation.runner import run_evaluate
-
-        record = run_evaluate(config, workdir)
-        print(f"step {record['step']}: accuracy {record['accuracy']:.3f}, Frechet distance {record['frechet_distance']:.3f}")
-        print(f"wrote {pathlib.Path(workdir) / 'evaluation.json'}")
-        return 0
+def run_training(values: flags.FlagValues) -> None:
+    """Train, or go on with training."""
     from djepa_jax.train import train
 
-    summarise(train(config, workdir), config, workdir)
-    return 0
+    summarise(train(values.config, values.workdir), values.config, values.workdir)
+
+
+def run_sampling(values: flags.FlagValues) -> None:
+    """Draw samples from the latest checkpoint into files."""
+    from djepa_jax.generate import run_sample
+
+    for path in run_sample(values.config, values.workdir, values.out):
+        print(f"wrote {path}")
+
+
+def run_evaluation(values: flags.FlagValues) -> None:
+    """Judge samples of the latest checkpoint."""
+    from djepa_jax.evaluation.runner import run_evaluate
+
+    record = run_evaluate(values.config, values.workdir)
+    print(f"step {record['step']}: accuracy {record['accuracy']:.3f}, Frechet distance {record['frechet_distance']:.3f}")
+    print(f"wrote {pathlib.Path(values.workdir) / 'evaluation.json'}")
+
+
+def run_importing(values: flags.FlagValues) -> None:
+    """Make a checkpoint of weights from elsewhere."""
+    from djepa_jax.interop.importing import run_import
+
+    for line in run_import(values.config, values.workdir, values.source):
+        print(line)
+
+
+def run_exporting(values: flags.FlagValues) -> None:
+    """Make a folder of a trained model that can be taken anywhere."""
+    from djepa_jax.export import run_export
+
+    folder = run_export(values.config, values.workdir, values.out, values.format, values.overwrite, values.license)
+    for path in sorted(folder.iterdir()):
+        print(f"wrote {path}")
+
+
+# What each mode does, and the flags that it needs.
+COMMANDS = {
+    "train": run_training,
+    "sample": run_sampling,
+    "evaluate": run_evaluation,
+    "import": run_importing,
+    "export": run_exporting,
+}
+REQUIRED = {mode: ("config", "workdir") for mode in COMMANDS} | {
+    "import": ("config", "workdir", "source"),
+    "export": ("workdir", "out"),
+}
 
 
 def summarise(result, config, workdir: str) -> None:
@@ -180,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = parse(sys.argv if argv is None else argv)
         use_compilation_cache()
-        return run(values)
+        COMMANDS[values.mode](values)
+        return 0
     except HelpRequest as request:
         print(request)
         return 0

@@ -59,6 +59,11 @@ class SampleSpec:
     guided: bool
     num_segments: int = 8
 
+    def start(self, batch_size: int) -> SampleState:
+        """Nothing revealed yet."""
+        tokens = jnp.zeros((batch_size, self.model.num_tokens, self.model.token_dim))
+        return SampleState(tokens=tokens, num_visible=jnp.zeros((), jnp.int32))
+
 
 def plan_segments(spec: SampleSpec) -> list[Segment]:
     """Cut the steps into at most `num_segments` runs so that padding costs the fewest operations.
@@ -133,12 +138,8 @@ def run_steps(spec: SampleSpec, model, order, labels, cfg_scales, temperature, n
 
     `cfg_scales` is `[T]`; `noise_of` maps places `[K]` to noise `[B, K, S, C]`.
     """
-    num_tokens = spec.model.num_tokens
-    counts = jnp.asarray(reveal_counts(num_tokens, spec.num_ar_steps))
-    state = SampleState(
-        tokens=jnp.zeros((len(labels), num_tokens, spec.model.token_dim)),
-        num_visible=jnp.zeros((), jnp.int32),
-    )
+    counts = jnp.asarray(reveal_counts(spec.model.num_tokens, spec.num_ar_steps))
+    state = spec.start(len(labels))
     for segment in plan_segments(spec):
 
         def step(state, inputs, segment=segment):
@@ -178,3 +179,22 @@ def make_sampler(spec: SampleSpec) -> Callable:
         return run_steps(spec, nnx.merge(graph, params), order, labels, cfg_scales, temperature, noise_of)
 
     return generate
+
+
+def make_step(spec: SampleSpec, segment: Segment) -> Callable:
+    """One step of `make_sampler` as a function of its own, for watching a picture grow.
+
+    `(params, state, labels, sample_ids, seed, number, cfg_scale, temperature) -> (state, tokens [B, N, C])`; `number`
+    is the step's, inside `segment`, and the tokens are in raster order, zero where nothing is revealed yet.
+    """
+    graph, _ = split_model(spec.model)
+    counts = reveal_counts(spec.model.num_tokens, spec.num_ar_steps)
+
+    def step(params, state, labels, sample_ids, seed, number, cfg_scale, temperature):
+        order, noise_of = sample_streams(spec, seed, sample_ids)
+        model = nnx.merge(graph, params)
+        num_new = jnp.asarray(counts)[number]
+        state = ar_step(spec, model, state, order, labels, num_new, cfg_scale, temperature, noise_of, segment)
+        return state, to_raster(state.tokens, order)
+
+    return step

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 from djepa_jax import config as configuration
 from djepa_jax import logs, sharding
@@ -111,7 +112,7 @@ class _Run:
         """A fresh state, or the latest checkpoint's with the examples it has seen."""
         step = self.checkpoints.step_to_resume()
         if step is None:
-            write_json(self.workdir / "config.json", configuration.resolved(self.config))
+            write_json(self.workdir / configuration.FILE_NAME, configuration.resolved(self.config))
             make = jax.jit(lambda: init_state(self.experiment.train), out_shardings=self.shardings)
             return make(), 0
         meta = self.checkpoints.read_meta(step)
@@ -121,11 +122,23 @@ class _Run:
         if step > self.config.num_steps:
             self.progress.say(f"the checkpoint already has {step} steps, more than num_steps {self.config.num_steps}")
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings)
-        state = self.checkpoints.restore(abstract, step)
+        state = self._complete(self.checkpoints.restore(abstract, meta))
         if step < self.config.num_steps:
-            write_json(self.workdir / "config.json", configuration.resolved(self.config))
+            write_json(self.workdir / configuration.FILE_NAME, configuration.resolved(self.config))
             self.progress.say(f"going on from step {step} of {self.config.num_steps} ({self.checkpoints.directory})")
         return state, meta.examples
+
+    def _complete(self, parts: dict) -> TrainState:
+        """The state that a step holds; what an import left out starts afresh, the parameters from their average."""
+        if parts.keys() == {field.name for field in dataclasses.fields(TrainState)}:
+            return TrainState(**parts)
+        self.progress.say(f"the checkpoint was imported with {', '.join(parts)}; the rest of the training state starts afresh")
+
+        def fill(parts):
+            fresh = dataclasses.replace(init_state(self.experiment.train), **parts)
+            return dataclasses.replace(fresh, params=parts.get("params", jax.tree.map(jnp.copy, parts["ema_params"])))
+
+        return jax.jit(fill, out_shardings=self.shardings)(parts)
 
     def _announce(self, writer: logs.MetricWriter, state: TrainState) -> None:
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -238,9 +251,10 @@ class _Run:
     def _sample_grid(self, step: int, state: TrainState, writer) -> None:
         labels = self.experiment.sample_labels
         arrays = self.generator.images(state.ema_params, labels, self.config.sample.seed)
-        save_samples(self._grid_path(step), arrays, labels, identity(state.ema_params, self.config, step))
+        names = self.experiment.class_names
+        save_samples(self._grid_path(step), arrays, labels, names, identity(state.ema_params, self.config, step))
         if "images" in arrays:
-            writer.write_images(step, {"samples": make_grid(arrays["images"], labels)})
+            writer.write_images(step, {"samples": make_grid(arrays["images"], labels, names)})
 
     def _evaluate(self, step: int, state: TrainState, writer) -> dict:
         record = evaluate(self.config, self.generator, state.ema_params, self.source, step, self.workdir, progress=True)

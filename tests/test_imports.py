@@ -28,6 +28,11 @@ OWNERS = {
     "clu": ["logs.py"],
     "tensorboardX": ["logs.py"],
     "sklearn": ["data", "evaluation"],
+    "safetensors": ["interop"],
+    "torch": ["interop"],
+    "tqdm": ["generate.py"],
+    "ml_collections": ["main.py"],
+    "absl": ["main.py", "benchmark.py"],
 }
 FORBIDDEN = {
     "losses": {"djepa_jax.models", "djepa_jax.sample", "djepa_jax.train"},
@@ -73,14 +78,15 @@ def test_layers_point_downwards(place):
         assert not found, f"{path} imports {found}"
 
 
-def test_nothing_imports_torch_or_tensorflow():
+def test_nothing_imports_tensorflow():
     for path in PACKAGE.rglob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "tensorflow"}, path
+        assert "tensorflow" not in {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_importing_touches_no_device():
     code = (
-        "import djepa_jax.main, djepa_jax.train, djepa_jax.generate, sys; from jax._src import xla_bridge; "
-        "assert not xla_bridge.backends_are_initialized(); assert not {'torch', 'tensorflow'} & set(sys.modules)"
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'tensorflow', 'safetensors', 'flatbuffers')); "  # not importable
+        "import djepa_jax.main, djepa_jax.train, djepa_jax.api, djepa_jax.export, djepa_jax.interop.importing; "
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

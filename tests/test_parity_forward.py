@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
-from djepa_jax.interop.official import from_official, to_official
+from djepa_jax.interop.official import to_official
 from djepa_jax.losses import jepa_loss
 from djepa_jax.losses.diffusion import Diffusion
 from djepa_jax.losses.flow_matching import FlowMatching
@@ -151,14 +151,3 @@ def test_names_map_both_ways(parity):
     assert sorted(official) == sorted(parity.tensors)
     for name, value in official.items():
         np.testing.assert_array_equal(value, parity.tensors[name])
-
-
-def test_mismatched_tensors_are_all_named(gauss):
-    tensors = dict(gauss.tensors)
-    del tensors["z_proj.bias"]
-    tensors["surplus"] = np.zeros(3)
-    tensors["mask_token"] = np.zeros((1, 1, 7), np.float32)
-    with pytest.raises(ValueError) as error:
-        from_official(tensors, gauss.abstract)
-    for name in ("z_proj.bias: missing", "surplus: not part", "mask_token: shape"):
-        assert name in str(error.value)

@@ -7,6 +7,7 @@ layer axis; the qkv projection is `[3 D, D]` there and `[D, 3, D]` here.
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import jax
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
@@ -120,32 +121,28 @@ def to_official(params: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_official(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
-    """The authors' tensors as our parameters.
+def official_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
+    """The authors' names and shapes of the tensors that make up a model, from the shapes of our parameters."""
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)  # no memory
+    return {name: value.shape for name, value in to_official(hollow).items()}
+
+
+def from_official(tensors: Mapping[str, np.ndarray], abstract: dict, place: Callable = np.asarray) -> dict:
+    """The authors' tensors, which must be exactly those of `official_shapes(abstract)`, as our parameters.
 
     Args:
-        tensors: arrays under the authors' names.
+        tensors: arrays under the authors' names; each is read once, just before it is needed.
         abstract: the shapes that our model expects, as `models.djepa.split_model` gives them.
-
-    Raises:
-        ValueError: tensors that are missing, surplus or of another shape, each named.
+        place: applied to every finished array before the next one is read.
     """
-    expected = traverse_util.flatten_dict(abstract, sep="/")
-    params, problems, used = {}, [], set()
-    for path, leaf in expected.items():
+    params = {}
+    for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
         name, layout = OFFICIAL_NAMES[path]
-        names = [name.replace(LAYER, str(i)) for i in range(leaf.shape[0])] if LAYER in name else [name]
-        used.update(names)
-        missing = [n for n in names if n not in tensors]
-        if missing:
-            problems += [f"{n}: missing" for n in missing]
+        if LAYER not in name:
+            params[path] = place(layout.from_official(tensors[name]))
             continue
-        value = [layout.from_official(np.asarray(tensors[n])) for n in names]
-        value = np.stack(value) if LAYER in name else value[0]
-        if value.shape != leaf.shape:
-            problems.append(f"{name}: shape {value.shape} after conversion, the model has {leaf.shape}")
-        params[path] = value
-    problems += [f"{name}: not part of this model" for name in sorted(set(tensors) - used)]
-    if problems:
-        raise ValueError("The tensors do not fit the model:\n  " + "\n  ".join(problems))
+        value = np.empty(leaf.shape, leaf.dtype)
+        for layer in range(leaf.shape[0]):
+            value[layer] = layout.from_official(tensors[name.replace(LAYER, str(layer))])
+        params[path] = place(value)
     return traverse_util.unflatten_dict(params, sep="/")

@@ -1,6 +1,6 @@
 """What a modality is: the only place that knows what tokens stand for."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -34,5 +34,8 @@ class Modality(Protocol):
     def detokenize(self, tokens: jax.Array) -> jax.Array:
         """Tokens `[B, N, C]` -> examples in float32, in the tokenizer's value range."""
 
-    def export(self, tokens: np.ndarray) -> dict[str, Any]:
-        """Tokens `[B, N, C]` -> named arrays for a file; `images` (uint8 `[B, H, W, C]`) where it makes pictures."""
+    def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
+        """Tokens `[B, N, C]` -> named arrays for a file; `images` (uint8 `[B, H, W, C]`) where it makes pictures.
+
+        Runs inside `jit` and outside.
+        """

@@ -21,6 +21,6 @@ class ImageLatents(PatchedMaps):
         """Latents `[B, H, W, C]` -> scaled tokens."""
         return patchify(examples.astype(jnp.float32) * self.scale, self.patch)
 
-    def export(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
         """{"latents": float32 `[B, H, W, C]`} in the autoencoder's own scale."""
-        return {"latents": np.asarray(self.detokenize(tokens), np.float32) / self.scale}
+        return {"latents": self.detokenize(tokens) / self.scale}

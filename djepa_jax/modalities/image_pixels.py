@@ -19,7 +19,6 @@ class ImagePixels(PatchedMaps):
         """uint8 images `[B, H, W, C]` -> tokens in [-1, 1]."""
         return patchify(examples.astype(jnp.float32) / 127.5 - 1, self.patch)
 
-    def export(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
         """Clip, round to the nearest of 256 levels: {"images": uint8 `[B, H, W, C]`}."""
-        images = np.asarray(self.detokenize(tokens), np.float32)
-        return {"images": np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)}
+        return {"images": jnp.clip(jnp.round((self.detokenize(tokens) + 1) * 127.5), 0, 255).astype(jnp.uint8)}

@@ -1,0 +1,145 @@
+"""The model card of an export: what the weights are, where they come from, how good they were found to be."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from djepa_jax.ahead_of_time import ARRAYS_NAME, SAMPLER_NAME, arguments
+from djepa_jax.config import Experiment
+from djepa_jax.settings import Settings
+
+FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
+REPOSITORY_LICENCE = "Apache-2.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What a workdir tells about its weights; None where it keeps no record of these very ones."""
+
+    imported: dict | None
+    metrics: dict | None
+    evaluation: dict | None
+
+
+def read_provenance(workdir: pathlib.Path, step: int, ema_norm: float) -> Provenance:
+    """Read the records of a workdir that belong to a step."""
+    evaluation = _read_json(workdir / "evaluation.json")
+    if evaluation and (evaluation["step"] != step or not math.isclose(evaluation["ema_norm"], ema_norm, rel_tol=1e-5)):
+        evaluation = None  # of other weights
+    return Provenance(_read_json(workdir / "imported.json"), _last_metrics(workdir / "metrics.jsonl", step), evaluation)
+
+
+def _read_json(path: pathlib.Path) -> dict | None:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _last_metrics(path: pathlib.Path, step: int) -> dict | None:
+    """The last line of training metrics up to a step."""
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return next((line for line in reversed(lines) if line["step"] <= step and "loss" in line), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def model_card(
+    config: Settings, experiment: Experiment, step: int, parameters: int, weights: str, provenance: Provenance, licence: str
+) -> str:
+    """The card as Markdown."""
+    model, data = experiment.train.model, config.data
+    sections = {
+        "Model": f"D-JEPA, {parameters:,} parameters (width {model.width}, "
+        f"{model.encoder_depth} + {model.predictor_depth} blocks, "
+        f"denoiser {model.denoiser_depth} x {model.denoiser_width}, {config.loss.name} loss, "
+        f"{'with' if model.jepa_head else 'without'} JEPA loss). It generates {model.num_tokens} tokens of {model.token_dim} "
+        f"values; {data.modality} {data.image_size} x {data.image_size} x {data.channels}, patch {data.patch_size}. These are "
+        "the moving-average weights in float32.",
+        "Use": _usage(weights, experiment),
+        "Data": _data(config),
+        "Training": _training(config, step, provenance),
+        "Evaluation": _evaluation(provenance.evaluation),
+        "Licence": _licence(licence, provenance),
+        "Limits": _limits(config, experiment),
+        "Files": "`config.json` holds the complete configuration and the class names; `manifest.json` the size and sha256 of "
+        "every file.",
+    }
+    return "# D-JEPA model\n\n" + "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
+
+
+def _usage(weights: str, experiment: Experiment) -> str:
+    if weights == "stablehlo":
+        names = arguments(experiment.sample.guided)
+        scalars = {"seed": "0", "cfg_scale": "np.float32(1.5)", "temperature": "np.float32(1.0)"}
+        call = ", ".join(scalars.get(name, name) for name in names)
+        return (
+            "Needs only jax, flatbuffers and numpy:\n\n```python\nimport jax, numpy as np\n"
+            f'sampler = jax.export.deserialize(bytearray(open("{SAMPLER_NAME}", "rb").read()))\n'
+            f'params = dict(np.load("{ARRAYS_NAME}"))\n'
+            f"size = sampler.in_avals[-{len(names) - 1}].shape[0]  # the batch size is fixed\n"
+            "labels, sample_ids = np.zeros(size, np.int32), np.arange(size, dtype=np.int32)\n"
+            f"result = sampler.call({call})\nprint({{name: value.shape for name, value in result.items()}})\n```"
+        )
+    return (
+        '```python\nimport djepa_jax\nmodel = djepa_jax.load("PATH OF THIS FOLDER")\n'
+        "images = model.sample(labels=[0, 1], seed=0)\n```\n\n"
+        "or as the start of training: `python -m djepa_jax.main --mode=import --source=PATH --config=FILE --workdir=DIR`."
+    )
+
+
+def _data(config: Settings) -> str:
+    place = f" ({pathlib.PurePath(config.data.path).name})" if config.data.path else ""
+    return f"Source `{config.data.source}`{place}, {config.data.num_classes} classes."
+
+
+def _training(config: Settings, step: int, provenance: Provenance) -> str:
+    lines = []
+    if provenance.imported:
+        imported = provenance.imported
+        lines.append(
+            f"Weights imported at step {imported['step']} from `{imported['source']}` (sha256 `{imported['sha256']}`) on "
+            f"{imported['imported']}."
+        )
+    own = step - (provenance.imported or {"step": 0})["step"]
+    if own:
+        lines.append(
+            f"{own:,} steps of {config.batch_size} examples here, peak learning rate {config.optimizer.learning_rate}, "
+            f"moving average {config.optimizer.ema_decay}, computed in {config.compute_dtype}, seed {config.seed}."
+        )
+    if provenance.metrics:
+        figures = ", ".join(f"{k} {provenance.metrics[k]:.4f}" for k in FIGURES if provenance.metrics.get(k) is not None)
+        lines.append(f"At step {provenance.metrics['step']}: {figures}.")
+    return "\n".join(lines) or "No training was recorded."
+
+
+def _evaluation(evaluation: dict | None) -> str:
+    if evaluation is None:
+        return "No evaluation of these weights was recorded."
+    return (
+        f"Share of samples that show the class asked for: {evaluation['accuracy']:.3f} (judged by a classifier of the real "
+        f"data); Frechet distance in raw pixels: {evaluation['frechet_distance']:.3f}. Both over "
+        f"{evaluation['evaluation']['count']} samples; settings:\n\n```json\n{json.dumps(evaluation['sample'], indent=1)}\n```"
+    )
+
+
+def _licence(licence: str, provenance: Provenance) -> str:
+    if licence:
+        return f"Weights: {licence}. Code: {REPOSITORY_LICENCE}."
+    owner = "whoever made the imported file decides" if provenance.imported else "whoever trained the model decides"
+    return (
+        f"Not stated for the weights: {owner}, within what the licence of the data allows. The code that made this export "
+        f"is {REPOSITORY_LICENCE}; that says nothing about the weights."
+    )
+
+
+def _limits(config: Settings, experiment: Experiment) -> str:
+    text = (
+        f"It draws pictures of {len(experiment.class_names)} classes in the manner of its data, with that data's gaps and "
+        "biases, and nothing else; it may reproduce training examples. It was not judged beyond what stands above."
+    )
+    if config.data.modality == "image_latents":
+        text += f" It makes latents (divided by {config.data.latent_scale}); an autoencoder has to turn them into pictures."
+    return text

@@ -1,0 +1,145 @@
+"""Trained models on disk, in each of the forms they may have: a workdir, one step of it, an export folder."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+from djepa_jax.checkpoint import FORMAT, CheckpointError, Checkpoints, read_meta, restore_arrays, restore_ema
+from djepa_jax.config import upgraded
+from djepa_jax.settings import Settings
+
+CONFIG_NAME, MANIFEST_NAME = "config.json", "manifest.json"
+PARAMS_NAME, TENSORS_NAME = "params", "model.safetensors"
+ORBAX, SAFETENSORS, OFFICIAL = "orbax", "safetensors", "official"  # what `weights` of an export may be
+KIND = "djepa_jax export"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """The moving average of a model's parameters on disk, and the configuration it was trained with."""
+
+    path: pathlib.Path
+    config: Settings
+    step: int
+    restore: Callable[[dict], dict]  # abstract parameters with shardings -> parameters
+
+
+def find_model(path: str | os.PathLike) -> StoredModel:
+    """Find out what `path` is and read its configuration; no array is read yet.
+
+    Raises:
+        CheckpointError: there is no model at `path`, or it cannot be used.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if is_export(path):
+        return _export(path)
+    if (path / "meta").is_dir() and (path / "state").is_dir():
+        return _step(path)
+    workdir = path.parent if path.name == "checkpoints" else path
+    if (workdir / "checkpoints").is_dir():
+        checkpoints = Checkpoints(workdir)
+        try:
+            step = checkpoints.latest_step()
+        finally:
+            checkpoints.close()
+        if step is not None:
+            return _step(checkpoints.directory / str(step))
+        raise CheckpointError(f"{workdir / 'checkpoints'} holds no finished checkpoint yet.")
+    found = "does not exist" if not path.exists() else "is a file" if path.is_file() else "is another folder"
+    raise CheckpointError(f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an export.')
+
+
+def _step(folder: pathlib.Path) -> StoredModel:
+    meta = read_meta(folder)
+    return StoredModel(folder, Settings(upgraded(meta.config)), meta.step, lambda abstract: restore_ema(folder, abstract))
+
+
+def is_export(path: pathlib.Path) -> bool:
+    """Whether a folder was written by `--mode=export`."""
+    try:
+        return _read_record(path).get("kind") == KIND
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def weights_of(folder: pathlib.Path) -> str:
+    """In which form an export holds its weights."""
+    return _read_record(folder)["weights"]
+
+
+def _read_record(folder: pathlib.Path) -> dict:
+    return json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+
+
+def tensor_file(folder: pathlib.Path) -> pathlib.Path:
+    """The safetensors file of an export folder."""
+    return folder / TENSORS_NAME
+
+
+def _export(folder: pathlib.Path) -> StoredModel:
+    record = _read_record(folder)
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has format {record['format']}, this version reads {FORMAT}.")
+    if record["weights"] not in READERS:
+        raise CheckpointError(
+            f'"{folder}" holds a compiled sampler ({record["weights"]}), not a model to load; its README.md shows how to call it.'
+        )
+
+    def restore(abstract: dict) -> dict:
+        check_manifest(folder)
+        return READERS[record["weights"]](folder, abstract)
+
+    return StoredModel(folder, Settings(upgraded(record["config"])), record["step"], restore)
+
+
+def _read_orbax(folder: pathlib.Path, abstract: dict) -> dict:
+    return restore_arrays(folder / PARAMS_NAME, abstract)
+
+
+def _read_tensors(folder: pathlib.Path, abstract: dict) -> dict:
+    from djepa_jax.interop.reading import read_params  # needs safetensors
+
+    return read_params(tensor_file(folder), abstract)
+
+
+READERS = {ORBAX: _read_orbax, SAFETENSORS: _read_tensors, OFFICIAL: _read_tensors}
+
+
+def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Every file of an export but the manifest, in a fixed order."""
+    yield from sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+
+
+def manifest_of(folder: pathlib.Path) -> dict[str, dict]:
+    """Bytes and sha256 of every file, by its name relative to the folder."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in files_below(folder)
+    }
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Hexadecimal digest of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_manifest(folder: pathlib.Path) -> None:
+    """Compare every file of an export with its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or differs, or there is no manifest.
+    """
+    try:
+        expected = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read ({error}); export the model again.") from error
+    for name, entry in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the export again.")
+        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} differs from its checksum in {MANIFEST_NAME}; copy the export again.")
