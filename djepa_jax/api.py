@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from djepa_jax.models.djepa import ModelConfig, split_model
 from djepa_jax.stored import find_model
 
 Label = int | str | None
+# What may replace a setting of each type, and how that is said.
+KINDS = {
+    str: (str, "text"),
+    int: (int | np.integer, "a whole number"),
+    float: (int | float | np.integer | np.floating, "a number"),
+}
 
 
 def load(path: str | os.PathLike, mesh: tuple[int, int, int] = (-1, 1, 1)) -> "Model":
@@ -75,8 +81,8 @@ class Model:
             ValueError: an unknown label or setting, or a value that cannot work.
             TypeError: the model makes latents, not pictures: use `sample_arrays`.
         """
-        arrays = self.sample_arrays(labels, seed, **settings)
-        return self._pictures(arrays)
+        self._check_pictures()
+        return self.sample_arrays(labels, seed, **settings)["images"]
 
     def sample_arrays(self, labels: Label | Sequence[Label], seed: int = 0, **settings) -> dict[str, np.ndarray]:
         """As `sample`, but everything that the modality makes of the tokens, by name (`images` or `latents`)."""
@@ -88,10 +94,11 @@ class Model:
 
         Tokens that are not yet revealed show the middle of the value range (grey). All pictures are drawn at once.
         """
+        self._check_pictures()
         wanted = self._find(labels)
-        generator = self._generator(len(wanted), settings)
-        for tokens in generator.stream(self.params, wanted, _seed(seed)):
-            yield self._pictures(self._experiment.modality.export(tokens))
+        steps = self._generator(len(wanted), settings).stream(self.params, wanted, _seed(seed))
+        export = self._experiment.modality.export
+        return (np.asarray(export(tokens)["images"]) for tokens in steps)  # so that errors come from the call itself
 
     def encode(self, images: np.ndarray, labels: Label | Sequence[Label] = None) -> np.ndarray:
         """Features of whole images by the context encoder.
@@ -132,7 +139,7 @@ class Model:
         return self._experiment.train.model.null_label if label is None else find_class(label, self.labels)
 
     def _find(self, labels: Label | Sequence[Label]) -> list[int]:
-        one = labels is None or isinstance(labels, str | int | np.integer)
+        one = isinstance(labels, str | bytes) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
         wanted = [self.find_label(label) for label in ([labels] if one else labels)]
         if not wanted:
             raise ValueError("labels are empty; name at least one class.")
@@ -143,12 +150,14 @@ class Model:
         if unknown:
             usable = sorted(self.config.sample.keys() - {"labels", "count", "seed", "batch_size"})
             raise ValueError(f"unknown setting {', '.join(sorted(unknown))}; there are {', '.join(usable)}.")
+        changes = {"sample.batch_size": self._batch_size(count)}
         for name, value in settings.items():
             stored = self.config.sample[name]
-            if isinstance(stored, str) != isinstance(value, str) or not isinstance(value, str | int | float | np.number):
-                raise ValueError(f"{name} is {value!r}; it must be of the kind of {stored!r}.")
-        changes = {f"sample.{name}": value for name, value in settings.items()}
-        config = self.config.updated(changes | {"sample.batch_size": self._batch_size(count)})
+            kinds, remedy = KINDS[type(stored)]
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"{name} is {value!r}; it must be {remedy}, such as {stored!r}.")
+            changes[f"sample.{name}"] = type(stored)(value)  # one type, or temperature=1 would compile what 1.0 has compiled
+        config = self.config.updated(changes)
         return Generator(config, configuration.build(config), self._mesh)
 
     def _batch_size(self, count: int) -> int:
@@ -157,14 +166,16 @@ class Model:
         divisor = sharding.batch_divisor(self._mesh)
         return -(-size // divisor) * divisor
 
-    def _pictures(self, arrays: dict) -> np.ndarray:
-        if "images" not in arrays:
-            raise TypeError(f"this model makes {', '.join(arrays)}, not pictures; use sample_arrays, and decode them.")
-        return np.asarray(arrays["images"])
+    def _check_pictures(self) -> None:
+        modality = self._experiment.modality
+        tokens = jax.ShapeDtypeStruct((1, modality.num_tokens, modality.token_dim), jnp.float32)
+        made = jax.eval_shape(modality.export, tokens)
+        if "images" not in made:
+            raise TypeError(f"this model makes {', '.join(made)}, not pictures; use sample_arrays, and decode them.")
 
 
 def _seed(seed: int) -> int:
-    if not isinstance(seed, int | np.integer) or not 0 <= seed <= configuration.MAX_SEED:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= configuration.MAX_SEED:
         raise ValueError(f"seed is {seed!r}; it must be a whole number between 0 and {configuration.MAX_SEED}.")
     return int(seed)
 

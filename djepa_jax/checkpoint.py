@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from djepa_jax.train_step import TrainState
 
 FORMAT = 1
-CHUNK_BYTES, DATA_FILE_BYTES = 2**24, 2**26  # of imports and exports
+CHUNK_BYTES = 2**22  # of imports and exports; what is written at a time
 LOCK_NAME = ".lock"
 STATE_PARTS = tuple(field.name for field in dataclasses.fields(TrainState))
 RECORD_NAME = "last_saved.json"  # names a step that was saved whole, so that lost checkpoints are noticed
@@ -199,9 +200,9 @@ def restore_arrays(folder: pathlib.Path, abstract: dict) -> dict:
 
 
 def save_arrays(folder: pathlib.Path, arrays: dict) -> None:
-    """Write arrays with Orbax into a new folder, with little memory beside them."""
-    with ocp.Checkpointer(_sparing_handler()) as writer:
-        writer.save(folder, args=_sparing_save(arrays))
+    """Write arrays with Orbax into a new folder."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(folder, args=ocp.args.PyTreeSave(arrays))
 
 
 def save_imported(workdir: str | os.PathLike, parts: dict, config: dict, step: int, examples: int) -> pathlib.Path:
@@ -220,11 +221,12 @@ def save_imported(workdir: str | os.PathLike, parts: dict, config: dict, step: i
     directory = pathlib.Path(workdir).absolute() / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
     meta = dataclasses.asdict(Meta(FORMAT, config, step, examples, tuple(parts)))
-    arguments = ocp.args.Composite(state=_sparing_save(parts), meta=ocp.args.JsonSave(meta))
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), parts)
+    arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(parts, save_args=chunks), meta=ocp.args.JsonSave(meta))
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=False)
-    handlers = {"state": _sparing_handler(), "meta": ocp.JsonCheckpointHandler()}
+    handlers = {"state": _sparing_handler(parts), "meta": ocp.JsonCheckpointHandler()}
     try:
-        with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        with _quiet(), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
             manager.save(step, args=arguments)
     except Exception as error:
         raise CheckpointError(f"saving step {step} to {directory} failed: {error}") from error
@@ -232,14 +234,26 @@ def save_imported(workdir: str | os.PathLike, parts: dict, config: dict, step: i
     return directory / str(step)
 
 
-def _sparing_handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, save_device_host_concurrent_gb=1)
+def _sparing_handler(arrays: dict) -> ocp.PyTreeCheckpointHandler:
+    """One that has only as many bytes in flight as the largest array needs.
+
+    One file per chunk instead of Orbax's common data files, which are put together in memory.
+    """
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    gigabytes = (largest + CHUNK_BYTES) / 1e9
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=gigabytes)
 
 
-def _sparing_save(arrays: dict) -> ocp.args.PyTreeSave:
-    """Small data files and chunks: Orbax holds what is not yet in a finished data file in memory."""
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-    return ocp.args.PyTreeSave(arrays, save_args=chunks, ocdbt_target_data_file_size=DATA_FILE_BYTES)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that files of the form it was told not to write are not there."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _damaged(folder: pathlib.Path, error: Exception) -> CheckpointError:

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import importlib.resources
+import operator
 import pathlib
 from collections.abc import Sequence
 
@@ -75,18 +76,18 @@ def find_class(wanted: int | str, names: Sequence[str]) -> int:
             return matches[0]
         if matches:
             raise ValueError(f'"{wanted}" may be any of {_listed(matches, names)}; write the index or more of the name.')
-    close = [plain.index(name) for name in difflib.get_close_matches(word, plain, n=5, cutoff=0.5)]
+    similar = difflib.get_close_matches(word, dict.fromkeys(plain), n=5, cutoff=0.5)
+    close = [i for name in similar for i, other in enumerate(plain) if other == name]
     hint = f"the closest are {_listed(close, names)}" if close else f"there are {_listed(range(len(names)), names)}"
     raise ValueError(f'"{wanted}" is not a class; {hint}.')
 
 
 def _by_index(wanted: int | str, names: Sequence[str]) -> int:
     try:
-        index = int(wanted)
-        exact = isinstance(wanted, str) or index == wanted
-    except (TypeError, ValueError):
-        exact = False
-    if isinstance(wanted, bool) or not exact:
+        index = int(wanted) if isinstance(wanted, str) else operator.index(wanted)
+    except TypeError:
+        index = None
+    if index is None or isinstance(wanted, bool):
         raise ValueError(f"{wanted!r} is not a class; give an index or a name.")
     if not 0 <= index < len(names):
         raise ValueError(f'"{wanted}" is not a class; classes are 0 to {len(names) - 1}.')

@@ -109,7 +109,7 @@ def _write(job: Job, form: str, folder: pathlib.Path) -> None:
     WRITERS[form](job, folder)
     step, parameters = job.model.step, sum(leaf.size for leaf in jax.tree.leaves(job.params))
     provenance = read_provenance(_workdir_of(job.model.path), step, float(optax.tree.norm(job.params)))
-    card = model_card(job.config, job.experiment, step, parameters, form, provenance, job.licence)
+    card = model_card(job.model.config, job.experiment, step, parameters, form, provenance, job.licence)
     (folder / CARD_NAME).write_text(card, "utf-8")
     write_json(folder / CONFIG_NAME, _record(job, form))
     write_json(folder / MANIFEST_NAME, {"files": manifest_of(folder)})

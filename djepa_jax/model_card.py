@@ -24,10 +24,18 @@ class Provenance:
 
 def read_provenance(workdir: pathlib.Path, step: int, ema_norm: float) -> Provenance:
     """Read the records of a workdir that belong to a step."""
-    evaluation = _read_json(workdir / "evaluation.json")
-    if evaluation and (evaluation["step"] != step or not math.isclose(evaluation["ema_norm"], ema_norm, rel_tol=1e-5)):
-        evaluation = None  # of other weights
+    evaluation = _evaluation_of(workdir / "evaluation.json", step, ema_norm)
     return Provenance(_read_json(workdir / "imported.json"), _last_metrics(workdir / "metrics.jsonl", step), evaluation)
+
+
+def _evaluation_of(path: pathlib.Path, step: int, ema_norm: float) -> dict | None:
+    """The evaluation in a file, if it can be read and is of these very weights."""
+    record = _read_json(path)
+    try:
+        same = record["step"] == step and math.isclose(record["ema_norm"], ema_norm, rel_tol=1e-5)
+    except (KeyError, TypeError):  # damaged
+        return None
+    return record if same else None
 
 
 def _read_json(path: pathlib.Path) -> dict | None:

@@ -35,6 +35,8 @@ class Settings(dict):
             *groups, key = name.split(".")
             group = result
             for part in groups:
+                if not isinstance(group.get(part), Settings):
+                    raise KeyError(name)
                 group = group[part]
             if key not in group:
                 raise KeyError(name)

@@ -136,7 +136,8 @@ def from_official(tensors: Mapping[str, np.ndarray], abstract: dict, place: Call
         place: applied to every finished array before the next one is read.
     """
     params = {}
-    for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
+    leaves = traverse_util.flatten_dict(abstract, sep="/").items()
+    for path, leaf in sorted(leaves, key=lambda item: -item[1].size):  # the largest while memory is empty
         name, layout = OFFICIAL_NAMES[path]
         if LAYER not in name:
             params[path] = place(layout.from_official(tensors[name]))

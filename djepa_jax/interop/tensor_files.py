@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-MAPPED_BYTES = 2**27  # read through one mapping of the file before it is dropped, with the memory behind it
+MAPPED_BYTES = 2**25  # read through one mapping of the file before it is dropped, with the memory behind it
 WEIGHT_SETS = ("model_ema", "model")
 BARE = "weights"
 INSTALL_TORCH = 'pip install "torch>=2.6" (or the extra: pip install -e ".[import]"), or convert the file to .safetensors'
@@ -115,10 +115,11 @@ def open_tensors(path: pathlib.Path) -> SourceFile:
     raise SourceError(f'--source "{path}" is of an unknown kind; it must end in .safetensors, .pth or .pt.')
 
 
-def _unreadable(path: pathlib.Path, error: object) -> SourceError:
+def _unreadable(path: pathlib.Path, error: BaseException) -> SourceError:
+    details = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     return SourceError(
-        f'--source "{path}" cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); it has '
-        f"{path.stat().st_size:,} bytes and is damaged or cut short. Copy or download it again."
+        f'--source "{path}" cannot be read ({details}); it has {path.stat().st_size:,} bytes and is damaged, cut short or of '
+        f"another kind than {path.suffix}. Copy or download it again."
     )
 
 
@@ -172,19 +173,20 @@ def _load_torch(path: pathlib.Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        refused = re.search(r"(?:Unsupported|Blocked) (?:global|.*?): (?:GLOBAL )?`?([\w.]+)", str(error))
+        reason = error.__context__ or error  # what torch's advice, to load the file with its code, is wrapped around
+        refused = re.search(r"GLOBAL ([\w.]+)", str(reason))
         if refused:
             raise SourceError(
                 f'--source "{path}" asks for {refused[1]}, which a file of tensors does not need; it was refused, and '
                 "nothing in it was run. Do not open this file with other tools unless you trust who made it."
             ) from error
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, reason) from error
 
 
 def _torch_set(path: pathlib.Path, content: Mapping, name: str | None) -> Tensors:
-    odd = [key for key, value in content.items() if not hasattr(value, "untyped_storage")]
+    odd = [key for key, value in content.items() if not (isinstance(key, str) and _is_dense(value))]
     if odd or not content:
-        found = f"{odd[0]} is not a tensor" if odd else "it is empty"
+        found = f"{odd[0]} is not a dense tensor" if odd else "it is empty"
         raise SourceError(
             f'--source "{path}" is not a checkpoint: {found}; a dict with "model" and perhaps "model_ema", or a plain '
             "dict of tensors, is needed."
@@ -199,6 +201,11 @@ def _torch_set(path: pathlib.Path, content: Mapping, name: str | None) -> Tensor
     return Tensors(_check_floats(path, infos), reopen)
 
 
+def _is_dense(value: object) -> bool:
+    """Whether a value is a tensor that has its numbers with it, one after the other."""
+    return hasattr(value, "untyped_storage") and str(value.layout) == "torch.strided" and value.device.type == "cpu"
+
+
 def _torch_moments(path: pathlib.Path, content: Mapping) -> AdamMoments | None:
     """The optimiser's state, if the file has one in the form that PyTorch's Adam writes."""
     try:
@@ -206,10 +213,10 @@ def _torch_moments(path: pathlib.Path, content: Mapping) -> AdamMoments | None:
         state = {int(number): moments for number, moments in content["optimizer"]["state"].items()}
         steps = {int(moments["step"]) for moments in state.values()}
         (step,) = steps
-        stored = _moment_tensors(state)
+        stored = _moment_tensors(state).items()
+        infos = {name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in stored}
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    infos = {name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in stored.items()}
 
     def reopen():
         again = _moment_tensors(_load_torch(path)["optimizer"]["state"])
