@@ -71,8 +71,8 @@ class Model:
         Args:
             labels: classes by index, name or part of a name; None asks for no class.
             seed: of everything random.
-            **settings: `cfg_scale`, `cfg_schedule`, `temperature`, `num_ar_steps`, `num_denoise_steps`, `sampler` and
-                the other keys of `config.sample`, in place of the stored ones.
+            **settings: `cfg_scale`, `cfg_schedule`, `temperature` (of diffusion models), `num_ar_steps`,
+                `num_denoise_steps`, `sampler` and the other keys of `config.sample`, in place of the stored ones.
 
         Returns:
             uint8 images `[n, H, W, C]`.

@@ -50,7 +50,7 @@ class Checkpoints:
         self.directory = self.workdir / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=False)
         self._options = options
-        self._open_manager = None
+        self._open_manager, self._saving = None, False
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -102,16 +102,18 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"saving step {step} to {self.directory} failed: {error}") from error
         self._record()  # of an earlier save, which is finished when a new one has begun
+        self._saving = True
         if not saved:
             raise CheckpointError(f"step {step} was not saved: {self.directory} already holds step {self.latest_step()}.")
         return step
 
     def wait(self) -> None:
         """Wait for the save in progress, and raise CheckpointError if it failed."""
-        if self._open_manager is not None:
+        if self._saving:
             try:
-                self._open_manager.wait_until_finished()
+                self._manager.wait_until_finished()
                 self._record()
+                self._saving = False
             except Exception as error:
                 raise CheckpointError(f"saving to {self.directory} failed: {error}") from error
 

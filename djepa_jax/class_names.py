@@ -4,6 +4,7 @@ import difflib
 import functools
 import importlib.resources
 import operator
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -45,7 +46,7 @@ def _read(path: str) -> tuple[str, ...]:
     if path == IMAGENET:
         return tuple(name for _, name in imagenet())
     try:
-        lines = pathlib.Path(path).expanduser().read_text("utf-8").splitlines()
+        lines = pathlib.Path(os.path.expanduser(path)).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f'data.class_names is "{path}", which is neither "{IMAGENET}" nor a text file that can be read ({error}).'

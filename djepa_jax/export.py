@@ -23,9 +23,10 @@ from djepa_jax.generate import check_same_model, placed_params
 from djepa_jax.interop.official import to_official
 from djepa_jax.interop.reading import LAYOUT
 from djepa_jax.interop.tensor_files import save_tensors
-from djepa_jax.model_card import model_card, read_provenance
+from djepa_jax.model_card import Provenance, model_card, read_provenance
 from djepa_jax.settings import Settings
 from djepa_jax.stored import (
+    CARD_NAME,
     CONFIG_NAME,
     KIND,
     MANIFEST_NAME,
@@ -41,7 +42,6 @@ from djepa_jax.stored import (
 )
 
 STABLEHLO = "stablehlo"
-CARD_NAME = "README.md"
 FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
 
 
@@ -95,7 +95,7 @@ def _check_target(out: str, overwrite: bool) -> pathlib.Path:
     Raises:
         CheckpointError: it may not be written.
     """
-    target = pathlib.Path(out).expanduser().absolute()
+    target = pathlib.Path(os.path.expanduser(out)).resolve()  # a link is kept, and what it names is written
     if target.exists() and not overwrite:
         raise CheckpointError(f'--out "{out}" exists; name another folder, or add --overwrite to replace an export.')
     if target.exists() and not is_export(target):
@@ -108,19 +108,15 @@ def _write(job: Job, form: str, folder: pathlib.Path) -> None:
     """The weights in their form, then what describes them, then the manifest of all of it."""
     WRITERS[form](job, folder)
     step, parameters = job.model.step, sum(leaf.size for leaf in jax.tree.leaves(job.params))
-    provenance = read_provenance(_workdir_of(job.model.path), step, float(optax.tree.norm(job.params)))
-    card = model_card(job.model.config, job.experiment, step, parameters, form, provenance, job.licence)
+    provenance = read_provenance(job.model.path, step, float(optax.tree.norm(job.params)))
+    provenance = dataclasses.replace(provenance, licence=job.licence or provenance.licence)
+    card = model_card(job.model.config, job.experiment, step, parameters, form, provenance)
     (folder / CARD_NAME).write_text(card, "utf-8")
-    write_json(folder / CONFIG_NAME, _record(job, form))
+    write_json(folder / CONFIG_NAME, _record(job, form, provenance))
     write_json(folder / MANIFEST_NAME, {"files": manifest_of(folder)})
 
 
-def _workdir_of(path: pathlib.Path) -> pathlib.Path:
-    """The workdir of a step; an export is its own."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
-
-
-def _record(job: Job, form: str) -> dict:
+def _record(job: Job, form: str, provenance: Provenance) -> dict:
     sampler = {"arguments": arguments(job.experiment.sample.guided), "batch_size": job.config.sample.batch_size}
     return {
         "kind": KIND,
@@ -130,6 +126,7 @@ def _record(job: Job, form: str) -> dict:
         "step": job.model.step,
         "class_names": list(job.experiment.class_names),
         **({"sampler": sampler} if form == STABLEHLO else {}),
+        "provenance": dataclasses.asdict(provenance),
         "config": job.config.to_dict(),
     }
 

@@ -8,6 +8,7 @@ import pathlib
 from djepa_jax.ahead_of_time import ARRAYS_NAME, SAMPLER_NAME, arguments
 from djepa_jax.config import Experiment
 from djepa_jax.settings import Settings
+from djepa_jax.stored import is_export, read_record
 
 FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
 REPOSITORY_LICENCE = "Apache-2.0"
@@ -15,15 +16,19 @@ REPOSITORY_LICENCE = "Apache-2.0"
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What a workdir tells about its weights; None where it keeps no record of these very ones."""
+    """What is known about weights; None, or nothing, where there is no record of these very ones."""
 
-    imported: dict | None
-    metrics: dict | None
-    evaluation: dict | None
+    imported: dict | None = None
+    metrics: dict | None = None
+    evaluation: dict | None = None
+    licence: str = ""
 
 
-def read_provenance(workdir: pathlib.Path, step: int, ema_norm: float) -> Provenance:
-    """Read the records of a workdir that belong to a step."""
+def read_provenance(folder: pathlib.Path, step: int, ema_norm: float) -> Provenance:
+    """Read the records of an export, or those of a workdir that belong to a step."""
+    if is_export(folder):
+        return Provenance(**read_record(folder)["provenance"])
+    workdir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     evaluation = _evaluation_of(workdir / "evaluation.json", step, ema_norm)
     return Provenance(_read_json(workdir / "imported.json"), _last_metrics(workdir / "metrics.jsonl", step), evaluation)
 
@@ -54,10 +59,8 @@ def _last_metrics(path: pathlib.Path, step: int) -> dict | None:
         return None
 
 
-def model_card(
-    config: Settings, experiment: Experiment, step: int, parameters: int, weights: str, provenance: Provenance, licence: str
-) -> str:
-    """The card as Markdown."""
+def model_card(config: Settings, experiment: Experiment, step: int, parameters: int, weights: str, provenance: Provenance) -> str:
+    """The card as Markdown; `config` is the one of the training."""
     model, data = experiment.train.model, config.data
     sections = {
         "Model": f"D-JEPA, {parameters:,} parameters (width {model.width}, "
@@ -66,11 +69,11 @@ def model_card(
         f"{'with' if model.jepa_head else 'without'} JEPA loss). It generates {model.num_tokens} tokens of {model.token_dim} "
         f"values; {data.modality} {data.image_size} x {data.image_size} x {data.channels}, patch {data.patch_size}. These are "
         "the moving-average weights in float32.",
-        "Use": _usage(weights, experiment),
+        "Use": _usage(weights, config, experiment),
         "Data": _data(config),
         "Training": _training(config, step, provenance),
         "Evaluation": _evaluation(provenance.evaluation),
-        "Licence": _licence(licence, provenance),
+        "Licence": _licence(provenance),
         "Limits": _limits(config, experiment),
         "Files": "`config.json` holds the complete configuration and the class names; `manifest.json` the size and sha256 of "
         "every file.",
@@ -78,10 +81,11 @@ def model_card(
     return "# D-JEPA model\n\n" + "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
 
 
-def _usage(weights: str, experiment: Experiment) -> str:
+def _usage(weights: str, config: Settings, experiment: Experiment) -> str:
     if weights == "stablehlo":
         names = arguments(experiment.sample.guided)
-        scalars = {"seed": "0", "cfg_scale": "np.float32(1.5)", "temperature": "np.float32(1.0)"}
+        floats = {name: f"np.float32({config.sample[name]})" for name in ("cfg_scale", "temperature")}
+        scalars = {"seed": "0", **floats}
         call = ", ".join(scalars.get(name, name) for name in names)
         return (
             "Needs only jax, flatbuffers and numpy:\n\n```python\nimport jax, numpy as np\n"
@@ -133,9 +137,9 @@ def _evaluation(evaluation: dict | None) -> str:
     )
 
 
-def _licence(licence: str, provenance: Provenance) -> str:
-    if licence:
-        return f"Weights: {licence}. Code: {REPOSITORY_LICENCE}."
+def _licence(provenance: Provenance) -> str:
+    if provenance.licence:
+        return f"Weights: {provenance.licence}. Code: {REPOSITORY_LICENCE}."
     owner = "whoever made the imported file decides" if provenance.imported else "whoever trained the model decides"
     return (
         f"Not stated for the weights: {owner}, within what the licence of the data allows. The code that made this export "

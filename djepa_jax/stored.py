@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from djepa_jax.checkpoint import FORMAT, CheckpointError, Checkpoints, read_meta, restore_arrays, restore_ema
 from djepa_jax.config import upgraded
@@ -14,6 +14,7 @@ from djepa_jax.settings import Settings
 CONFIG_NAME, MANIFEST_NAME = "config.json", "manifest.json"
 PARAMS_NAME, TENSORS_NAME = "params", "model.safetensors"
 ORBAX, SAFETENSORS, OFFICIAL = "orbax", "safetensors", "official"  # what `weights` of an export may be
+CARD_NAME = "README.md"  # for people to edit: loading does not check it
 KIND = "djepa_jax export"
 
 
@@ -33,7 +34,7 @@ def find_model(path: str | os.PathLike) -> StoredModel:
     Raises:
         CheckpointError: there is no model at `path`, or it cannot be used.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = pathlib.Path(os.path.expanduser(path)).absolute()
     if is_export(path):
         return _export(path)
     if (path / "meta").is_dir() and (path / "state").is_dir():
@@ -48,6 +49,8 @@ def find_model(path: str | os.PathLike) -> StoredModel:
         if step is not None:
             return _step(checkpoints.directory / str(step))
         raise CheckpointError(f"{workdir / 'checkpoints'} holds no finished checkpoint yet.")
+    if (path / MANIFEST_NAME).is_file():
+        check_manifest(path, [CONFIG_NAME])  # for it may be an export whose record is damaged
     found = "does not exist" if not path.exists() else "is a file" if path.is_file() else "is another folder"
     raise CheckpointError(f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an export.')
 
@@ -60,17 +63,18 @@ def _step(folder: pathlib.Path) -> StoredModel:
 def is_export(path: pathlib.Path) -> bool:
     """Whether a folder was written by `--mode=export`."""
     try:
-        return _read_record(path).get("kind") == KIND
+        return read_record(path).get("kind") == KIND
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def weights_of(folder: pathlib.Path) -> str:
     """In which form an export holds its weights."""
-    return _read_record(folder)["weights"]
+    return read_record(folder)["weights"]
 
 
-def _read_record(folder: pathlib.Path) -> dict:
+def read_record(folder: pathlib.Path) -> dict:
+    """What an export says about itself."""
     return json.loads((folder / CONFIG_NAME).read_text("utf-8"))
 
 
@@ -80,16 +84,17 @@ def tensor_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _export(folder: pathlib.Path) -> StoredModel:
-    record = _read_record(folder)
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"{folder} has format {record['format']}, this version reads {FORMAT}.")
+    record = read_record(folder)
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / CONFIG_NAME} has format {record.get('format')}, this version reads {FORMAT}.")
+    check_manifest(folder, [CONFIG_NAME])
     if record["weights"] not in READERS:
         raise CheckpointError(
             f'"{folder}" holds a compiled sampler ({record["weights"]}), not a model to load; its README.md shows how to call it.'
         )
 
     def restore(abstract: dict) -> dict:
-        check_manifest(folder)
+        check_export(folder)
         return READERS[record["weights"]](folder, abstract)
 
     return StoredModel(folder, Settings(upgraded(record["config"])), record["step"], restore)
@@ -127,19 +132,34 @@ def sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_manifest(folder: pathlib.Path) -> None:
-    """Compare every file of an export with its manifest.
+def check_export(folder: pathlib.Path) -> None:
+    """Compare everything in an export but its card with the manifest; raises CheckpointError."""
+    check_manifest(folder, [name for name in _manifest(folder) if name != CARD_NAME])
+
+
+def check_manifest(folder: pathlib.Path, names: Iterable[str] | None = None) -> None:
+    """Compare the files of an export with its manifest: some of them by name, or all.
 
     Raises:
         CheckpointError: a file is missing or differs, or there is no manifest.
     """
+    entries = _manifest(folder)
     try:
-        expected = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read ({error}); export the model again.") from error
-    for name, entry in expected.items():
+        expected = {name: entries[name] for name in names or entries}
+    except KeyError as error:
+        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read: it does not list {error}; export the model again.") from error
+    for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the export again.")
-        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size or sha256(path) != digest:
             raise CheckpointError(f"{path} differs from its checksum in {MANIFEST_NAME}; copy the export again.")
+
+
+def _manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
+    """Bytes and sha256 by file name."""
+    try:
+        entries = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))["files"]
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read ({error}); export the model again.") from error

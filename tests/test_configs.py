@@ -1,9 +1,12 @@
 """Every shipped configuration builds, and its checks are reachable."""
 
+import pathlib
+
 import pytest
 from tiny import CONFIGS, load_config, tiny_config
 
 from djepa_jax import config as configuration
+from djepa_jax.settings import Settings
 
 SHIPPED = [
     "default",
@@ -54,8 +57,51 @@ def test_differences_name_key_and_both_values():
 
 
 def test_labels_repeat_until_there_are_enough():
-    assert configuration.parse_labels("3, 7", 10, 5) == (3, 7, 3, 7, 3)
-    assert configuration.parse_labels("all", 3, 4) == (0, 1, 2, 0)
+    digits = [str(digit) for digit in range(10)]
+    assert configuration.parse_labels("3, 7", digits, 5) == (3, 7, 3, 7, 3)
+    assert configuration.parse_labels("all", digits[:3], 4) == (0, 1, 2, 0)
+
+
+@pytest.fixture
+def number_words(tmp_path) -> tuple[str, list[str]]:
+    """A file with the digits' names, and the names."""
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    path = tmp_path / "number words.txt"
+    path.write_text("\n".join(names))
+    return str(path), names
+
+
+def test_samples_may_be_asked_for_by_name(number_words):
+    path, names = number_words
+    flags = [f"--config.data.class_names={path}", "--config.sample.labels=Three, sev,0", "--config.sample.count=4"]
+    experiment = configuration.build(tiny_config(*flags))
+    assert experiment.class_names == tuple(names)
+    assert experiment.sample_labels == (3, 7, 0, 3)
+    with pytest.raises(configuration.ConfigError, match="config.sample.labels is 'e,ten'; \"e\" may be any of 0 zero"):
+        configuration.build(tiny_config(flags[0], "--config.sample.labels=e,ten"))
+
+
+def test_the_names_in_a_file_are_stored_with_the_weights(number_words):
+    path, names = number_words
+    config = tiny_config(f"--config.data.class_names={path}")
+    stored = Settings(configuration.resolved(config))
+    pathlib.Path(path).unlink()
+    assert stored.data.class_names == names
+    assert configuration.build(stored).class_names == tuple(names)
+    assert config.data.class_names == path, "the config itself stays as it was"
+
+
+@pytest.mark.parametrize("spec", ["", "imagenet"])
+def test_names_that_come_with_the_package_are_stored_by_their_word(spec):
+    config = tiny_config(f"--config.data.class_names={spec}", "--config.data.num_classes=1000")
+    assert configuration.resolved(config)["data"]["class_names"] == spec
+
+
+def test_wrong_class_names_are_a_config_error(tmp_path):
+    with pytest.raises(configuration.ConfigError, match=r'class_names is "/no/such.txt", which is neither "imagenet" nor'):
+        configuration.build(tiny_config("--config.data.class_names=/no/such.txt"))
+    with pytest.raises(configuration.ConfigError, match=r'"imagenet" with 1000 names, data.num_classes is 10'):
+        configuration.build(tiny_config("--config.data.class_names=imagenet"))
 
 
 def test_mask_group_of_zero_means_the_whole_batch():

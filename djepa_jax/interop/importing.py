@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import itertools
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from djepa_jax.interop.reading import WeightSet, fit
 from djepa_jax.interop.tensor_files import BARE, AdamMoments, SourceError, SourceFile, Tensors, open_tensors
 from djepa_jax.models.djepa import split_model
 from djepa_jax.optimizer import decay_mask
-from djepa_jax.stored import ORBAX, find_model, is_export, sha256, tensor_file, weights_of
+from djepa_jax.stored import ORBAX, check_export, find_model, is_export, sha256, tensor_file, weights_of
 from djepa_jax.train_step import init_state
 
 RECORD_NAME = "imported.json"
@@ -49,7 +50,7 @@ def run_import(config, workdir: str, source: str) -> list[str]:
         CheckpointError: the workdir cannot be used, or holds checkpoints already.
     """
     experiment = configuration.build(config)
-    found = _find(config, experiment, pathlib.Path(source).expanduser())
+    found = _find(config, experiment, pathlib.Path(os.path.expanduser(source)))
     check_writable(workdir)
     with lock_workdir(workdir):
         _check_unused(workdir)
@@ -73,9 +74,11 @@ def _check_unused(workdir: str) -> None:
 
 def _find(config, experiment: Experiment, path: pathlib.Path) -> Found:
     """Open what `path` names, and check that it fits the model; reads no weights yet."""
-    if is_export(path) and weights_of(path) == ORBAX:
+    if is_export(path):
+        check_export(path)
         model = find_model(path)
         check_same_model(model.config, config)
+    if is_export(path) and weights_of(path) == ORBAX:
         mesh = sharding.make_mesh((1, 1, 1), jax.local_devices(backend="cpu")[:1])
 
         def read():

@@ -60,8 +60,10 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def suggestions(found: Shapes, model: ModelConfig) -> list[str]:
-    """Flags that would make a config describe the model in the file, as far as its tensors tell."""
+    """Flags that would make a config describe the model in the file, as far as its tensors tell; none for other files."""
     flags, size = [], _size_of(found)
+    if not size:
+        return []
     other = {key: value for key, value in size.items() if getattr(model, key) != value}
     if other:
         name = next((name for name, sizes in SIZES.items() if size.items() <= sizes.items()), None)

@@ -156,7 +156,7 @@ def _open_torch(path: pathlib.Path) -> SourceFile:
     if not isinstance(content, Mapping):
         raise SourceError(f'--source "{path}" holds a {type(content).__name__}; a dict of tensors is needed.')
     sets = [name for name in WEIGHT_SETS if isinstance(content.get(name), Mapping)]
-    weights = {name: _torch_set(path, content[name], name) for name in sets}
+    weights = {name: _torch_set(path, content, name) for name in sets}
     if not sets:
         weights = {BARE: _torch_set(path, content, None)}
     epoch = content.get("epoch") if sets else None
@@ -183,7 +183,8 @@ def _load_torch(path: pathlib.Path) -> Any:
         raise _unreadable(path, reason) from error
 
 
-def _torch_set(path: pathlib.Path, content: Mapping, name: str | None) -> Tensors:
+def _torch_set(path: pathlib.Path, loaded: Mapping, name: str | None) -> Tensors:
+    content = loaded if name is None else loaded[name]
     odd = [key for key, value in content.items() if not (isinstance(key, str) and _is_dense(value))]
     if odd or not content:
         found = f"{odd[0]} is not a dense tensor" if odd else "it is empty"
@@ -194,8 +195,8 @@ def _torch_set(path: pathlib.Path, content: Mapping, name: str | None) -> Tensor
     infos = {key: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in content.items()}
 
     def reopen():
-        stored = _load_torch(path)
-        stored = stored if name is None else stored[name]
+        whole = _load_torch(path) if zipfile.is_zipfile(path) else loaded  # files of old PyTorch cannot be mapped
+        stored = whole if name is None else whole[name]
         return lambda key: stored[key].detach().float().numpy()
 
     return Tensors(_check_floats(path, infos), reopen)
