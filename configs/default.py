@@ -13,6 +13,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.num_steps = 875_000  # optimiser steps of the whole training
     config.batch_size = 2048  # examples per step, over all devices
+    config.microbatches = 1  # parts of a batch that follow one another, when memory is short; same result
     config.seed = 0  # initial values, masks, noise, order of the data
     config.compute_dtype = "bfloat16"  # of the matrix products: bfloat16 or float32
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = what is left
@@ -70,7 +71,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1
-    data.latent_scale = 0.2325  # image_latents: factor between autoencoder and network
+    data.latent_scale = 0.2325  # image_latents: the network sees (latents - shift) * scale
+    data.latent_shift = 0.0
     data.num_classes = 1000
     data.class_names = "imagenet"  # imagenet, a text file with one name per line, or "" to use the numbers
     data.random_flip = False

@@ -22,12 +22,17 @@ from djepa_jax.train_step import TrainSpec
 MODEL_KEYS = (
     *(f"model.{key}" for key in ("width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width")),
     *(f"model.{key}" for key in ("mlp_ratio", "num_prefix_tokens", "qk_norm")),
-    *(f"data.{key}" for key in ("modality", "image_size", "channels", "patch_size", "num_classes", "latent_scale")),
+    *(f"data.{key}" for key in ("modality", "image_size", "channels", "patch_size", "num_classes")),
+    *(f"data.{key}" for key in ("latent_scale", "latent_shift")),
     "loss.name",
     "loss.jepa_weight above 0",
 )
 MAX_SEED = 2**31 - 1
-LATER_KEYS = {"data.class_names": ""}  # and the value that means what was done before
+LATER_KEYS = {  # that older stored configs lack, with the value that means what was done then
+    "data.class_names": "",
+    "data.latent_shift": 0.0,
+    "microbatches": 1,
+}
 FILE_NAME = "config.json"  # in a workdir: the resolved configuration
 
 
@@ -91,6 +96,7 @@ def _assemble(config) -> Experiment:
         token_weight=config.loss.token_weight,
         jepa_weight=config.loss.jepa_weight,
         label_drop_prob=config.loss.label_drop_prob,
+        microbatches=config.microbatches,
     )
     sample = SampleSpec(model, token_loss, config.sample.num_ar_steps, config.sample.cfg_scale != 1, config.sample.num_segments)
     names = class_names.resolve(config.data.class_names, config.data.num_classes)
@@ -124,9 +130,9 @@ AT_LEAST_ONE = (1, math.inf, "it must be at least 1")
 SHARE = (0, 1, "it must be at least 0 and below 1")
 SEED = (0, MAX_SEED, f"it must be between 0 and {MAX_SEED}")
 BOUNDS = {
-    AT_LEAST_ONE: "num_steps batch_size checkpoint_every keep_checkpoints log_every max_bad_steps model.num_prefix_tokens "
-    "model.scan_unroll loss.noise_multiplicity data.image_size data.channels data.patch_size data.num_classes sample.count "
-    "sample.batch_size sample.num_segments evaluation.count",
+    AT_LEAST_ONE: "num_steps batch_size microbatches checkpoint_every keep_checkpoints log_every max_bad_steps "
+    "model.num_prefix_tokens model.scan_unroll loss.noise_multiplicity data.image_size data.channels data.patch_size "
+    "data.num_classes sample.count sample.batch_size sample.num_segments evaluation.count",
     AT_LEAST_ZERO: "sample_every evaluate_every model.width model.encoder_depth model.predictor_depth model.num_heads "
     "model.denoiser_depth model.denoiser_width loss.token_weight loss.jepa_weight loss.mask_group optimizer.warmup_steps "
     "optimizer.min_learning_rate optimizer.weight_decay sample.cfg_scale sample.temperature sample.clip_x0",
@@ -168,7 +174,7 @@ def _check_numbers(config) -> None:
 
 def make_modality(data) -> Modality:
     """The modality that `config.data` describes."""
-    extra = {"scale": data.latent_scale} if data.modality == "image_latents" else {}
+    extra = {"scale": data.latent_scale, "shift": data.latent_shift} if data.modality == "image_latents" else {}
     return MODALITIES[data.modality](data.image_size, data.channels, data.patch_size, **extra)
 
 
@@ -263,7 +269,7 @@ def upgraded(stored: dict) -> dict:
     groups = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
     for name, value in LATER_KEYS.items():
         group, _, key = name.rpartition(".")
-        groups[group].setdefault(key, value)
+        (groups[group] if group else groups).setdefault(key, value)
     return groups
 
 

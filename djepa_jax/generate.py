@@ -121,6 +121,7 @@ def placed_params(experiment: Experiment, mesh) -> dict:
 
 def check_same_model(stored: dict, config) -> None:
     """Raise ConfigError, with every difference, unless a checkpoint's model is the one the config describes."""
+    stored = configuration.upgraded(stored)
     changed = configuration.differences(stored, configuration.resolved(config), configuration.MODEL_KEYS)
     if changed:
         lines = "\n  ".join(changed)

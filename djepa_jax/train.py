@@ -117,7 +117,7 @@ class _Run:
             return make(), 0
         meta = self.checkpoints.read_meta(step)
         check_same_model(meta.config, self.config)
-        for line in configuration.differences(meta.config, configuration.resolved(self.config)):
+        for line in configuration.differences(configuration.upgraded(meta.config), configuration.resolved(self.config)):
             self.progress.say(f"changed since the checkpoint: {line}")
         if step > self.config.num_steps:
             self.progress.say(f"the checkpoint already has {step} steps, more than num_steps {self.config.num_steps}")

@@ -25,6 +25,7 @@ from djepa_jax.models.djepa import ModelConfig, init_params, split_model
 from djepa_jax.optimizer import OptimizerConfig, ema_decay, learning_rate, make_optimizer, update_ema
 
 STATISTICS_ROWS = 512
+SUMMED = ("loss", "token_loss", "jepa_loss")  # metrics of parts of a batch that add up to the batch's
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +49,19 @@ class TrainSpec:
     token_loss: TokenLoss
     plan: masking.MaskPlan
     optimizer: OptimizerConfig
-    tokenize: Callable[[jax.Array], jax.Array]
+    tokenize: Callable[[jax.Array, jax.Array], jax.Array]  # (examples, key) -> tokens
     seed: int
     token_weight: float = 1.0
     jepa_weight: float = 1.0
     label_drop_prob: float = 0.1
+    microbatches: int = 1  # parts of a batch whose gradients are added up
+
+    def __post_init__(self):
+        chunks = self.plan.batch_size // self.plan.chunk_size
+        if self.microbatches < 1 or chunks % self.microbatches:
+            raise ValueError(
+                f"microbatches is {self.microbatches}; it must divide {chunks}, the batch in chunks of {self.plan.chunk_size}."
+            )
 
 
 def init_state(spec: TrainSpec) -> TrainState:
@@ -74,43 +83,58 @@ def drop_labels(key: jax.Array, labels: jax.Array, probability: float, null_labe
     return jnp.where(jax.random.bernoulli(key, probability, labels.shape), null_label, labels)
 
 
-def batch_loss(spec: TrainSpec, graph, params, ema_params, tokens, labels, key):
-    """Total loss of a batch and its parts.
+def draw_examples(spec: TrainSpec, tokens, labels, key) -> dict[str, jax.Array]:
+    """Everything that a step draws per example, for the whole batch at once, so that no splitting changes it.
+
+    Returns:
+        arrays with leading axis B: tokens in order coordinates, order, labels, labels as seen, number of visible tokens,
+        and the weight of every place in the losses (summing to one over the batch).
+    """
+    order_key, ratio_key, label_key = jax.random.split(key, 3)
+    order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
+    num_visible = masking.draw_num_visible(ratio_key, spec.plan)  # [B]
+    return {
+        "x0": masking.to_order(tokens, order),  # [B, N, C]
+        "order": order,
+        "labels": labels,
+        "seen_labels": drop_labels(label_key, labels, spec.label_drop_prob, spec.model.null_label),
+        "num_visible": num_visible,
+        "weights": masking.masked_weights(num_visible, spec.plan),  # [B, N]
+    }
+
+
+def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token_keys, dropout_key):
+    """Total loss of a batch, or of some of its chunks, and its parts.
 
     Args:
         spec: the static settings.
         graph: graph definition of the model.
         params: parameters that are trained.
         ema_params: their moving average, whose context encoder gives the targets.
-        tokens: `[B, N, C]` in raster order.
-        labels: `[B]` class ids.
-        key: randomness of this step.
+        examples: from `draw_examples`; whole chunks of them.
+        token_keys: `[chunks]`, randomness of the token loss, a key per chunk.
+        dropout_key: randomness of dropout.
 
     Returns:
         the scalar loss, and a dict of scalar metrics.
     """
-    keys = dict(zip(("order", "ratio", "label", "encoder", "predictor", "token"), jax.random.split(key, 6), strict=True))
-    order = masking.draw_orders(keys["order"], *tokens.shape[:2])  # [B, N]
-    num_visible = masking.draw_num_visible(keys["ratio"], spec.plan)  # [B]
-    seen_labels = drop_labels(keys["label"], labels, spec.label_drop_prob, spec.model.null_label)
+    x0, order, num_visible = examples["x0"], examples["order"], examples["num_visible"]
     model = nnx.merge(graph, params)
-    x0 = masking.to_order(tokens, order)  # [B, N, C]
-    use_jepa = spec.model.jepa_head
-    dropout_keys = (keys["encoder"], keys["predictor"]) if spec.model.dropout or spec.model.attention_dropout else (None, None)
-    cond = predict_features(model, x0, order, seen_labels, num_visible, spec.plan.max_visible, dropout_keys)
+    drops = spec.model.dropout or spec.model.attention_dropout
+    keys = tuple(jax.random.split(dropout_key)) if drops else (None, None)
+    cond = predict_features(model, x0, order, examples["seen_labels"], num_visible, spec.plan.max_visible, keys)
 
     pack = masking.pack_masked(num_visible, spec.plan)
-    weights = pack(masking.masked_weights(num_visible, spec.plan))  # [chunks, K]
-    cond = pack(cond)  # [chunks, K, D]
-    token_loss = (weights * spec.token_loss.loss(model.denoiser, pack(x0), cond, keys["token"])).sum()
-    metrics = {"token_loss": token_loss, "mask_ratio": 1 - num_visible.mean() / spec.plan.num_tokens}
-    if not use_jepa:
-        return spec.token_weight * token_loss, metrics
-    target = pack(nnx.merge(graph, ema_params).encode_all(x0, order, labels))  # [chunks, K, D]
+    weights, cond = pack(examples["weights"]), pack(cond)  # [chunks, K], [chunks, K, D]
+    token_losses = jax.vmap(lambda *chunk: spec.token_loss.loss(model.denoiser, *chunk))(pack(x0), cond, token_keys)
+    token_loss = (weights * token_losses).sum()
+    if not spec.model.jepa_head:
+        return spec.token_weight * token_loss, {"token_loss": token_loss}
+    target = pack(nnx.merge(graph, ema_params).encode_all(x0, order, examples["labels"]))  # [chunks, K, D]
     predicted = model.jepa_head(cond)
-    metrics["jepa_loss"] = (weights * jepa_loss(predicted, target)).sum()
-    metrics |= _statistics(predicted, target)
-    return spec.token_weight * token_loss + spec.jepa_weight * metrics["jepa_loss"], metrics
+    feature_loss = (weights * jepa_loss(predicted, target)).sum()
+    metrics = {"token_loss": token_loss, "jepa_loss": feature_loss, **_statistics(predicted, target)}
+    return spec.token_weight * token_loss + spec.jepa_weight * feature_loss, metrics
 
 
 def predict_features(model, x0, order, labels, num_visible, max_visible: int, keys=(None, None)) -> jax.Array:
@@ -133,16 +157,50 @@ def make_train_step(spec: TrainSpec) -> Callable:
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; everything random in it is drawn from (seed, step)."""
         key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-        tokens = spec.tokenize(batch["image"])
+        example_key, token_key, dropout_key, posterior_key = jax.random.split(key, 4)
+        tokens = spec.tokenize(batch["image"], posterior_key)
+        examples = draw_examples(spec, tokens, batch["label"], example_key)
+        token_keys = jax.random.split(token_key, spec.plan.batch_size // spec.plan.chunk_size)
 
-        def loss_of(params):
-            return batch_loss(spec, graph, params, state.ema_params, tokens, batch["label"], key)
+        def gradient_of(examples, token_keys, dropout_key):
+            def loss_of(params):
+                return batch_loss(spec, graph, params, state.ema_params, examples, token_keys, dropout_key)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            return grads, metrics | {"loss": loss}
+
+        grads, metrics = accumulate(spec, gradient_of, examples, token_keys, dropout_key)
+        visible = examples["num_visible"].mean() / spec.plan.num_tokens
+        metrics |= {"grad_norm": optax.tree.norm(grads), "mask_ratio": 1 - visible}
         return apply_update(spec.optimizer, optimizer, state, grads, metrics)
 
     return train_step
+
+
+def accumulate(spec: TrainSpec, gradient_of: Callable, examples: dict, token_keys, dropout_key):
+    """Gradient and metrics of the whole batch, from `spec.microbatches` parts of it, one after the other.
+
+    Losses and gradients of parts add up, since the weights sum to one over the whole batch; statistics are averaged.
+    """
+    parts = spec.microbatches
+    if parts == 1:
+        return gradient_of(examples, token_keys, dropout_key)
+    examples = jax.tree.map(lambda x: split_chunks(x, parts, spec.plan.chunk_size), examples)
+    inputs = (examples, split_chunks(token_keys, parts, 1), jax.random.split(dropout_key, parts))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient_of(*part)), None
+
+    shapes = jax.eval_shape(gradient_of, *jax.tree.map(lambda x: x[0], inputs))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (grads, metrics), _ = jax.lax.scan(add, start, inputs)
+    return grads, {name: value if name in SUMMED else value / parts for name, value in metrics.items()}
+
+
+def split_chunks(x: jax.Array, parts: int, chunk_size: int) -> jax.Array:
+    """`[B, ...]` -> `[parts, B / parts, ...]`; part j has chunks j, j + parts, ..., so every device has a share of it."""
+    x = x.reshape(-1, parts, chunk_size, *x.shape[1:])  # [chunks / parts, parts, chunk, ...]
+    return jnp.swapaxes(x, 0, 1).reshape(parts, -1, *x.shape[3:])
 
 
 def apply_update(config: OptimizerConfig, optimizer, state: TrainState, grads, metrics):

@@ -33,7 +33,7 @@ def final_arrays(workdir) -> dict[str, np.ndarray]:
     shardings = sharding.state_shardings(abstract, mesh)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     checkpoints = Checkpoints(workdir)
-    state = checkpoints.restore(target)
+    state = TrainState(**checkpoints.restore(target, checkpoints.read_meta()))
     checkpoints.close()
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -213,18 +213,44 @@ def test_a_run_without_one_good_step_is_not_complete(tmp_path, monkeypatch):
 
 def test_target_encoder_carries_no_gradient(step_parts):
     from djepa_jax.models.djepa import split_model
-    from djepa_jax.train_step import batch_loss
+    from djepa_jax.train_step import batch_loss, draw_examples
 
     experiment, _, make_state, batches = step_parts
     spec, state = experiment.train, make_state()
     graph, _ = split_model(spec.model)
-    tokens = spec.tokenize(batches[0]["image"])
+    key = jax.random.key(0)
+    examples = draw_examples(spec, spec.tokenize(batches[0]["image"]), batches[0]["label"], key)
+    token_keys = jax.random.split(key, spec.plan.batch_size // spec.plan.chunk_size)
 
     def loss(ema_params):
-        return batch_loss(spec, graph, state.params, ema_params, tokens, batches[0]["label"], jax.random.key(0))[0]
+        return batch_loss(spec, graph, state.params, ema_params, examples, token_keys, key)[0]
 
     grads = jax.jit(jax.grad(loss))(state.ema_params)
     assert all((leaf == 0).all() for leaf in leaves(grads))
+
+
+@pytest.mark.parametrize("variant", ["flow", "diffusion"])
+def test_gradients_of_parts_add_up_to_the_batch(variant):
+    results = []
+    for parts in (1, 2, 4):
+        config = tiny_config(
+            "--config.batch_size=64", "--config.loss.mask_group=4", f"--config.microbatches={parts}", variant=variant
+        )
+        config.optimizer.warmup_steps = 0
+        spec = configuration.build(config).train
+        rng = np.random.default_rng(0)
+        batch = {"image": rng.integers(0, 256, (128, 8, 8, 1), np.uint8), "label": rng.integers(0, 10, 128, np.int32)}
+        state, metrics = jax.jit(make_train_step(spec))(init_state(spec), batch)
+        results.append((leaves(state.opt_state), {k: float(v) for k, v in metrics.items() if k in ("loss", "grad_norm")}))
+    for moments, metrics in results[1:]:
+        assert metrics == pytest.approx(results[0][1], rel=1e-5)
+        for part, whole in zip(moments, results[0][0], strict=True):
+            np.testing.assert_allclose(part, whole, rtol=0, atol=1e-5 * max(np.abs(whole).max(), 1e-12))
+
+
+def test_parts_must_be_whole_chunks():
+    with pytest.raises(configuration.ConfigError, match="microbatches is 3"):
+        configuration.build(tiny_config("--config.batch_size=64", "--config.microbatches=3"))
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]

@@ -28,8 +28,11 @@ class Modality(Protocol):
     def check_example(self, example: np.ndarray) -> None:
         """Raise ValueError, naming what was found and expected, if a source's example does not fit."""
 
-    def tokenize(self, examples: jax.Array) -> jax.Array:
-        """Examples `[B, ...]` as the source gives them -> tokens `[B, N, C]` float32; runs inside `jit`."""
+    def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Examples `[B, ...]` as the source gives them -> tokens `[B, N, C]` float32; runs inside `jit`.
+
+        `key` is for tokenizers that draw; without one they give their mean.
+        """
 
     def detokenize(self, tokens: jax.Array) -> jax.Array:
         """Tokens `[B, N, C]` -> examples in float32, in the tokenizer's value range."""
