@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 
 import jax
@@ -58,8 +59,10 @@ class Parity:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """One cache for the session, so that a second call of the command line compiles nothing anew."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    """One cache for all worker processes, so that a second call of the command line compiles nothing anew."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
