@@ -65,8 +65,11 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer.ema_ramp = False  # raise the decay linearly towards 1, capped at 0.9999
 
     data = config.data = ConfigDict()
-    data.source = "npz"  # digits or npz
-    data.path = ""  # file of the source
+    # digits, npz, folder, tar, tfds, synthetic, or latents: a cache that --mode=prepare made
+    data.source = "latents"
+    data.path = ""  # of the source
+    data.unconditional = False  # count every image to one class; with num_classes 1
+    data.max_broken = 100  # image files that may be skipped because they cannot be read
     data.modality = "image_latents"  # image_pixels or image_latents
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
@@ -76,6 +79,20 @@ def get_config(variant: str = "") -> ConfigDict:
     data.num_classes = 1000
     data.class_names = "imagenet"  # imagenet, a text file with one name per line, or "" to use the numbers
     data.random_flip = False
+
+    prepare = config.prepare = ConfigDict()  # what --mode=prepare makes a latent cache of
+    prepare.source = "folder"  # folder, tar, tfds or npz
+    prepare.path = ""
+    prepare.image_size = 256  # side after the crop
+    prepare.shard_size = 4096  # images per file
+    prepare.dtype = "bfloat16"  # of the moments: bfloat16 or float32
+    prepare.max_broken = 100  # images that may be skipped because they cannot be read
+
+    autoencoder = config.autoencoder = ConfigDict()  # between pictures and latents
+    autoencoder.name = "kl16"  # kl16 or kl8
+    autoencoder.path = ""  # its weights; needed for preparing, and for pictures from latents
+    autoencoder.batch_size = 32  # pictures per call
+    autoencoder.dtype = "bfloat16"  # of decoding; encoding is always float32
 
     sample = config.sample = ConfigDict()
     sample.labels = "all"  # "all" in turn, or a list such as 3,3,7

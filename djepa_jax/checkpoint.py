@@ -288,13 +288,13 @@ def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+def lock_workdir(workdir: str | os.PathLike, name: str = LOCK_NAME) -> Iterator[None]:
     """Hold a workdir for this process; the lock goes with the process, however it ends.
 
     Raises:
         CheckpointError: another process holds it, named by host and process id.
     """
-    path = pathlib.Path(workdir) / LOCK_NAME
+    path = pathlib.Path(workdir) / name
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

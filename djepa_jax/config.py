@@ -12,6 +12,7 @@ from djepa_jax.losses import SAMPLERS, TOKEN_LOSSES
 from djepa_jax.masking import MaskPlan, cfg_scales, reveal_counts
 from djepa_jax.modalities import MODALITIES
 from djepa_jax.modalities.base import Modality
+from djepa_jax.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.models.djepa import SIZES, ModelConfig
 from djepa_jax.models.vit import REMAT_POLICIES
 from djepa_jax.optimizer import OptimizerConfig
@@ -32,6 +33,18 @@ LATER_KEYS = {  # that older stored configs lack, with the value that means what
     "data.class_names": "",
     "data.latent_shift": 0.0,
     "microbatches": 1,
+    "data.max_broken": 100,
+    "data.unconditional": False,
+    "prepare.source": "folder",
+    "prepare.path": "",
+    "prepare.image_size": 256,
+    "prepare.shard_size": 4096,
+    "prepare.dtype": "bfloat16",
+    "prepare.max_broken": 100,
+    "autoencoder.name": "kl16",
+    "autoencoder.path": "",
+    "autoencoder.batch_size": 32,
+    "autoencoder.dtype": "bfloat16",
 }
 FILE_NAME = "config.json"  # in a workdir: the resolved configuration
 
@@ -118,6 +131,9 @@ def _check_choices(config) -> None:
     _choice(config, "optimizer.learning_rate_schedule", ("constant", "cosine"))
     _choice(config, "optimizer.weight_decay_schedule", ("constant", "linear"))
     _choice(config, "data.modality", MODALITIES)
+    _choice(config, "prepare.dtype", ("float32", "bfloat16"))
+    _choice(config, "autoencoder.name", AUTOENCODERS)
+    _choice(config, "autoencoder.dtype", ("float32", "bfloat16"))
     _choice(config, "sample.cfg_schedule", ("linear", "constant"))
     _choice(config, "sample.sampler", SAMPLERS[config.loss.name])
     _choice(config, "evaluation.kind", ("none", "small_images"))
@@ -127,18 +143,22 @@ def _check_choices(config) -> None:
 ABOVE_ZERO = (0, math.inf, "it must be above 0")
 AT_LEAST_ZERO = (0, math.inf, "it must be a finite number, at least 0")
 AT_LEAST_ONE = (1, math.inf, "it must be at least 1")
+FINITE = (-math.inf, math.inf, "it must be a finite number")
 SHARE = (0, 1, "it must be at least 0 and below 1")
 SEED = (0, MAX_SEED, f"it must be between 0 and {MAX_SEED}")
 BOUNDS = {
     AT_LEAST_ONE: "num_steps batch_size microbatches checkpoint_every keep_checkpoints log_every max_bad_steps "
     "model.num_prefix_tokens model.scan_unroll loss.noise_multiplicity data.image_size data.channels data.patch_size "
-    "data.num_classes sample.count sample.batch_size sample.num_segments evaluation.count",
-    AT_LEAST_ZERO: "sample_every evaluate_every model.width model.encoder_depth model.predictor_depth model.num_heads "
+    "data.num_classes sample.count sample.batch_size sample.num_segments evaluation.count prepare.image_size "
+    "prepare.shard_size autoencoder.batch_size",
+    AT_LEAST_ZERO: "data.max_broken prepare.max_broken sample_every evaluate_every "
+    "model.width model.encoder_depth model.predictor_depth model.num_heads "
     "model.denoiser_depth model.denoiser_width loss.token_weight loss.jepa_weight loss.mask_group optimizer.warmup_steps "
     "optimizer.min_learning_rate optimizer.weight_decay sample.cfg_scale sample.temperature sample.clip_x0",
     ABOVE_ZERO: "model.mlp_ratio loss.mask_ratio_std optimizer.learning_rate optimizer.epsilon optimizer.clip_norm "
     "data.latent_scale sample.time_shift",
     SHARE: "model.dropout model.attention_dropout loss.label_drop_prob optimizer.beta1 optimizer.beta2 optimizer.ema_decay",
+    FINITE: "data.latent_shift",
     SEED: "seed sample.seed evaluation.seed",
 }
 
@@ -159,6 +179,8 @@ def _check_numbers(config) -> None:
     )
     ratio = config.loss.mask_ratio_min
     _require(math.isfinite(ratio) and 0 < ratio <= 1, "loss.mask_ratio_min", ratio, "it must be above 0 and at most 1")
+    one = not config.data.unconditional or config.data.num_classes == 1
+    _require(one, "data.num_classes", config.data.num_classes, "with data.unconditional it must be 1")
     least, most = (1, 1000) if config.loss.name == "diffusion" else (2, math.inf)
     steps = config.sample.num_denoise_steps
     _require(least <= steps <= most, "sample.num_denoise_steps", steps, f"it must be between {least} and {most}")
@@ -269,7 +291,7 @@ def upgraded(stored: dict) -> dict:
     groups = {key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()}
     for name, value in LATER_KEYS.items():
         group, _, key = name.rpartition(".")
-        (groups[group] if group else groups).setdefault(key, value)
+        (groups.setdefault(group, {}) if group else groups).setdefault(key, value)
     return groups
 
 

@@ -16,6 +16,7 @@ from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable
 from djepa_jax.config import ConfigError, Experiment
+from djepa_jax.decoder import Autoencoder
 from djepa_jax.models.djepa import split_model
 from djepa_jax.pictures import label_grid, save_png
 from djepa_jax.sample import SampleSpec, Segment, make_sampler, make_step, plan_segments
@@ -42,6 +43,7 @@ class Generator:
         self.config, self.experiment, self.mesh = config, experiment, mesh
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-config.sample.batch_size // divisor) * divisor
+        self._autoencoder = None
         self.scales = configuration.step_scales(config, experiment.modality.num_tokens)  # [T]
 
     def __call__(self, params, labels, seed: int, progress: bool = False) -> np.ndarray:
@@ -64,9 +66,22 @@ class Generator:
         return batches
 
     def images(self, params, labels, seed: int, progress: bool = False) -> dict[str, np.ndarray]:
-        """Sampled examples as the modality exports them."""
+        """Sampled examples as the modality exports them; latents with their pictures, if there is an autoencoder."""
         arrays = self.experiment.modality.export(self(params, labels, seed, progress))
-        return {name: np.asarray(array) for name, array in arrays.items()}
+        return self.finish({name: np.asarray(array) for name, array in arrays.items()})
+
+    def finish(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Add the pictures that the configured autoencoder makes of latents."""
+        if "latents" not in arrays or not self.config.autoencoder.path:
+            return arrays
+        return arrays | {"images": self.autoencoder.decode(arrays["latents"])}
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The configured autoencoder, read when it is first needed."""
+        if self._autoencoder is None:
+            self._autoencoder = Autoencoder(self.config.autoencoder, self.mesh)
+        return self._autoencoder
 
     def stream(self, params, labels, seed: int) -> Iterator[np.ndarray]:
         """The tokens `[n, N, C]` after each autoregressive step, zero where not yet revealed.
@@ -150,11 +165,16 @@ def make_grid(images: np.ndarray, labels, names) -> np.ndarray:
 
 
 def save_samples(out: pathlib.Path, arrays: dict, labels, names, settings: dict) -> list[pathlib.Path]:
-    """Write `OUT.npz` with everything and, where there are pictures, a labelled grid `OUT.png`; return the paths."""
+    """Write `OUT.npz` and, where there are pictures, a labelled grid `OUT.png`; return the paths.
+
+    The arrays are called as in ADM's files, `arr_0` the images and `arr_1` the labels; settings and the rest stand beside.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings)
     png, npz = output_paths(out)
-    np.savez(npz, **arrays, labels=np.asarray(labels, np.int32), settings=text)
+    images = {"arr_0": arrays["images"]} if "images" in arrays else {}
+    others = {name: array for name, array in arrays.items() if name != "images"}
+    np.savez(npz, **images, arr_1=np.asarray(labels, np.int32), settings=text, **others)
     if "images" not in arrays:
         return [npz]
     save_png(png, make_grid(arrays["images"], labels, names), {"command": command_line(), "settings": text})

@@ -1,4 +1,4 @@
-"""Command line: `python -m djepa_jax.main --config=FILE --workdir=DIR [--mode=train|sample|evaluate|import|export]`."""
+"""Command line: `python -m djepa_jax.main --config=FILE --workdir=DIR [--mode=MODE]`, MODE a key of `COMMANDS`."""
 
 import difflib
 import pathlib
@@ -15,7 +15,7 @@ from djepa_jax.generate import command_line
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 USAGE = (
     "usage: python -m djepa_jax.main --config=configs/digits.py --workdir=DIR "
-    "[--mode=train|sample|evaluate|import|export] [--config.KEY=VALUE ...]"
+    "[--mode=train|sample|evaluate|import|export|prepare] [--config.KEY=VALUE ...]"
 )
 
 
@@ -42,6 +42,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("source", "", "import: a .pth or .safetensors file, or an export folder.", flag_values=values)
     flags.DEFINE_enum("format", "orbax", EXPORT_FORMATS, "export: how the weights are written.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "export: replace an export that is there.", flag_values=values)
+    flags.DEFINE_bool("measure_scale", False, "prepare: store the measured scale and shift of the latents.", flag_values=values)
     flags.DEFINE_string("license", "", "export: licence of the weights, for the model card.", flag_values=values)
     return read_flags(values, argv, USAGE, required=lambda values: REQUIRED[values.mode])
 
@@ -57,7 +58,7 @@ def read_flags(
         UsageError: as `parse` does.
         HelpRequest: -h, --help or --helpfull was typed.
     """
-    argv = _join_config(argv)
+    argv = _join_config([_with_underscores(word) for word in argv])
     sys.modules.pop("config_config", None)  # ml_collections would load the file on top of the one before
     config_flags.DEFINE_config_file(
         "config", None, "Configuration file, perhaps with :variant.", flag_values=values, sys_argv=argv
@@ -76,6 +77,12 @@ def read_flags(
         if not values[name].value:
             raise UsageError(f"--{name} is missing.\n{usage}")
     return values
+
+
+def _with_underscores(word: str) -> str:
+    """A flag such as --measure-scale as it is called here, --measure_scale."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
 
 
 def _join_config(argv: Sequence[str]) -> list[str]:
@@ -166,6 +173,13 @@ def run_exporting(values: flags.FlagValues) -> None:
         print(f"wrote {path}")
 
 
+def run_preparing(values: flags.FlagValues) -> None:
+    """Make a latent cache of a data set."""
+    from djepa_jax.prepare import run_prepare
+
+    run_prepare(values.config, values.workdir, values.measure_scale)
+
+
 # What each mode does, and the flags that it needs.
 COMMANDS = {
     "train": run_training,
@@ -173,6 +187,7 @@ COMMANDS = {
     "evaluate": run_evaluation,
     "import": run_importing,
     "export": run_exporting,
+    "prepare": run_preparing,
 }
 REQUIRED = {mode: ("config", "workdir") for mode in COMMANDS} | {
     "import": ("config", "workdir", "source"),

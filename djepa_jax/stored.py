@@ -147,7 +147,9 @@ def check_manifest(folder: pathlib.Path, names: Iterable[str] | None = None) -> 
     try:
         expected = {name: entries[name] for name in names or entries}
     except KeyError as error:
-        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read: it does not list {error}; export the model again.") from error
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME} cannot be read: it does not list {error}; export the model again."
+        ) from error
     for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():

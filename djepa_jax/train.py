@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import time
@@ -15,11 +16,14 @@ from djepa_jax import config as configuration
 from djepa_jax import logs, sharding
 from djepa_jax.checkpoint import Checkpoints, check_writable, lock_workdir, write_json
 from djepa_jax.config import ConfigError, Experiment
+from djepa_jax.data.latents import LatentCache, check_autoencoder
 from djepa_jax.data.pipeline import example_stream, host_batches
-from djepa_jax.data.sources import Source, open_source
+from djepa_jax.data.records import DataError
+from djepa_jax.data.sources import Source, open_data
 from djepa_jax.evaluation.runner import evaluate, identity, read_evaluation
 from djepa_jax.evaluation.small_images import check_judgeable
 from djepa_jax.generate import Generator, check_same_model, make_grid, output_paths, save_samples, stored_settings
+from djepa_jax.stored import sha256
 from djepa_jax.train_step import TrainState, init_state, make_train_step
 
 LAG = 2  # steps between running one and reading its metrics, so that the device never waits for the host
@@ -54,9 +58,10 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
         TrainingError: too many non-finite gradients in a row.
     """
     experiment = configuration.build(config)
-    source = open_source(config.data.source, config.data.path, experiment.modality, config.data.num_classes)
+    source = open_data(config, experiment.modality)
     if config.evaluation.kind != "none":
         check_judgeable(source)
+    check_decoder(config, source)
     mesh = sharding.make_mesh(config.mesh)
     divisor = sharding.batch_divisor(mesh)
     if config.batch_size % divisor:
@@ -66,6 +71,21 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
     check_writable(workdir)
     with lock_workdir(workdir):
         return _Run(config, experiment, source, mesh, pathlib.Path(workdir)).train(should_stop)
+
+
+def check_decoder(config, source: Source) -> None:
+    """Make sure, before training, that the autoencoder of the sample grids is the one of the latents.
+
+    Raises:
+        DataError: it is another one, or its file is missing.
+    """
+    path = config.autoencoder.path
+    if config.data.modality != "image_latents" or not path:
+        return
+    if not pathlib.Path(os.path.expanduser(path)).is_file():
+        raise DataError(f"config.autoencoder.path is {path}, where there is no file.")
+    if isinstance(source, LatentCache):
+        check_autoencoder(source.metadata, path, sha256(pathlib.Path(os.path.expanduser(path))))
 
 
 class _Run:

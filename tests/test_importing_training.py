@@ -168,7 +168,7 @@ def test_samples_of_an_import_are_those_of_its_source(trained, tiny_import, tmp_
     for workdir in (trained, tiny_import):
         command = ["djepa_jax", f"--config={CONFIG}", "--mode=sample", f"--workdir={workdir}", f"--out={tmp_path / 'a.npz'}"]
         assert cli.main([*command, *TINY]) == 0
-        images.append(np.load(tmp_path / "a.npz")["images"])
+        images.append(np.load(tmp_path / "a.npz")["arr_0"])
     np.testing.assert_array_equal(*images)
 
 

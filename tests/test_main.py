@@ -138,8 +138,8 @@ def test_sample_mode_writes_grid_and_arrays(trained, tmp_path, capsys):
     assert run(f"--config={CONFIG}", f"--workdir={trained}", "--mode=sample", f"--out={out}", *TINY, *flags) == 0
     assert str(out) in capsys.readouterr().out
     with np.load(out.with_suffix(".npz"), allow_pickle=False) as arrays:
-        assert arrays["images"].shape == (5, 8, 8, 1) and arrays["images"].dtype == np.uint8
-        assert arrays["labels"].tolist() == [3, 7, 3, 7, 3]
+        assert arrays["arr_0"].shape == (5, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [3, 7, 3, 7, 3]
         assert json.loads(str(arrays["settings"]))["sample"]["cfg_scale"] == 2.0
     with Image.open(out) as grid:
         assert "djepa_jax.main" in grid.text["command"]
@@ -216,8 +216,10 @@ def float_keys() -> list[str]:
 
 
 @pytest.mark.parametrize("key", float_keys())
-@pytest.mark.parametrize("value", ["nan", "inf", "-1.0"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1.0"])
 def test_no_number_may_be_nan_infinite_or_negative(key, value):
+    if (key, value) == ("data.latent_shift", "-1.0"):
+        return  # the mean of latents may well be negative
     with pytest.raises(configuration.ConfigError, match=key):
         configuration.build(load_config("digits", f"--config.{key}={value}"))
 

@@ -234,7 +234,7 @@ def test_gradients_of_parts_add_up_to_the_batch(variant):
     results = []
     for parts in (1, 2, 4):
         config = tiny_config(
-            "--config.batch_size=64", "--config.loss.mask_group=4", f"--config.microbatches={parts}", variant=variant
+            "--config.batch_size=128", "--config.loss.mask_group=4", f"--config.microbatches={parts}", variant=variant
         )
         config.optimizer.warmup_steps = 0
         spec = configuration.build(config).train

@@ -14,17 +14,28 @@ from djepa_jax.data.sources import Source
 
 
 class RandomFlip(grain.transforms.RandomMap):
-    """Mirror every second image."""
+    """Mirror every second image; latents cannot be mirrored, so they come with those of the mirror image."""
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        """Flip left and right with probability one half."""
-        return {**element, "image": element["image"][:, ::-1]} if rng.random() < 0.5 else element
+        """Take the mirror image with probability one half."""
+        if rng.random() >= 0.5:
+            return element
+        return {**element, "image": element["mirror"] if "mirror" in element else element["image"][:, ::-1]}
+
+
+class DropMirror(grain.transforms.Map):
+    """Leave out the mirror image, once it was chosen or not."""
+
+    def map(self, element: dict) -> dict:
+        """Image and label only."""
+        return {"image": element["image"], "label": element["label"]}
 
 
 def example_stream(source: Source, seed: int, random_flip: bool = False) -> grain.MapDataset:
     """The endless sequence of training examples; `stream[i]` is the i-th one consumed."""
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    return stream.random_map(RandomFlip()) if random_flip else stream
+    stream = stream.random_map(RandomFlip()) if random_flip else stream
+    return stream.map(DropMirror())
 
 
 def host_batches(stream: grain.MapDataset, batch_size: int, consumed: int, host: int = 0, num_hosts: int = 1) -> Iterator[dict]:

@@ -1,10 +1,25 @@
-"""Data sources: objects with a length that give `{"image": array, "label": int}` by index."""
+"""Data sources: objects with a length that give `{"image": array, "label": int}` by index.
+
+- digits: the handwritten digits inside scikit-learn
+- npz: arrays in a file
+- synthetic: noise, for trying a configuration without data
+- folder: image files, a folder per class
+- tar: image files in tar files, as webdataset writes them
+- tfds: a data set prepared by TensorFlow Datasets
+- latents: a latent cache
+"""
 
 import pathlib
 import zipfile
 from typing import Protocol
 
 import numpy as np
+
+from djepa_jax.data.folders import open_folder
+from djepa_jax.data.latents import LatentCache, check_cache
+from djepa_jax.data.records import MAX_BROKEN, MAX_PIXELS, DataError, ImageSource, Robust, check_classes
+from djepa_jax.data.tars import open_tars
+from djepa_jax.data.tfds_source import open_tfds
 
 
 class Source(Protocol):
@@ -73,22 +88,97 @@ def _check_arrays(path: str, images: np.ndarray, labels: np.ndarray) -> None:
         raise ValueError(f'"{path}" holds values that are not finite; find and remove those examples.')
 
 
-def open_source(name: str, path: str, modality, num_classes: int) -> Source:
+def open_source(
+    name: str, path: str, modality, num_classes: int, *, max_pixels: int = MAX_PIXELS, max_broken: int = MAX_BROKEN
+) -> Source:
     """The source called `name`, checked against the modality and the number of classes.
 
+    Args:
+        name: one of `SOURCES`.
+        path: where its data is; what can be written is told by the function that reads it.
+        modality: tells what examples must look like; images in files are cropped to that.
+        num_classes: labels run from 0 to one less.
+        max_pixels: image files of more count as broken.
+        max_broken: broken image files that may be skipped.
+
     Raises:
-        ValueError: unknown name, missing data, examples of another shape, labels out of range.
+        ValueError: unknown name, missing data, examples of another shape, labels out of range, too many broken images.
     """
     if name not in SOURCES:
         raise ValueError(f'data.source is "{name}"; it must be one of {", ".join(sorted(SOURCES))}.')
-    source = SOURCES[name](path)
+    if name == "synthetic":
+        source = Synthetic(modality, num_classes)
+    elif name in ARRAY_SOURCES:
+        source = ARRAY_SOURCES[name](path)
+    else:
+        _check_image_modality(name, modality)
+        source = Robust(ImageSource(FILE_SOURCES[name](path), modality.example_shape, num_classes, max_pixels), max_broken)
+        check_classes(source.labels, source.class_names, num_classes)
     modality.check_example(source[0]["image"])
-    for label in (int(source.labels.min()), int(source.labels.max())):
-        if not 0 <= label < num_classes:
-            raise ValueError(
-                f"the data holds class {label}, data.num_classes is {num_classes}; labels run from 0 to num_classes - 1."
-            )
+    check_classes(source.labels, None, num_classes)
     return source
 
 
-SOURCES = {"digits": lambda path: load_digits(), "npz": load_npz}
+def _check_image_modality(name: str, modality) -> None:
+    """Raise DataError unless examples are to be square uint8 images with 1 or 3 channels."""
+    height, width, channels = modality.example_shape
+    if modality.example_dtype != np.uint8 or height != width or channels not in (1, 3):
+        raise DataError(
+            f'data.source "{name}" gives square uint8 images with 1 or 3 channels, the config expects '
+            f"{modality.example_dtype} examples of shape {(height, width, channels)}; choose another data.modality or "
+            'data.channels, or data.source "npz".'
+        )
+
+
+def open_data(config, modality) -> Source:
+    """The source that `config.data` names, checked against all of it.
+
+    Raises:
+        ValueError: as `open_source`; DataError: a latent cache that was made for another config.
+    """
+    data = config.data
+    num_classes = ANY_CLASS if data.unconditional else data.num_classes
+    source = open_source(data.source, data.path, modality, num_classes, max_broken=data.max_broken)
+    if isinstance(source, LatentCache):
+        check_cache(source.metadata, data)
+    return Unlabelled(source) if data.unconditional else source
+
+
+class Unlabelled:
+    """A source whose examples all count to class 0."""
+
+    labels = np.zeros(1, np.int64)
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.source[index], "label": np.int32(0)}
+
+
+class Synthetic:
+    """Made-up examples, noise around a value of their class, for trying a configuration without data."""
+
+    def __init__(self, modality, num_classes: int, count: int = 512):
+        self.shape, self.dtype, self.num_classes, self.count = modality.example_shape, modality.example_dtype, num_classes, count
+        self.labels = np.arange(count) % num_classes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        """Example `index`, a function of it alone."""
+        rng, label = np.random.default_rng(index), index % self.num_classes
+        values = rng.standard_normal(self.shape) + np.sin(1 + label)
+        if self.dtype == np.uint8:
+            values = np.clip(128 + 40 * values, 0, 255)
+        return {"image": values.astype(self.dtype), "label": np.int32(label)}
+
+
+ARRAY_SOURCES = {"digits": lambda path: load_digits(), "npz": load_npz, "latents": LatentCache}
+FILE_SOURCES = {"folder": open_folder, "tar": open_tars, "tfds": open_tfds}
+SOURCES = {"synthetic", *ARRAY_SOURCES, *FILE_SOURCES}
+ANY_CLASS = 2**31 - 1  # for data whose labels do not matter

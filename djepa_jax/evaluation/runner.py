@@ -10,7 +10,7 @@ import optax
 from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.checkpoint import write_json
-from djepa_jax.data.sources import open_source
+from djepa_jax.data.sources import open_data
 from djepa_jax.evaluation.small_images import check_judgeable, evaluate_images
 from djepa_jax.generate import Generator, load_ema
 
@@ -55,7 +55,7 @@ def run_evaluate(config, workdir: str) -> dict:
     experiment = configuration.build(config)
     if config.evaluation.kind == "none":
         raise configuration.ConfigError('config.evaluation.kind is "none"; set it to "small_images" to evaluate.')
-    source = open_source(config.data.source, config.data.path, experiment.modality, config.data.num_classes)
+    source = open_data(config, experiment.modality)
     check_judgeable(source)
     mesh = sharding.make_mesh(config.mesh)
     params, step = load_ema(config, experiment, workdir, mesh)

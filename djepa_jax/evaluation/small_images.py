@@ -34,7 +34,9 @@ def accuracy(images: np.ndarray, labels: np.ndarray, real_images: np.ndarray, re
 
 
 def check_judgeable(source) -> None:
-    """Raise ValueError unless a source can train the classifier: at least two classes of pictures."""
+    """Raise ValueError unless a source can train the classifier: pictures in memory, of at least two classes."""
+    if not hasattr(source, "images"):
+        raise ValueError('evaluation.kind "small_images" needs data.source "digits" or "npz"; set evaluation.kind to "none".')
     if len(np.unique(source.labels)) < 2:
         raise ValueError('evaluation.kind "small_images" needs data of at least two classes; set evaluation.kind to "none".')
 

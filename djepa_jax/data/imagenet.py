@@ -1,0 +1,132 @@
+"""ImageNet (ILSVRC 2012) as a data set of TensorFlow Datasets, from the two tar files that image-net.org hands out."""
+
+import collections
+import contextlib
+import importlib.util
+import os
+import pathlib
+import tarfile
+import types
+from collections.abc import Iterator
+
+from djepa_jax.class_names import imagenet
+from djepa_jax.data.records import DataError
+from djepa_jax.data.tar_index import walk_tar
+
+TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+
+
+def prepare_tfds(manual_dir: str, data_dir: str) -> dict[str, dict[str, int] | int]:
+    """Make `imagenet2012` in `data_dir`, for the source "tfds"; does nothing if it is there already.
+
+    The real data needs TensorFlow (`pip install tensorflow-cpu`) here, not for training: 23 of its images, 22 CMYK files
+    and a PNG file called JPEG, are encoded anew by it. Without them, as in a part of ImageNet, the same files come out
+    without TensorFlow, which then only opens files.
+
+    Args:
+        manual_dir: holds ILSVRC2012_img_train.tar, a tar file of one tar file per class, and ILSVRC2012_img_val.tar.
+        data_dir: where TensorFlow Datasets keeps data sets; about 160 GB.
+
+    Returns:
+        how many images there are: `{"train": {WordNet id: count}, "validation": count}`.
+
+    Raises:
+        DataError: a tar file is missing, damaged or of another layout, TensorFlow is needed, or what was prepared
+            does not have as many images.
+    """
+    from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as recipe
+
+    files = _find_tars(manual_dir)
+    train, special = _count_train(files[TRAIN], {*recipe.CMYK_IMAGES, *recipe.PNG_IMAGES})
+    counts = {"train": train, "validation": _count_validation(files[VALIDATION])}
+    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
+    if special and not has_tensorflow:
+        raise DataError(
+            f'"{files[TRAIN]}" holds {len(special)} images that TensorFlow must encode anew, such as {special[0]}; '
+            "pip install tensorflow-cpu, which training does not need."
+        )
+    with contextlib.nullcontext() if has_tensorflow else _without_tensorflow(recipe):
+        prepared = _prepare(recipe, manual_dir, data_dir)
+    _compare(counts, prepared, data_dir)
+    return counts
+
+
+def _find_tars(manual_dir: str) -> dict[str, pathlib.Path]:
+    files = {name: pathlib.Path(manual_dir).expanduser() / name for name in (TRAIN, VALIDATION)}
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing:
+        raise DataError(
+            f"ImageNet is made from {' and '.join(map(str, files.values()))}; missing: {', '.join(missing)}. Download "
+            "them from https://image-net.org/download-images (an account is needed) and leave them packed."
+        )
+    return files
+
+
+def _count_train(file: pathlib.Path, wanted: set[str]) -> tuple[dict[str, int], list[str]]:
+    """Images per class, and which of the `wanted` ones are there."""
+    known, counts, found = {wnid for wnid, _ in imagenet()}, collections.Counter(), []
+    with open(file, "rb", buffering=0) as handle:
+        for inner in walk_tar(handle.fileno(), str(file)):
+            wnid = inner.name.removesuffix(".tar")
+            if wnid not in known or wnid == inner.name:
+                raise DataError(f'"{file}" holds "{inner.name}"; it must hold one tar file per class, such as n01440764.tar.')
+            where = f"{file}:{inner.name}"
+            for image in walk_tar(handle.fileno(), where, inner.offset, inner.offset + inner.size):
+                counts[wnid] += 1
+                found += {image.name} & wanted
+    return dict(counts), found
+
+
+def _count_validation(file: pathlib.Path) -> int:
+    try:
+        with tarfile.open(file, "r:") as tar:
+            names = sorted(tar.getnames())
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f'"{file}" cannot be read as an uncompressed tar file ({error}); copy it again.') from error
+    # TensorFlow Datasets gives labels to sorted names by position, so a missing image would shift all after it.
+    expected = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(len(names))]
+    wrong = next((name for name, right in zip(names, expected, strict=True) if name != right), None)
+    if wrong is not None or not names:
+        raise DataError(
+            f'"{file}" must hold ILSVRC2012_val_00000001.JPEG and so on without a gap, it holds "{wrong}"; copy it again.'
+        )
+    return len(names)
+
+
+def _prepare(recipe: types.ModuleType, manual_dir: str, data_dir: str) -> dict[str, int]:
+    """Let TensorFlow Datasets write its files; the number of images in each split."""
+    import tensorflow_datasets as tfds
+
+    builder = recipe.Builder(data_dir=os.path.expanduser(data_dir), file_format="array_record")
+    config = tfds.download.DownloadConfig(manual_dir=os.path.expanduser(manual_dir), try_download_gcs=False)
+    builder.download_and_prepare(download_config=config)
+    return {name: split.num_examples for name, split in builder.info.splits.items()}
+
+
+@contextlib.contextmanager
+def _without_tensorflow(recipe: types.ModuleType) -> Iterator[None]:
+    """Let the recipe open files with Python; TensorFlow does nothing else for it but encode some images anew."""
+    from tensorflow_datasets.core.download import extractor
+    from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
+
+    gfile = types.SimpleNamespace(exists=os.path.exists, GFile=open)
+    stand_in = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
+    modules = (imagenet_common, recipe, extractor)
+    originals = [module.tf for module in modules]
+    try:
+        for module in modules:
+            module.tf = stand_in
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.tf = original
+
+
+def _compare(counts: dict, prepared: dict[str, int], data_dir: str) -> None:
+    expected = {"train": sum(counts["train"].values()), "validation": counts["validation"]}
+    found = {name: prepared.get(name, 0) for name in expected}
+    if found != expected:
+        raise DataError(
+            f'the tar files hold {expected} images, "{data_dir}/imagenet2012" was prepared with {found}; remove that '
+            "folder and prepare it again."
+        )

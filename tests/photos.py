@@ -1,0 +1,95 @@
+"""Image files made of the two photographs that scikit-learn ships, and folders and tar files of them."""
+
+import functools
+import io
+import pathlib
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+NAMES = ("flower", "temple")  # classes, in the order of their labels
+PER_CLASS = 6
+
+
+@functools.cache
+def photographs() -> dict[str, Image.Image]:
+    """The two photographs, 640 x 427 pixels."""
+    from sklearn.datasets import load_sample_images
+
+    temple, flower = load_sample_images().images
+    return {"flower": Image.fromarray(flower), "temple": Image.fromarray(temple)}
+
+
+def crop(name: str, index: int = 0, width: int = 100, height: int = 75) -> Image.Image:
+    """One of many different pieces of a photograph."""
+    left, top = 83 * index % (640 - width), 59 * index % (427 - height)
+    return photographs()[name].crop((left, top, left + width, top + height))
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    """An image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@functools.cache
+def labelled() -> tuple[tuple[str, bytes, int], ...]:
+    """Twelve JPEG files of two classes and several shapes: (key, file, label)."""
+    return tuple(
+        (f"{name}/{i:03d}", encode(crop(name, i, 90 + 7 * i, 120 - 9 * i)), label)
+        for label, name in enumerate(NAMES)
+        for i in range(PER_CLASS)
+    )
+
+
+def write_folder(root: pathlib.Path, images=None) -> str:
+    """A folder per class."""
+    for key, data, _ in images or labelled():
+        file = root / f"{key}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    return str(root)
+
+
+def write_tar(file: pathlib.Path, members: dict[str, bytes], **options) -> str:
+    """A tar file of plain files."""
+    with tarfile.open(file, "w", **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(file)
+
+
+def write_shards(root: pathlib.Path, images=None, shards: int = 3) -> str:
+    """Tar files `train-000.tar` and on, with labels in .cls files; the images in turn."""
+    images = images or labelled()
+    root.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        members = {}
+        for key, data, label in images[shard::shards]:
+            members |= {f"{key}.jpg": data, f"{key}.cls": f"{label}\n".encode()}
+        write_tar(root / f"train-{shard:03d}.tar", members)
+    return str(root)
+
+
+def write_imagenet(root: pathlib.Path, classes: tuple[str, ...], per_class: int = 5, validation: int = 5) -> dict[str, bytes]:
+    """The two tar files of ILSVRC 2012 with a few images; returns all images by their name."""
+    root.mkdir(parents=True, exist_ok=True)
+    images, inner = {}, {}
+    for number, wnid in enumerate(classes):
+        files = {f"{wnid}_{i + 1}.JPEG": encode(crop(NAMES[number % 2], 10 * number + i)) for i in range(per_class)}
+        inner[f"{wnid}.tar"] = pathlib.Path(write_tar(root / "inner.tar", files)).read_bytes()
+        images |= files
+    (root / "inner.tar").unlink(missing_ok=True)
+    write_tar(root / "ILSVRC2012_img_train.tar", inner)
+    files = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": encode(crop("temple", 50 + i)) for i in range(validation)}
+    write_tar(root / "ILSVRC2012_img_val.tar", files)
+    return images | files
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays agree in shape, type and every value."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())

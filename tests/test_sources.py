@@ -1,0 +1,234 @@
+"""Image files in folders as a source, and what all sources of image files share."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from photos import NAMES, PER_CLASS, crop, encode, labelled, same, write_folder, write_shards
+from PIL import Image
+
+from djepa_jax.data.folders import open_folder
+from djepa_jax.data.images import center_crop, decode_image
+from djepa_jax.data.pipeline import example_stream, host_batches
+from djepa_jax.data.records import MAX_PIXELS, DataError, ImageSource, Robust
+from djepa_jax.data.sources import open_source
+from djepa_jax.modalities import MODALITIES
+
+PIXELS = MODALITIES["image_pixels"](32, 3, 4)
+GRAY = MODALITIES["image_pixels"](16, 1, 4)
+COUNT = 2 * PER_CLASS
+
+
+def expected(index: int, size: int = 32) -> np.ndarray:
+    return center_crop(decode_image(labelled()[index][1], MAX_PIXELS), size)
+
+
+@pytest.fixture(params=["folder", "tar"])
+def kind(request):
+    return request.param
+
+
+def write(kind: str, root, images=None) -> str:
+    return (write_folder if kind == "folder" else write_shards)(root, images)
+
+
+def with_broken(*broken: int) -> list[tuple[str, bytes, int]]:
+    """The labelled images, some of them cut in half."""
+    return [(key, data[: len(data) // 2] if i in broken else data, label) for i, (key, data, label) in enumerate(labelled())]
+
+
+# images and labels
+
+
+def test_folder_gives_decoded_and_cropped_images(tmp_path):
+    source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
+    assert len(source) == COUNT and source.class_names == NAMES
+    for i in range(COUNT):
+        assert same(source[i]["image"], expected(i))
+        assert source[i]["label"] == labelled()[i][2] and source[i]["label"].dtype == np.int32
+        assert source.key(i) == labelled()[i][0] + ".jpg"
+    assert source.labels.tolist() == [0] * PER_CLASS + [1] * PER_CLASS
+
+
+def test_folder_and_tar_give_identical_images(tmp_path):
+    folder = open_source("folder", write_folder(tmp_path / "folder"), PIXELS, num_classes=2)
+    tar = open_source("tar", write_shards(tmp_path / "tar"), PIXELS, num_classes=2)
+    by_key = {tar.key(i).partition(":")[2]: i for i in range(len(tar))}
+    assert len(folder) == len(tar) == len(by_key) == COUNT
+    for i in range(COUNT):
+        twin = tar[by_key[folder.key(i)]]
+        assert same(twin["image"], folder[i]["image"]) and twin["label"] == folder[i]["label"]
+        assert tar.labels[by_key[folder.key(i)]] == folder.labels[i]
+
+
+def test_channels_follow_the_modality(tmp_path, kind):
+    source = open_source(kind, write(kind, tmp_path), GRAY, num_classes=2)
+    assert source[0]["image"].shape == (16, 16, 1)
+    luminance = np.asarray(Image.fromarray(expected(0, 16)).convert("L"))
+    assert same(source[0]["image"][..., 0], luminance)
+
+
+def test_order_of_access_does_not_matter(tmp_path, kind):
+    source = open_source(kind, write(kind, tmp_path), PIXELS, num_classes=2)
+    whole = [source[i] for i in range(COUNT)]
+    assert len(list(source)) == COUNT  # iterating ends
+    for i in np.random.default_rng(0).permutation(3 * COUNT) % COUNT:
+        assert same(source[int(i)]["image"], whole[i]["image"]) and source[int(i)]["label"] == whole[i]["label"]
+
+
+def test_sources_pickle(tmp_path, kind):
+    images = with_broken(2)
+    source = open_source(kind, write(kind, tmp_path, images), PIXELS, num_classes=2)
+    first = [source[i] for i in range(COUNT)]
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.broken == source.broken and len(copy.broken) == 1
+    assert all(same(copy[i]["image"], first[i]["image"]) and copy.key(i) == source.key(i) for i in range(COUNT))
+
+
+def test_grain_reads_in_threads(tmp_path, kind):
+    source = open_source(kind, write(kind, tmp_path, with_broken(1, 8)), PIXELS, num_classes=2)
+    stream = example_stream(source, seed=3, random_flip=True)
+    one_by_one = [stream[i] for i in range(8)]
+    batches = host_batches(stream, 4, consumed=0)
+    for start in (0, 4):
+        batch = next(batches)
+        assert batch["image"].shape == (4, 32, 32, 3) and batch["image"].dtype == np.uint8
+        for row in range(4):
+            assert same(batch["image"][row], one_by_one[start + row]["image"])
+            assert batch["label"][row] == one_by_one[start + row]["label"]
+
+
+def test_folder_finds_what_it_should(tmp_path):
+    picture = encode(crop("flower"))
+    for name in ("b/x.JPG", "b/deep/er/y.jpeg", "a/z.PNG", "A/q.webp", "a/10.jpg", "a/9.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode(crop("temple"), "PNG") if name.endswith("PNG") else picture)
+    for name in ("b/.hidden.jpg", "b/notes.txt", ".git/c.jpg", "b/.cache/d.jpg", "stray.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture)
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    source = open_source("folder", str(tmp_path), PIXELS, num_classes=9)
+    assert source.class_names == ("A", "a", "b", "linked") and source.labels.tolist() == [0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert [source.key(i) for i in range(6)] == ["A/q.webp", "a/10.jpg", "a/9.jpg", "a/z.PNG", "b/deep/er/y.jpeg", "b/x.JPG"]
+    assert source[5]["label"] == 2
+
+
+def test_names_need_not_be_unicode(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.makedirs(folder)
+    with open(folder + b"/\xff.jpg", "wb") as file:
+        file.write(encode(crop("flower")))
+    source = pickle.loads(pickle.dumps(open_source("folder", str(tmp_path), PIXELS, num_classes=1)))
+    assert source[0]["image"].shape == (32, 32, 3) and os.fsencode(source.key(0)) == b"caf\xe9/\xff.jpg"
+
+
+# broken images
+
+
+def test_broken_image_is_replaced_by_the_next(tmp_path, caplog):
+    source = open_source("folder", write_folder(tmp_path, with_broken(2, 3, COUNT - 1)), PIXELS, num_classes=2)
+    assert source.broken == {}
+    for broken, stand_in in ((2, 4), (3, 4), (COUNT - 1, 0)):
+        for _ in range(2):
+            assert same(source[broken]["image"], expected(stand_in))
+            assert source[broken]["label"] == labelled()[stand_in][2]
+    assert list(source.broken) == ["flower/002.jpg", "flower/003.jpg", "temple/005.jpg"]
+    assert all("truncated" in reason for reason in source.broken.values())
+    assert caplog.text.count("skipping") == 3 and "skipping flower/003.jpg: it cannot be decoded" in caplog.text
+
+
+def test_broken_image_at_the_start_does_not_stop_opening(tmp_path, kind):
+    source = open_source(kind, write(kind, tmp_path, with_broken(0)), PIXELS, num_classes=2)
+    assert len(source.broken) == 1 and len(source) == COUNT
+
+
+def test_too_many_broken_images_are_an_error(tmp_path):
+    folder = write_folder(tmp_path, with_broken(2, 3, 5, 7, 9))
+    source = open_source("folder", folder, PIXELS, num_classes=2, max_broken=4)
+    for i in (2, 3, 5, 7, 7):
+        assert source[i]["image"].shape == (32, 32, 3)
+    words = r"5 of 12 images cannot be read, 4 are allowed: flower/002.jpg: .*; flower/005.jpg: .*; and 2 more. Repair"
+    with pytest.raises(DataError, match=words):
+        source[9]
+    assert len(source.broken) == 5
+    with pytest.raises(DataError, match="1 of 12 images cannot be read, 0 are allowed"):
+        open_source("folder", folder, PIXELS, num_classes=2, max_broken=0)[2]
+
+
+def test_all_images_broken_is_an_error(tmp_path, kind):
+    path = write(kind, tmp_path, with_broken(*range(COUNT)))
+    with pytest.raises(DataError, match="12 of 12 images cannot be read"):
+        open_source(kind, path, PIXELS, num_classes=2)
+
+
+def test_image_of_too_many_pixels_is_broken(tmp_path, kind):
+    images = [*labelled(), ("temple/bomb", encode(crop("temple", width=400, height=300)), 1)]
+    source = open_source(kind, write(kind, tmp_path, images), PIXELS, num_classes=2, max_pixels=100_000)
+    assert len(list(source)) == COUNT + 1
+    ((key, reason),) = source.broken.items()
+    assert "temple/bomb" in key and "400 x 300 pixels, the limit is 100000" in reason
+
+
+def test_file_that_vanished_or_is_no_file_is_broken(tmp_path):
+    folder = write_folder(tmp_path)
+    os.remove(tmp_path / "flower" / "001.jpg")
+    os.mkfifo(tmp_path / "flower" / "001.jpg")
+    source = open_source("folder", folder, PIXELS, num_classes=2)
+    os.remove(tmp_path / "temple" / "003.jpg")
+    assert same(source[1]["image"], expected(2)) and same(source[PER_CLASS + 3]["image"], expected(PER_CLASS + 4))
+    assert list(source.broken.values()) == ["it is not a file", "it cannot be read (No such file or directory)"]
+
+
+def test_huge_file_is_not_read(tmp_path):
+    folder = write_folder(tmp_path)
+    os.truncate(tmp_path / "flower" / "001.jpg", 2**40)  # takes no space
+    source = open_source("folder", folder, PIXELS, num_classes=2)
+    assert same(source[1]["image"], expected(2))
+    assert f"{2**40} bytes" in source.broken["flower/001.jpg"]
+
+
+def test_index_beyond_the_end(tmp_path):
+    source = Robust(ImageSource(open_folder(write_folder(tmp_path)), (32, 32, 3), 2))
+    assert same(source[-1]["image"], source[COUNT - 1]["image"])
+    with pytest.raises(IndexError):
+        source[COUNT]
+
+
+# data that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], "holds no folders"),
+        (["stray.jpg"], "holds no folders"),
+        (["a/x.jpg", "b/readme.txt"], r'1 of the 2 folders .* hold no images .* such as "b"'),
+        (["train/a/x.jpg", "val/a/x.jpg"], "holds train, val, which are splits.*name one of them, such as .*train"),
+        ([".hidden/x.jpg"], "holds no folders"),
+        (["a/x.jpg", "b/x.jpg", "c/x.jpg", "d/x.jpg"], r"4 classes \(a, b, c, \.\.\.\), data.num_classes is 2; set it to 4"),
+    ],
+)
+def test_unusable_folder_is_refused(tmp_path, files, words):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode(crop("flower")))
+    with pytest.raises(DataError, match=words):
+        open_source("folder", str(tmp_path), PIXELS, num_classes=2)
+
+
+@pytest.mark.parametrize("path", ["", "/no/such/folder", __file__])
+def test_missing_folder_is_named(path):
+    with pytest.raises(DataError, match=f'data.path is "{path}", where there is no folder'):
+        open_source("folder", path, PIXELS, num_classes=2)
+
+
+@pytest.mark.parametrize("modality", [MODALITIES["image_latents"](4, 16, 1, 0.2), MODALITIES["image_pixels"](32, 4, 4)])
+def test_image_files_need_a_modality_of_pixels(tmp_path, modality):
+    with pytest.raises(DataError, match=r'"folder" gives square uint8 images with 1 or 3 channels, the config expects .*\(.*\)'):
+        open_source("folder", write_folder(tmp_path), modality, num_classes=2)
+
+
+def test_unknown_source_names_all():
+    with pytest.raises(ValueError, match="one of digits, folder, npz, tar, tfds"):
+        open_source("folders", "", PIXELS, num_classes=2)
