@@ -230,5 +230,5 @@ def test_image_files_need_a_modality_of_pixels(tmp_path, modality):
 
 
 def test_unknown_source_names_all():
-    with pytest.raises(ValueError, match="one of digits, folder, npz, tar, tfds"):
+    with pytest.raises(ValueError, match="one of digits, folder, latents, npz, synthetic, tar, tfds"):
         open_source("folders", "", PIXELS, num_classes=2)
