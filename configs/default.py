@@ -68,6 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # digits, npz, folder, tar, tfds, synthetic, or latents: a cache that --mode=prepare made
     data.source = "latents"
     data.path = ""  # of the source
+    data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
     data.modality = "image_latents"  # image_pixels or image_latents

@@ -35,6 +35,7 @@ LATER_KEYS = {  # that older stored configs lack, with the value that means what
     "microbatches": 1,
     "data.max_broken": 100,
     "data.unconditional": False,
+    "data.device_resident": False,
     "prepare.source": "folder",
     "prepare.path": "",
     "prepare.image_size": 256,

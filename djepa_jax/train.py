@@ -23,6 +23,7 @@ from djepa_jax.data.sources import Source, open_data
 from djepa_jax.evaluation.runner import evaluate, identity, read_evaluation
 from djepa_jax.evaluation.small_images import check_judgeable
 from djepa_jax.generate import Generator, check_same_model, make_grid, output_paths, save_samples, stored_settings
+from djepa_jax.resident import ResidentCache
 from djepa_jax.stored import sha256
 from djepa_jax.train_step import TrainState, init_state, make_train_step
 
@@ -204,11 +205,14 @@ class _Run:
 
     def _batches(self, consumed: int) -> Iterator[dict]:
         """Batches on the device, a few ahead of the step that uses them."""
-        stream = example_stream(self.source, self.config.seed, self.config.data.random_flip)
+        resident = ResidentCache(self.source, self.mesh) if self.config.data.device_resident else None
+        source = resident.rows if resident else self.source
+        stream = example_stream(source, self.config.seed, self.config.data.random_flip)
         host, hosts = jax.process_index(), jax.process_count()
         place, queue = sharding.batch_sharding(self.mesh), collections.deque()
         for batch in host_batches(stream, self.config.batch_size, consumed, host, hosts):
-            queue.append({name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()})
+            batch = {name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()}
+            queue.append(resident.fetch(batch) if resident else batch)
             if len(queue) > PREFETCH:
                 yield queue.popleft()
 

@@ -34,6 +34,7 @@ if [ -z "$dry_run" ]; then
   check_archive ILSVRC2012_img_val.tar 6744924160
   [ -z "$missing" ] || die "not in $tars: $missing; image-net.org gives both archives (ILSVRC 2012, tasks 1 and 2) after registration"
 fi
-prepare "$platform"
+prepare "$platform" prepare
 run "$PYTHON" -m djepa_jax.data.imagenet "--tars=$tars" "--data_dir=$data_dir"
-run_last "$PYTHON" -m djepa_jax.main --mode=prepare "--config=$config" "--workdir=$cache_dir" ${extra[@]+"${extra[@]}"}
+run_last "$PYTHON" -m djepa_jax.main --mode=prepare "--config=$config" "--workdir=$cache_dir" \
+  --config.prepare.source=tfds "--config.prepare.path=imagenet2012@$data_dir" ${extra[@]+"${extra[@]}"}

@@ -205,13 +205,13 @@ def test_bad_flags_are_one_line(machine, script, arguments, texts):
     assert machine.log() == [] and not (machine.checkout / ".venv").exists()
 
 
-def installing(machine: Machine, jax: str) -> list[list[str]]:
+def installing(machine: Machine, jax: str, extra: str = "") -> list[list[str]]:
     """The commands that make .venv."""
     pip = [str(machine.checkout / ".venv/bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     return [
         [machine.environment["DJEPA_PYTHON"], "-m", "venv", ".venv"],
         [*pip, "setuptools>=69", "wheel", jax, "-r", "requirements.txt"],
-        [*pip, "--no-build-isolation", "-e", "."],
+        [*pip, "--no-build-isolation", "-e", f".{extra}"],
     ]
 
 
@@ -397,7 +397,7 @@ def test_dry_run_of_imagenet(machine, imagenet):
     commands = dry_run(machine, "prepare_imagenet.sh", *imagenet, "--dry_run", "--platform=tpu", "--config.seed=2", "--", "--x")
     tars, data, cache = (flag.split("=")[1] for flag in imagenet)
     assert commands == [
-        *installing(machine, "jax[tpu]"),
+        *installing(machine, "jax[tpu]", "[prepare]"),
         program(machine, "djepa_jax.data.imagenet", f"--tars={tars}", f"--data_dir={data}"),
         program(
             machine,
@@ -405,6 +405,8 @@ def test_dry_run_of_imagenet(machine, imagenet):
             "--mode=prepare",
             "--config=configs/djepa_l.py",
             f"--workdir={cache}",
+            "--config.prepare.source=tfds",
+            f"--config.prepare.path=imagenet2012@{data}",
             "--config.seed=2",
             "--x",
         ),
@@ -433,7 +435,8 @@ def test_imagenet_is_prepared_in_two_steps(machine, imagenet, size):
     workdir = cache.replace("cache_dir=", "workdir=", 1)
     assert machine.log()[3:] == [
         f"-m djepa_jax.data.imagenet {tars} {data}",
-        f"-m djepa_jax.main --mode=prepare --config=configs/djepa_l.py {workdir} --config.seed=2",
+        f"-m djepa_jax.main --mode=prepare --config=configs/djepa_l.py {workdir} --config.prepare.source=tfds "
+        f"--config.prepare.path=imagenet2012@{data.split('=', 1)[1]} --config.seed=2",
     ]
     done = machine.launch("prepare_imagenet.sh", *flags, IMAGENET_STATUS="3")
     assert done.returncode == 3 and len(machine.log()) == 1

@@ -1,13 +1,18 @@
-"""ImageNet (ILSVRC 2012) as a data set of TensorFlow Datasets, from the two tar files that image-net.org hands out."""
+"""ImageNet (ILSVRC 2012) as a data set of TensorFlow Datasets, from the two tar files that image-net.org hands out.
 
+python -m djepa_jax.data.imagenet --tars=DIR --data_dir=DIR
+"""
+
+import argparse
 import collections
 import contextlib
 import importlib.util
 import os
 import pathlib
+import sys
 import tarfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from djepa_jax.class_names import imagenet
 from djepa_jax.data.records import DataError
@@ -130,3 +135,24 @@ def _compare(counts: dict, prepared: dict[str, int], data_dir: str) -> None:
             f'the tar files hold {expected} images, "{data_dir}/imagenet2012" was prepared with {found}; remove that '
             "folder and prepare it again."
         )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: returns 0, or 2 after an error that fits on a line."""
+    parser = argparse.ArgumentParser("python -m djepa_jax.data.imagenet", description="Prepare ImageNet for training.")
+    parser.add_argument("--tars", required=True, help=f"folder of {TRAIN} and {VALIDATION}")
+    parser.add_argument("--data_dir", required=True, help="folder of the prepared data, about 160 GB")
+    arguments = parser.parse_args(argv)
+    try:
+        counts = prepare_tfds(arguments.tars, arguments.data_dir)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    train = counts["train"]
+    print(f"{sum(train.values()):,} training images of {len(train)} classes and {counts['validation']:,} validation images")
+    print(f"use them with --config.prepare.source=tfds --config.prepare.path=imagenet2012@{arguments.data_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

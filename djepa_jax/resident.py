@@ -1,0 +1,76 @@
+"""A latent cache kept on the devices, so that a training step takes its examples by index and the host does nothing.
+
+Rows of the table are example 0, its mirror image, example 1, its mirror image, and so on; they are split over the
+devices that share a batch. The order of examples and the choice of mirror images are those of the stream from disk.
+"""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djepa_jax import sharding
+from djepa_jax.config import ConfigError
+from djepa_jax.data.latents import DTYPES, LatentCache
+
+USABLE_SHARE = 0.5  # of a device's memory; the rest is for the training
+
+
+class ResidentCache:
+    """The moments of a cache on the devices of a mesh.
+
+    Attributes:
+        rows: a source that gives row numbers where the cache gives moments.
+
+    Raises:
+        ConfigError: the source is no latent cache, or larger than half of the devices' memory.
+    """
+
+    def __init__(self, source, mesh):
+        if not isinstance(source, LatentCache):
+            raise ConfigError('config.data.device_resident needs data.source "latents"; switch it off.')
+        self.rows, self._source = RowNumbers(source), source
+        place, divisor = sharding.batch_sharding(mesh), sharding.batch_divisor(mesh)
+        self._num_rows = -(-2 * len(source) // divisor) * divisor  # padded: every device holds as many
+        self._check_memory(divisor)
+        shape = (self._num_rows, *source.metadata.shape)
+        self._table = jax.make_array_from_callback(shape, place, self._read)
+        self._gather = jax.jit(lambda table, rows: jnp.take(table, rows, axis=0), out_shardings=place)
+
+    def fetch(self, batch: dict) -> dict:
+        """A batch with moments in the place of row numbers."""
+        return {**batch, "image": self._gather(self._table, batch["image"])}
+
+    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Some rows, read from the cache."""
+        rows = range(*index[0].indices(self._num_rows))
+        metadata = self._source.metadata
+        values = np.zeros((len(rows), *metadata.shape), DTYPES[metadata.dtype])
+        for position, row in enumerate(rows):
+            if row < 2 * len(self._source):
+                example = self._source[row // 2]
+                values[position] = example["mirror" if row % 2 else "image"]
+        return values
+
+    def _check_memory(self, devices: int) -> None:
+        metadata = self._source.metadata
+        needed = self._num_rows // devices * int(np.prod(metadata.shape)) * np.dtype(DTYPES[metadata.dtype]).itemsize
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        if limit and needed > USABLE_SHARE * limit:
+            raise ConfigError(
+                f"config.data.device_resident needs {needed / 2**30:.1f} GiB on each device, which has {limit / 2**30:.1f} GiB "
+                "in all; switch it off, or use more devices."
+            )
+
+
+class RowNumbers:
+    """The examples of a cache by the numbers of their rows, in place of their moments."""
+
+    def __init__(self, source: LatentCache):
+        self._labels = np.array([source[index]["label"] for index in range(len(source))], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": np.int32(2 * index), "mirror": np.int32(2 * index + 1), "label": self._labels[index]}
