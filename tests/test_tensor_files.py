@@ -1,6 +1,7 @@
 """Files of tensors, read one by one: mappings that are dropped in time, and the memory that an import takes."""
 
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_written_files_are_readable_by_everybody(tmp_path):
 
 # A process that imports a small file, so that everything is loaded, then a large one; lines of (workdir, source, flags).
 MEASURE = """
-import pathlib, sys, torch
+import pathlib, shlex, sys, torch
 from djepa_jax.interop.importing import run_import
 from djepa_jax.main import parse
 
@@ -117,7 +118,7 @@ def memory(field):  # of this process, not of the one that it was forked from
 def run(workdir, source, *flags):
     return run_import(parse(["djepa_jax", f"--workdir={workdir}", *flags]).config, workdir, source)
 
-small, large = (line.split() for line in sys.stdin.read().splitlines())
+small, large = (shlex.split(line) for line in sys.stdin.read().splitlines())
 run(*small)
 before = memory("VmRSS")
 lines = run(*large)
@@ -167,7 +168,7 @@ def measure(name: str, size: tuple[int, int], folder: pathlib.Path) -> tuple[int
     for label, shape in (("small", SMALL), ("large", size)):
         (folder / label).mkdir()
         WRITERS[name](folder / label / name, random_tensors(*shape))
-        lines.append(" ".join([str(folder / label / "run"), str(folder / label / name), *flags_of(*shape)]))
+        lines.append(shlex.join([str(folder / label / "run"), str(folder / label / name), *flags_of(*shape)]))
     done = subprocess.run([sys.executable, "-c", MEASURE], input="\n".join(lines), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("optimiser: its moments" in done.stdout) == (name == "training.pth")
