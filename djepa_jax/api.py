@@ -13,6 +13,7 @@ from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.class_names import find_class
 from djepa_jax.compilation import use_compilation_cache
+from djepa_jax.decoder import Autoencoder
 from djepa_jax.generate import Generator, placed_params
 from djepa_jax.modalities.base import Modality
 from djepa_jax.models.djepa import ModelConfig, split_model
@@ -27,18 +28,23 @@ KINDS = {
 }
 
 
-def load(path: str | os.PathLike, mesh: tuple[int, int, int] = (-1, 1, 1)) -> "Model":
+def load(
+    path: str | os.PathLike, mesh: tuple[int, int, int] = (-1, 1, 1), autoencoder: str | os.PathLike | None = None
+) -> "Model":
     """Load the moving average of a trained model.
 
     Args:
         path: a workdir (its newest step), one step's folder, or an export folder.
         mesh: devices along (data, fsdp, tensor), -1 = what is left; by default all share the batch.
+        autoencoder: weights of the autoencoder that turns latents into pictures, for a model that makes latents; by
+            default the file that its configuration names.
 
     Raises:
         CheckpointError: there is no model at `path`, or it is damaged.
+        ConfigError, ValueError: its configuration or the mesh cannot work here.
     """
     use_compilation_cache()
-    return Model(path, mesh)
+    return Model(path, mesh, autoencoder)
 
 
 class Model:
@@ -51,9 +57,10 @@ class Model:
         params: its parameters (nested dict of arrays).
     """
 
-    def __init__(self, path: str | os.PathLike, mesh: tuple[int, int, int]):
+    def __init__(self, path: str | os.PathLike, mesh: tuple[int, int, int], autoencoder: str | os.PathLike | None = None):
         stored = find_model(path)
-        self.path, self.config, self.step = stored.path, stored.config, stored.step
+        changes = {} if autoencoder is None else {"autoencoder.path": str(autoencoder)}
+        self.path, self.config, self.step = stored.path, stored.config.updated(changes), stored.step
         self._mesh = sharding.make_mesh(mesh)
         self._experiment = configuration.build(self.config)
         self.labels = self._experiment.class_names
@@ -96,9 +103,9 @@ class Model:
         """
         self._check_pictures()
         wanted = self._find(labels)
-        steps = self._generator(len(wanted), settings).stream(self.params, wanted, _seed(seed))
-        export = self._experiment.modality.export
-        return (np.asarray(export(tokens)["images"]) for tokens in steps)  # so that errors come from the call itself
+        generator = self._generator(len(wanted), settings)
+        steps = generator.stream(self.params, wanted, _seed(seed))
+        return (generator.export(tokens)["images"] for tokens in steps)  # so that errors come from the call itself
 
     def encode(self, images: np.ndarray, labels: Label | Sequence[Label] = None) -> np.ndarray:
         """Features of whole images by the context encoder.
@@ -158,7 +165,16 @@ class Model:
                 raise ValueError(f"{name} is {value!r}; it must be {remedy}, such as {stored!r}.")
             changes[f"sample.{name}"] = type(stored)(value)  # one type, or temperature=1 would compile what 1.0 has compiled
         config = self.config.updated(changes)
-        return Generator(config, configuration.build(config), self._mesh)
+        decoder = self._autoencoder if self._has_autoencoder else None
+        return Generator(config, configuration.build(config), self._mesh, decoder)
+
+    @property
+    def _has_autoencoder(self) -> bool:
+        return self.config.data.modality == "image_latents" and bool(self.config.autoencoder.path)
+
+    @functools.cached_property
+    def _autoencoder(self) -> Autoencoder:
+        return Autoencoder(self.config.autoencoder, self._mesh)
 
     def _batch_size(self, count: int) -> int:
         """The next power of two, so that few shapes are compiled; at most the configured batch size."""
@@ -170,8 +186,11 @@ class Model:
         modality = self._experiment.modality
         tokens = jax.ShapeDtypeStruct((1, modality.num_tokens, modality.token_dim), jnp.float32)
         made = jax.eval_shape(modality.export, tokens)
-        if "images" not in made:
-            raise TypeError(f"this model makes {', '.join(made)}, not pictures; use sample_arrays, and decode them.")
+        if "images" not in made and not self._has_autoencoder:
+            raise TypeError(
+                f"this model makes {', '.join(made)}, not pictures; name its autoencoder in load(..., autoencoder=PATH), or "
+                "use sample_arrays."
+            )
 
 
 def _seed(seed: int) -> int:

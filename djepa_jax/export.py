@@ -42,6 +42,7 @@ from djepa_jax.stored import (
 )
 
 STABLEHLO = "stablehlo"
+PRIVATE = {"data.path": "", "prepare.path": "", "autoencoder.path": ""}  # places on this machine are nobody's business
 FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
 
 
@@ -77,12 +78,13 @@ def run_export(config, workdir: str, out: str, form: str, overwrite: bool = Fals
     config = Settings(configuration.resolved(config)) if config is not None else model.config
     experiment = configuration.build(config)
     target = _check_target(out, overwrite)
-    mesh = sharding.make_mesh((1, 1, 1), jax.local_devices(backend="cpu")[:1])
+    mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
     job = Job(model, config, experiment, model.restore(placed_params(experiment, mesh)), licence)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir()
         _write(job, form, unfinished)
+        _check_target(out, overwrite)  # somebody may have put something there meanwhile
         _publish(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -110,7 +112,7 @@ def _write(job: Job, form: str, folder: pathlib.Path) -> None:
     step, parameters = job.model.step, sum(leaf.size for leaf in jax.tree.leaves(job.params))
     provenance = read_provenance(job.model.path, step, float(optax.tree.norm(job.params)))
     provenance = dataclasses.replace(provenance, licence=job.licence or provenance.licence)
-    card = model_card(job.model.config, job.experiment, step, parameters, form, provenance)
+    card = model_card(job.model.config, job.config, job.experiment, step, parameters, form, provenance)
     (folder / CARD_NAME).write_text(card, "utf-8")
     write_json(folder / CONFIG_NAME, _record(job, form, provenance))
     write_json(folder / MANIFEST_NAME, {"files": manifest_of(folder)})
@@ -127,7 +129,7 @@ def _record(job: Job, form: str, provenance: Provenance) -> dict:
         "class_names": list(job.experiment.class_names),
         **({"sampler": sampler} if form == STABLEHLO else {}),
         "provenance": dataclasses.asdict(provenance),
-        "config": job.config.to_dict(),
+        "config": job.config.updated(PRIVATE).to_dict(),
     }
 
 
@@ -138,7 +140,11 @@ def _publish(unfinished: pathlib.Path, target: pathlib.Path) -> None:
         return
     old = unfinished.with_name(unfinished.name + "-replaced")
     target.rename(old)
-    unfinished.rename(target)
+    try:
+        unfinished.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
     shutil.rmtree(old)
 
 

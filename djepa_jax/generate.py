@@ -39,11 +39,11 @@ def jitted_step(spec: SampleSpec, segment: Segment) -> Callable:
 class Generator:
     """The jitted sampler on a mesh; one compilation serves every call, whatever the count."""
 
-    def __init__(self, config, experiment: Experiment, mesh):
+    def __init__(self, config, experiment: Experiment, mesh, autoencoder: Autoencoder | None = None):
         self.config, self.experiment, self.mesh = config, experiment, mesh
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-config.sample.batch_size // divisor) * divisor
-        self._autoencoder = None
+        self._autoencoder = autoencoder
         self.scales = configuration.step_scales(config, experiment.modality.num_tokens)  # [T]
 
     def __call__(self, params, labels, seed: int, progress: bool = False) -> np.ndarray:
@@ -66,12 +66,12 @@ class Generator:
         return batches
 
     def images(self, params, labels, seed: int, progress: bool = False) -> dict[str, np.ndarray]:
-        """Sampled examples as the modality exports them; latents with their pictures, if there is an autoencoder."""
-        arrays = self.experiment.modality.export(self(params, labels, seed, progress))
-        return self.finish({name: np.asarray(array) for name, array in arrays.items()})
+        """Sampled examples as `export` gives them."""
+        return self.export(self(params, labels, seed, progress))
 
-    def finish(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Add the pictures that the configured autoencoder makes of latents."""
+    def export(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """What the modality makes of tokens `[n, N, C]`; latents with their pictures, if there is an autoencoder."""
+        arrays = {name: np.asarray(array) for name, array in self.experiment.modality.export(tokens).items()}
         if "latents" not in arrays or not self.config.autoencoder.path:
             return arrays
         return arrays | {"images": self.autoencoder.decode(arrays["latents"])}

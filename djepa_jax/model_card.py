@@ -59,8 +59,10 @@ def _last_metrics(path: pathlib.Path, step: int) -> dict | None:
         return None
 
 
-def model_card(config: Settings, experiment: Experiment, step: int, parameters: int, weights: str, provenance: Provenance) -> str:
-    """The card as Markdown; `config` is the one of the training."""
+def model_card(
+    config: Settings, sampling: Settings, experiment: Experiment, step: int, parameters: int, weights: str, provenance: Provenance
+) -> str:
+    """The card as Markdown; `config` is the one of the training, `sampling` the one of a compiled sampler."""
     model, data = experiment.train.model, config.data
     sections = {
         "Model": f"D-JEPA, {parameters:,} parameters (width {model.width}, "
@@ -69,7 +71,7 @@ def model_card(config: Settings, experiment: Experiment, step: int, parameters: 
         f"{'with' if model.jepa_head else 'without'} JEPA loss). It generates {model.num_tokens} tokens of {model.token_dim} "
         f"values; {data.modality} {data.image_size} x {data.image_size} x {data.channels}, patch {data.patch_size}. These are "
         "the moving-average weights in float32.",
-        "Use": _usage(weights, config, experiment),
+        "Use": _usage(weights, sampling, experiment),
         "Data": _data(config),
         "Training": _training(config, step, provenance),
         "Evaluation": _evaluation(provenance.evaluation),

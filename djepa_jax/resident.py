@@ -4,7 +4,6 @@ Rows of the table are example 0, its mirror image, example 1, its mirror image, 
 devices that share a batch. The order of examples and the choice of mirror images are those of the stream from disk.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

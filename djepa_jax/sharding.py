@@ -75,6 +75,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def host_device() -> jax.Device:
+    """The CPU, for arrays that no device needs to hold; the first device where JAX was told to use no CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """Devices that share a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -105,9 +105,12 @@ def _read_orbax(folder: pathlib.Path, abstract: dict) -> dict:
 
 
 def _read_tensors(folder: pathlib.Path, abstract: dict) -> dict:
-    from djepa_jax.interop.reading import read_params  # needs safetensors
+    from djepa_jax.interop.reading import read_params
 
-    return read_params(tensor_file(folder), abstract)
+    try:
+        return read_params(tensor_file(folder), abstract)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{tensor_file(folder)} needs the package {error.name}: pip install {error.name}.") from error
 
 
 READERS = {ORBAX: _read_orbax, SAFETENSORS: _read_tensors, OFFICIAL: _read_tensors}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_autoencoder import NAME, registered, write_weights
 from tiny import CONFIG, TINY, tiny_config
 
 import djepa_jax
@@ -181,12 +182,24 @@ def test_a_latents_model_gives_arrays(latents_model):
     with count_compilations() as compilations:
         cold = latents_model.sample_arrays([3, 7], temperature=0.1)
         for call in (latents_model.sample, latents_model.stream):
-            with pytest.raises(TypeError, match="this model makes latents, not pictures; use sample_arrays"):
+            with pytest.raises(TypeError, match="this model makes latents, not pictures; name its autoencoder"):
                 call([3, 7], num_denoise_steps=4)
     assert compilations == [], "temperature is an argument, and what cannot work is refused before the work"
     assert np.abs(cold["latents"] - arrays["latents"]).max() > 0.01
     with pytest.raises(ValueError, match="uint8 examples of shape .* expects float32"):
         latents_model.encode(np.zeros((2, 8, 8, 2), np.uint8))
+
+
+def test_an_autoencoder_makes_pictures_of_latents(tmp_path_factory):
+    flags = ["--config.data.modality=image_latents", "--config.evaluation.kind=none", "--config.data.channels=4"]
+    config = tiny_config(*flags, "--config.sample.num_ar_steps=2", f"--config.autoencoder.name={NAME}")
+    folder = tmp_path_factory.mktemp("pictures")
+    with registered():
+        model = djepa_jax.load(save_model(folder, config), autoencoder=write_weights(folder / "vae.safetensors"))
+        images = model.sample([3, 7])
+        assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
+        *_, last = model.stream([3, 7])
+        assert_same_pictures(last, images)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])

@@ -18,6 +18,7 @@ import djepa_jax
 from djepa_jax import export as exporting
 from djepa_jax import main as cli
 from djepa_jax.config import upgraded
+from djepa_jax.main import main
 from djepa_jax.stored import find_model, weights_of
 
 WEIGHTS = {"orbax": "params", "safetensors": "model.safetensors", "official": "model.safetensors"}
@@ -247,3 +248,24 @@ def test_failure_in_the_middle_leaves_nothing(trained, old, monkeypatch, capsys,
     monkeypatch.setitem(exporting.WRITERS, "official", fail)
     failed(capsys, old, f"--workdir={trained}", f"--out={old}", "--overwrite", status=status)
     failed(capsys, old, f"--workdir={trained}", f"--out={old.parent / 'new'}", status=status)
+
+
+def test_what_appears_meanwhile_is_not_replaced(trained, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "new"
+    original = exporting.WRITERS["official"]
+
+    def write(job, folder):
+        original(job, folder)
+        target.mkdir()
+        (target / "thesis.txt").write_text("years of work")
+
+    monkeypatch.setitem(exporting.WRITERS, "official", write)
+    assert main(["djepa_jax", "--mode=export", "--format=official", f"--workdir={trained}", f"--out={target}"]) == 2
+    assert "exists; name another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["new"] and [path.name for path in target.iterdir()] == ["thesis.txt"]
+
+
+def test_places_on_this_machine_stay_here(exports):
+    for folder in exports.values():
+        config = json.loads((folder / "config.json").read_text())["config"]
+        assert config["data"]["path"] == config["prepare"]["path"] == config["autoencoder"]["path"] == ""

@@ -13,7 +13,7 @@ from conftest import PARITY, load_parity
 from official_files import as_torch, flags_of, has_checkpoint, run_import, training_file
 from safetensors.numpy import save_file
 
-from djepa_jax.interop.tensor_files import open_tensors
+from djepa_jax.interop.tensor_files import SourceError, open_tensors
 
 GOOD = PARITY / "model_gauss.safetensors"
 NEW_AND_OLD = {"zip": {}, "old": {"_use_new_zipfile_serialization": False}}
@@ -221,3 +221,37 @@ def test_objects_of_other_classes_are_refused(options, tmp_path, capsys):
     torch.save({"model": as_torch(_tensors()), "args": options}, tmp_path / "own.pth")
     named = "Linear" if isinstance(options, torch.nn.Module) else "test_importing_refusals.Options"
     assert re.search(rf"asks for [\w.]*{named}, which", refused(tmp_path / "own.pth", tmp_path, capsys))
+
+
+@pytest.mark.parametrize("content", ['{"kind": "djepa_jax export"}\n', "somebody's notes"])
+def test_a_file_that_an_import_would_write_over_is_kept(content, gauss, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(content)
+    assert run_import(GOOD, workdir, flags_of(gauss)) == 2
+    assert "already holds config.json" in capsys.readouterr().err
+    assert (workdir / "config.json").read_text() == content and not (workdir / "checkpoints").exists()
+
+
+def test_pytorch_with_an_unsafe_loader_is_refused(tmp_path, monkeypatch):
+    torch.save(as_torch(_tensors()), tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(SourceError, match=r"loader of PyTorch 2.5.1\+cpu can be made to run code .*\"torch>=2.6\""):
+        open_tensors(tmp_path / "a.pth")
+
+
+ODD_MOMENTS = {
+    "endless step": {"step": torch.tensor(float("inf"))},
+    "step too large": {"step": torch.tensor(2.0**40)},
+    "negative step": {"step": torch.tensor(-5.0)},
+    "sparse": {"exp_avg": torch.zeros(3).to_sparse()},
+    "complex": {"exp_avg_sq": torch.zeros(3, dtype=torch.complex64)},
+}
+
+
+@pytest.mark.parametrize("case", ODD_MOMENTS)
+def test_odd_moments_count_as_none(case, tmp_path):
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)} | ODD_MOMENTS[case]
+    content = {"model": {"w": torch.zeros(3)}, "optimizer": {"state": {0: state}, "param_groups": [{"params": [0]}]}}
+    torch.save(content, tmp_path / "a.pth")
+    assert open_tensors(tmp_path / "a.pth").moments is None

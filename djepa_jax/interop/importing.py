@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from djepa_jax.interop.reading import WeightSet, fit
 from djepa_jax.interop.tensor_files import BARE, AdamMoments, SourceError, SourceFile, Tensors, open_tensors
 from djepa_jax.models.djepa import split_model
 from djepa_jax.optimizer import decay_mask
-from djepa_jax.stored import ORBAX, check_export, find_model, is_export, sha256, tensor_file, weights_of
+from djepa_jax.stored import MANIFEST_NAME, ORBAX, check_export, find_model, is_export, sha256, tensor_file, weights_of
 from djepa_jax.train_step import init_state
 
 RECORD_NAME = "imported.json"
@@ -53,7 +54,7 @@ def run_import(config, workdir: str, source: str) -> list[str]:
     found = _find(config, experiment, pathlib.Path(os.path.expanduser(source)))
     check_writable(workdir)
     with lock_workdir(workdir):
-        _check_unused(workdir)
+        _check_unused(pathlib.Path(workdir), configuration.resolved(config))
         parts, step, lines = found.read()
         record = _record(found, step, lines)
         write_json(pathlib.Path(workdir) / configuration.FILE_NAME, configuration.resolved(config))
@@ -62,7 +63,11 @@ def run_import(config, workdir: str, source: str) -> list[str]:
     return [*lines, f"wrote {folder}"]
 
 
-def _check_unused(workdir: str) -> None:
+def _check_unused(workdir: pathlib.Path, config: dict) -> None:
+    """Raise CheckpointError if a workdir holds anything that an import would write over, but for its own beginning."""
+    written = workdir / configuration.FILE_NAME
+    if written.exists() and written.read_text("utf-8") != json.dumps(config, indent=2) + "\n":
+        raise CheckpointError(f'--workdir "{workdir}" already holds {written.name}; import into another folder.')
     checkpoints = Checkpoints(workdir)
     try:
         step = checkpoints.step_to_resume()
@@ -79,12 +84,12 @@ def _find(config, experiment: Experiment, path: pathlib.Path) -> Found:
         model = find_model(path)
         check_same_model(model.config, config)
     if is_export(path) and weights_of(path) == ORBAX:
-        mesh = sharding.make_mesh((1, 1, 1), jax.local_devices(backend="cpu")[:1])
+        mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
 
         def read():
             return {"ema_params": model.restore(placed_params(experiment, mesh))}, 0, [f"moving average: from {path}", NO_MOMENTS]
 
-        return Found(path / "config.json", read, {})
+        return Found(path / MANIFEST_NAME, read, {})
     file = open_tensors(tensor_file(path) if is_export(path) else path)
     _, abstract = split_model(experiment.train.model)
     where = f'--source "{file.path}"'

@@ -42,9 +42,14 @@ def _table(rows: Iterable[tuple]) -> str:
         numbers = grouped.setdefault((NUMBER.sub("{}", name), problem, str(found), str(expected)), [])
         numbers += [int(number) for number in NUMBER.findall(name)[:1]]
     lines = [("tensor", "problem", "in the file", "expected")]
-    lines += [(name.replace("{}", _ranges(numbers)), *rest) for (name, *rest), numbers in sorted(grouped.items())]
+    lines += [(_printable(name).replace("{}", _ranges(numbers)), *rest) for (name, *rest), numbers in sorted(grouped.items())]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     return "\n".join("  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _printable(name: str) -> str:
+    """A tensor's name without control characters, which a terminal would obey."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def _ranges(numbers: list[int]) -> str:

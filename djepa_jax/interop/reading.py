@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from djepa_jax import sharding
 from djepa_jax.interop.mismatch import check_shapes
 from djepa_jax.interop.official import from_official, official_shapes
 from djepa_jax.interop.tensor_files import SourceError, Tensors, open_tensors
@@ -45,7 +46,7 @@ class WeightSet:
 
 def to_host(value: np.ndarray) -> jax.Array:
     """A JAX array in the host's memory, which Orbax writes without copying."""
-    return jax.block_until_ready(jax.device_put(value, jax.local_devices(backend="cpu")[0]))
+    return jax.block_until_ready(jax.device_put(value, sharding.host_device()))
 
 
 def fit(tensors: Tensors, metadata: Mapping, abstract: dict, where: str, model: ModelConfig | None = None) -> WeightSet:
@@ -75,7 +76,7 @@ def _from_ours(tensors: Mapping, place: Callable) -> dict:
 
 
 def _unwrapped(tensors: Tensors) -> Tensors:
-    for prefix in WRAPPERS:
+    for prefix in (*WRAPPERS, *WRAPPERS):  # one may be in the other, either way
         if all(name.startswith(prefix) for name in tensors):
             tensors = tensors.renamed({name.removeprefix(prefix): name for name in tensors})
     return tensors

@@ -12,7 +12,10 @@ import numpy as np
 
 MAPPED_BYTES = 2**25  # read through one mapping of the file before it is dropped, with the memory behind it
 WEIGHT_SETS = ("model_ema", "model")
+LIGHTNING_SET = "state_dict"
+COUNTER = ".num_batches_tracked"  # whole numbers that PyTorch's batch norms keep; they do no harm
 BARE = "weights"
+SAFE_TORCH = (2, 6)
 INSTALL_TORCH = 'pip install "torch>=2.6" (or the extra: pip install -e ".[import]"), or convert the file to .safetensors'
 
 
@@ -144,7 +147,8 @@ def _dtype_name(name: str) -> str:
 
 
 def _check_floats(path: pathlib.Path, infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    odd = {n: i.dtype for n, i in infos.items() if i.dtype not in ("float32", "float16", "bfloat16", "float64")}
+    floats = ("float32", "float16", "bfloat16", "float64")
+    odd = {n: i.dtype for n, i in infos.items() if i.dtype not in floats and not n.endswith(COUNTER)}
     if odd:
         listed = ", ".join(f"{name} ({dtype})" for name, dtype in list(odd.items())[:5])
         raise SourceError(f'--source "{path}" holds {len(odd)} tensors that are not floating-point numbers: {listed}.')
@@ -158,7 +162,7 @@ def _open_torch(path: pathlib.Path) -> SourceFile:
     sets = [name for name in WEIGHT_SETS if isinstance(content.get(name), Mapping)]
     weights = {name: _torch_set(path, content, name) for name in sets}
     if not sets:
-        weights = {BARE: _torch_set(path, content, None)}
+        weights = {BARE: _torch_set(path, content, LIGHTNING_SET if isinstance(content.get(LIGHTNING_SET), Mapping) else None)}
     epoch = content.get("epoch") if sets else None
     return SourceFile(path, weights, {"epoch": epoch} if isinstance(epoch, int) else {}, _torch_moments(path, content))
 
@@ -169,6 +173,11 @@ def _load_torch(path: pathlib.Path) -> Any:
         import torch
     except ImportError as error:
         raise SourceError(f'--source "{path}" is a PyTorch file, and PyTorch is not installed: {INSTALL_TORCH}.') from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+        raise SourceError(
+            f'--source "{path}" is a PyTorch file, and the loader of PyTorch {torch.__version__} can be made to run code '
+            f"(CVE-2025-32434): {INSTALL_TORCH}."
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -215,13 +224,16 @@ def _torch_moments(path: pathlib.Path, content: Mapping) -> AdamMoments | None:
         steps = {int(moments["step"]) for moments in state.values()}
         (step,) = steps
         stored = _moment_tensors(state).items()
+        if not (0 <= step < 2**31 and all(_is_dense(value) and value.dtype.is_floating_point for _, value in stored)):
+            return None
         infos = {name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in stored}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
     def reopen():
-        again = _moment_tensors(_load_torch(path)["optimizer"]["state"])
-        return lambda name: again[name].float().numpy()
+        whole = _load_torch(path) if zipfile.is_zipfile(path) else content
+        again = _moment_tensors(whole["optimizer"]["state"])
+        return lambda name: again[name].detach().float().numpy()
 
     return AdamMoments(groups, step, Tensors(infos, reopen))
 
