@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import pathlib
+import re
 import time
 from collections.abc import Callable
 
@@ -90,6 +91,8 @@ def run_prepare(config, folder: str, measure_scale: bool = False, say: Callable[
             multihost_utils.sync_global_devices("shards are finished")
         if jax.process_index() == 0:
             _finish(path, plan, config, source, measure_scale)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("metadata is written")
     metadata = latents.read_metadata(path)
     say(f"{metadata.count:,} images of {metadata.num_classes} classes in {len(metadata.shards)} shards; {_describe(metadata)}")
     return metadata
@@ -98,7 +101,11 @@ def run_prepare(config, folder: str, measure_scale: bool = False, say: Callable[
 def open_raw(settings, num_classes: int):
     """The images to encode, where a broken one is an error of its own."""
     modality = ImagePixels(settings.image_size, 3, 1)
-    source = open_source(settings.source, settings.path, modality, num_classes, max_broken=settings.max_broken)
+    try:
+        source = open_source(settings.source, settings.path, modality, num_classes, max_broken=settings.max_broken)
+    except ValueError as error:
+        message = re.sub(r"\bdata\.(path|source|image_size)\b", r"prepare.\1", str(error))  # sources speak of training
+        raise DataError(message) from error
     return source.source if isinstance(source, Robust) else source
 
 
@@ -141,7 +148,9 @@ def _begin(folder: pathlib.Path, plan: Plan) -> None:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         (folder / SHARDS_NAME).mkdir(exist_ok=True)
-        write_json(path, wanted)
+        own = folder / f".{PLAN_NAME}-{jax.process_index()}"  # several processes may be here at once
+        write_json(own, wanted)
+        own.replace(path)
         return
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); name another --workdir.") from error

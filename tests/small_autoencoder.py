@@ -40,6 +40,7 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return (1 + 0.1 * values if name.endswith("weight") else 0.1 * values).astype(np.float32)
 
 
+@functools.cache
 def shapes_of(config: AutoencoderConfig, layout: str = LATENT_DIFFUSION) -> dict[str, tuple[int, ...]]:
     """Names in a layout, and the shapes that PyTorch gives these tensors."""
     _, abstract = split_autoencoder(config)

@@ -29,7 +29,8 @@ def cache(request, tmp_path) -> latents.LatentCache:
         path = tmp_path / latents.SHARDS_NAME / f"{start}.array_record"
         latents.write_shard(path, [latents.pack(i % 3, f"image {i}", moments[i]) for i in chosen])
         size, digest = path.stat().st_size, latents.file_sha256(path)
-        shards.append(latents.Shard(path.name, len(chosen), size, digest, {"0": 3, "1": 3, "2": 2}, {}, 0.0, 1.0))
+        counts = {str(label): sum(i % 3 == label for i in chosen) for label in range(3)}
+        shards.append(latents.Shard(path.name, len(chosen), size, digest, counts, {}, 0.0, 1.0))
     metadata = latents.Metadata(
         format=latents.FORMAT,
         count=COUNT,

@@ -39,6 +39,10 @@ class Shard:
     sum: float  # of posterior samples' expected values, over all latents of images and mirror images
     sum_of_squares: float
 
+    def __post_init__(self):
+        if self.count != sum(self.class_counts.values()) or not all(map(str.isdecimal, self.class_counts)):
+            raise ValueError(f"the counts of {self.file} do not agree")
+
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
@@ -60,6 +64,11 @@ class Metadata:
     source: dict[str, str]
     shards: tuple[Shard, ...]
 
+    def __post_init__(self):
+        count = sum(shard.count for shard in self.shards)
+        if self.count != count or self.dtype not in DTYPES or "sha256" not in self.autoencoder:
+            raise ValueError("its counts do not agree, or its type or autoencoder is unknown")
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of the moments of one image: means, then log-variances."""
@@ -68,7 +77,7 @@ class Metadata:
 
 def pack(label: int, key: str, moments: np.ndarray) -> bytes:
     """One record: class, key, and the moments `[2, h, w, 2c]` of image and mirror image."""
-    name = key.encode()
+    name = key.encode(errors="surrogateescape")  # names of files need not be Unicode
     return HEADER.pack(label, len(name)) + name + np.ascontiguousarray(moments).tobytes()
 
 
@@ -77,7 +86,7 @@ def unpack(record: bytes, shape: Sequence[int], dtype) -> tuple[int, str, np.nda
     label, length = HEADER.unpack_from(record)
     start = HEADER.size + length
     moments = np.frombuffer(record, dtype, offset=start).reshape(2, *shape)
-    return label, record[HEADER.size : start].decode(), moments
+    return label, record[HEADER.size : start].decode(errors="surrogateescape"), moments
 
 
 def write_shard(path: pathlib.Path, records: Sequence[bytes]) -> None:
@@ -131,10 +140,9 @@ def read_metadata(folder: pathlib.Path) -> Metadata:
         values = json.loads(path.read_text("utf-8"))
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         metadata = Metadata(shards=shards, **values | {"class_names": tuple(values["class_names"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); run --mode=prepare again, which only writes this file anew."
-        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        advice = "run --mode=prepare again, which only writes this file anew"
+        raise DataError(f"{path} cannot be read ({error}); {advice}.") from error
     if metadata.format != FORMAT:
         raise DataError(f"{path} has format {metadata.format}, this version reads {FORMAT}; prepare the data again.")
     return metadata
@@ -167,9 +175,13 @@ class LatentCache:
         verify = sum(shard.bytes for shard in self.metadata.shards) <= VERIFIED_BYTES
         for shard in self.metadata.shards:
             check_shard(self.folder, shard, verify)
-        self._records = grain.sources.ArrayRecordDataSource(
-            [str(self.folder / SHARDS_NAME / s.file) for s in self.metadata.shards]
-        )
+        paths = [str(self.folder / SHARDS_NAME / shard.file) for shard in self.metadata.shards]
+        try:
+            self._records = grain.sources.ArrayRecordDataSource(paths)
+        except (RuntimeError, ValueError) as error:  # a damaged index; only the checksums tell in which shard
+            for shard in self.metadata.shards:
+                check_shard(self.folder, shard, verify=True)
+            raise DataError(f"{self.folder} cannot be opened: {error}") from error
 
     def __len__(self) -> int:
         return self.metadata.count

@@ -1,0 +1,295 @@
+"""Making a latent cache: what goes in, what is measured, what is kept, and settings that cannot work."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from photos import NAMES, crop, encode, labelled, same, write_folder, write_shards
+from small_autoencoder import FLAGS, PIXELS, cache_config, files_of, registered, write_weights
+from tiny import CONFIGS
+
+from djepa_jax import sharding
+from djepa_jax.checkpoint import CheckpointError
+from djepa_jax.config import ConfigError
+from djepa_jax.data.images import center_crop, decode_image
+from djepa_jax.data.latents import DTYPES, LatentCache
+from djepa_jax.data.records import MAX_PIXELS, DataError
+from djepa_jax.data.sources import open_data
+from djepa_jax.decoder import Autoencoder
+from djepa_jax.interop.mismatch import MismatchError
+from djepa_jax.interop.tensor_files import SourceError
+from djepa_jax.main import main
+from djepa_jax.modalities import MODALITIES
+from djepa_jax.prepare import run_prepare
+
+COUNT = len(labelled())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with registered():
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    return write_weights(tmp_path_factory.mktemp("weights") / "small.safetensors")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> str:
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def config(weights, images):
+    return cache_config(weights, images, "--config.prepare.shard_size=5", "--config.prepare.dtype=float32")
+
+
+@pytest.fixture
+def cache(config, tmp_path) -> pathlib.Path:
+    """A cache of twelve images in three shards."""
+    run_prepare(config, str(tmp_path / "cache"), say=lambda text: None)
+    return tmp_path / "cache"
+
+
+def read(folder: pathlib.Path) -> tuple[np.ndarray, list[int], list[str]]:
+    """Moments of images and mirror images `[n, 2, h, w, 2c]`, labels, keys."""
+    source = LatentCache(str(folder))
+    examples = [source[i] for i in range(len(source))]
+    moments = np.array([(example["image"], example["mirror"]) for example in examples])
+    return moments, [int(example["label"]) for example in examples], [source.key(i) for i in range(len(source))]
+
+
+# what a cache holds
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cache_holds_the_moments_of_every_image_and_its_mirror_image(config, tmp_path, dtype):
+    config.prepare.dtype = dtype
+    lines = []
+    metadata = run_prepare(config, str(tmp_path), say=lines.append)
+    moments, labels, keys = read(tmp_path)
+    pixels = np.array([center_crop(decode_image(data, MAX_PIXELS), PIXELS) for _, data, _ in labelled()])
+    expected = Autoencoder(config.autoencoder, sharding.make_mesh((-1, 1, 1))).encode(pixels)
+    assert same(moments, expected.astype(DTYPES[dtype]))
+    assert labels == [label for _, _, label in labelled()] and keys == [f"{key}.jpg" for key, _, _ in labelled()]
+    assert metadata.count == COUNT and [shard.count for shard in metadata.shards] == [5, 5, 2]
+    assert [shard.class_counts for shard in metadata.shards] == [{"0": 5}, {"0": 1, "1": 4}, {"1": 2}]
+    assert metadata.class_names == NAMES and metadata.image_size == PIXELS and metadata.dtype == dtype
+    assert lines[-1].startswith("12 images of 2 classes in 3 shards; 0 could not be read") and len(lines) == 4
+
+
+def test_every_source_gives_the_same_moments(config, cache, tmp_path):
+    config.prepare.source, config.prepare.path = "tar", write_shards(tmp_path / "tars")
+    run_prepare(config, str(tmp_path / "of tars"))
+    pixels = np.array([center_crop(decode_image(data, MAX_PIXELS), PIXELS) for _, data, _ in labelled()])
+    np.savez(tmp_path / "x.npz", images=pixels, labels=[label for _, _, label in labelled()])
+    config.prepare.source, config.prepare.path = "npz", str(tmp_path / "x.npz")
+    run_prepare(config, str(tmp_path / "of arrays"))
+    moments, labels, keys = read(cache)
+    for folder in ("of tars", "of arrays"):
+        others, found, names = read(tmp_path / folder)
+        order = [names.index(next(n for n in names if n.endswith(key))) for key in keys] if folder == "of tars" else range(COUNT)
+        assert same(others[list(order)], moments) and [found[i] for i in order] == labels
+
+
+def test_mean_and_deviation_are_those_of_posterior_samples(cache):
+    moments, metadata = read(cache)[0].astype(np.float64), LatentCache(str(cache)).metadata
+    mean, log_variance = np.split(moments, 2, axis=-1)
+    assert metadata.measured_mean == pytest.approx(mean.mean(), abs=1e-9)
+    assert metadata.measured_std == pytest.approx(np.sqrt(mean.var() + np.exp(log_variance).mean()), rel=1e-9)
+    samples = mean + np.exp(log_variance / 2) * np.random.default_rng(0).standard_normal((100, *mean.shape))
+    assert metadata.measured_std == pytest.approx(samples.std(), rel=0.01)
+
+
+def test_measured_scale_standardises_the_latents(cache, weights, images, tmp_path, capsys):
+    flags = [f"--config.prepare.path={images}", f"--config.autoencoder.path={weights}", "--config.prepare.dtype=float32", *FLAGS]
+    arguments = ["djepa_jax", "--mode=prepare", f"--workdir={tmp_path}/new", f"--config={CONFIGS}/default.py", *flags]
+    assert main([*arguments, "--measure-scale"]) == 0
+    metadata, given = LatentCache(str(tmp_path / "new")).metadata, LatentCache(str(cache)).metadata
+    assert (given.scale, given.shift) == (0.2325, 0.0), "of the config"
+    assert (metadata.scale, metadata.shift) == (1 / metadata.measured_std, metadata.measured_mean)
+    advice = [word for word in capsys.readouterr().out.split() if word.startswith("--config.data.latent_")]
+    config = cache_config(weights, "", f"--config.data.path={tmp_path}/new", *advice)
+    modality = MODALITIES["image_latents"](8, 4, 1, config.data.latent_scale, config.data.latent_shift)
+    source = open_data(config, modality)  # accepts what was advised
+    means = np.array([modality.tokenize(source[i]["image"][None]) for i in range(COUNT)])
+    assert abs(means.mean()) < 0.2 and metadata.measured_std > 0
+
+
+# broken images
+
+
+@pytest.fixture
+def broken(config, tmp_path):
+    """A folder where the first image and all of the last shard are cut off."""
+    whole = [
+        (key, data[: len(data) // 2] if i in (0, 10, 11) else data, label) for i, (key, data, label) in enumerate(labelled())
+    ]
+    changed = config.copy_and_resolve_references()
+    changed.prepare.path = write_folder(tmp_path / "broken", whole)
+    return changed
+
+
+def test_broken_images_are_left_out_and_named(broken, cache, tmp_path):
+    lines = []
+    metadata = run_prepare(broken, str(tmp_path / "new"), say=lines.append)
+    moments, labels, keys = read(tmp_path / "new")
+    assert metadata.count == len(keys) == 9 and keys == [f"{key}.jpg" for key, _, _ in labelled()[1:10]]
+    assert same(moments, read(cache)[0][1:10]) and labels == read(cache)[1][1:10]
+    assert [list(shard.skipped) for shard in metadata.shards] == [["flower/000.jpg"], [], ["temple/004.jpg", "temple/005.jpg"]]
+    assert all("cannot be decoded" in reason for shard in metadata.shards for reason in shard.skipped.values())
+    assert "9 images of 2 classes in 3 shards; 3 could not be read" in lines[-1]
+
+
+def test_too_many_broken_images_are_an_error_and_what_is_finished_is_kept(broken, tmp_path):
+    broken.prepare.max_broken = 2
+    for _ in range(2):  # those of finished shards count
+        with pytest.raises(
+            DataError, match=r"too many .*: 2 of the latest 2, .* only 1 more: temple/004.jpg: .*; temple/005.jpg: "
+        ):
+            run_prepare(broken, str(tmp_path / "new"))
+        assert len(list((tmp_path / "new" / "shards").glob("*.array_record"))) == 2
+    broken.prepare.max_broken = 3
+    lines = []
+    assert run_prepare(broken, str(tmp_path / "new"), say=lines.append).count == 9
+    assert lines[0] == "2 of 3 shards are finished already"
+
+
+# going on
+
+
+def test_second_run_makes_nothing_anew(config, cache, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in (cache / "shards").iterdir()}
+    files, lines = files_of(cache), []
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: pytest.fail("nothing is encoded"))
+    run_prepare(config, str(cache), say=lines.append)
+    assert {path: path.stat().st_mtime_ns for path in (cache / "shards").iterdir()} == before
+    assert files_of(cache) == files and lines[0] == "3 of 3 shards are finished already" and len(lines) == 2
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def spoil(path):
+    path.write_bytes(path.read_bytes().replace(b"1", b"2"))
+
+
+@pytest.mark.parametrize("damage", [pathlib.Path.unlink, shorten, spoil])
+@pytest.mark.parametrize("name", ["00001-of-00003.array_record", "00001-of-00003.array_record.json"])
+def test_only_what_is_missing_or_damaged_is_made_anew(config, cache, name, damage):
+    files = files_of(cache)
+    path = cache / "shards" / name
+    damage(path)
+    others = {other: other.stat().st_mtime_ns for other in (cache / "shards").iterdir() if not other.name.startswith("00001")}
+    run_prepare(config, str(cache))
+    assert files_of(cache) == files and {other: other.stat().st_mtime_ns for other in others} == others
+
+
+def test_leftovers_of_another_run_do_no_harm(config, cache, tmp_path):
+    files = files_of(cache)
+    (tmp_path / "new" / "shards").mkdir(parents=True)
+    for name in ("00000-of-00003.array_record", "00001-of-00003.array_record.unfinished", "00001-of-00003.array_record.json.tmp"):
+        (tmp_path / "new" / "shards" / name).write_bytes(b"left over")
+    run_prepare(config, str(tmp_path / "new"))
+    assert files_of(tmp_path / "new") == files
+
+
+CHANGES = {
+    "path": ("prepare.path", lambda tmp_path: write_folder(tmp_path / "more", labelled()[:11])),
+    "shard_size": ("prepare.shard_size", lambda tmp_path: 4),
+    "dtype": ("prepare.dtype", lambda tmp_path: "bfloat16"),
+    "source": ("prepare.source", lambda tmp_path: "tar"),
+    "num_classes": ("data.num_classes", lambda tmp_path: 3),
+    "autoencoder_sha256": (
+        "autoencoder.path",
+        lambda tmp_path: write_weights(tmp_path / "b.safetensors", **{"quant_conv.bias": np.zeros(8, np.float32)}),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_plan_is_refused(config, cache, tmp_path, change):
+    key, make = CHANGES[change]
+    files, (group, name) = files_of(cache), key.split(".")
+    config[group][name] = make(tmp_path)
+    if change == "source":
+        config.prepare.path = write_shards(tmp_path / "tars")
+    with pytest.raises(
+        DataError, match=rf"cache holds a latent cache of something else [^\0]* {change}: .* -> .*[^\0]*another --workdir"
+    ):
+        run_prepare(config, str(cache))
+    assert files_of(cache) == files
+
+
+# settings that cannot work
+
+
+def test_sizes_must_agree(config, tmp_path):
+    for key, value in (("image_size", 4), ("channels", 16)):
+        changed = config.copy_and_resolve_references()
+        changed.data[key] = value
+        with pytest.raises(ConfigError, match=rf"makes 8 x 8 x 4 latents of 16 x 16 images; config.data has .*{value}"):
+            run_prepare(changed, str(tmp_path / "new"))
+    config.prepare.image_size = 17
+    with pytest.raises(ConfigError, match="of 17 x 17 images"):
+        run_prepare(config, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("case", ["no weights", "missing weights", "other weights", "weights that are not numbers"])
+def test_unusable_weights_are_refused(config, tmp_path, case):
+    path = str(tmp_path / "x.safetensors")
+    changes = (
+        {"other": np.zeros(1, np.float32)} if case == "other weights" else {"quant_conv.bias": np.full(8, np.nan, np.float32)}
+    )
+    if case.startswith(("other", "weights")):
+        write_weights(tmp_path / "x.safetensors", **changes)
+    config.autoencoder.path = "" if case == "no weights" else path
+    error, words = {
+        "no weights": (ConfigError, "config.autoencoder.path is empty; name the weights"),
+        "missing weights": (SourceError, f'--config.autoencoder.path "{path}" does not exist'),
+        "other weights": (MismatchError, "other +surplus"),
+        "weights that are not numbers": (DataError, "not finite in shard 0; is its weight file the right one"),
+    }[case]
+    with pytest.raises(error, match=words):
+        run_prepare(config, str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "words"),
+    [
+        ("folder", [], 'prepare.path ".*" holds no folders'),
+        ("folder", ["a/x.txt"], "hold no images"),
+        ("folder", ["a/x.jpg", "b/x.jpg", "c/x.jpg"], "3 classes .* data.num_classes is 2"),
+        ("tar", [], "tar"),
+        ("npz", [], 'prepare.path is ".*", where there is no file'),
+        ("digits", [], "the config expects uint8 of shape .16, 16, 3."),
+    ],
+)
+def test_empty_and_wrong_sources_are_refused(config, tmp_path, source, files, words):
+    for name in files:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(encode(crop("flower")))
+    (tmp_path / "data").mkdir(exist_ok=True)
+    config.prepare.source, config.prepare.path = source, str(tmp_path / "data")
+    with pytest.raises(ValueError, match=words):
+        run_prepare(config, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_images_that_are_all_broken_are_an_error(config, tmp_path):
+    config.prepare.path = write_folder(tmp_path / "broken", [(key, data[:100], label) for key, data, label in labelled()])
+    with pytest.raises(DataError, match="12 of 12 images cannot be read"):
+        run_prepare(config, str(tmp_path / "new"))
+
+
+def test_workdir_that_is_in_use_or_cannot_be_written(config, cache):
+    from djepa_jax.checkpoint import lock_workdir
+
+    with lock_workdir(cache, ".lock-0"), pytest.raises(CheckpointError, match="is in use by process"):
+        run_prepare(config, str(cache))
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        run_prepare(config, str(cache / "plan.json"))
