@@ -89,7 +89,7 @@ def _prepare(config: dict, folder: str, compiled: str, limit: int | None, share:
     if share is not None:
         index, count, barrier = share
         jax.process_index, jax.process_count = lambda: index, lambda: count
-        prepare.multihost_utils.sync_global_devices = lambda name: barrier.wait(60)
+        prepare.multihost_utils.sync_global_devices = lambda name: barrier.wait(300)
 
     def say(text: str) -> None:
         pipe.send(text)

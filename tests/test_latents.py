@@ -1,5 +1,6 @@
 """The latent cache: records, reading, agreement with the config, and what training makes of the moments."""
 
+import json
 import pickle
 
 import jax
@@ -11,12 +12,13 @@ from photos import same
 from tiny import load_config
 
 from djepa_jax.config import build
-from djepa_jax.data.latents import DTYPES, LatentCache, check_autoencoder, check_cache, pack, read_metadata, unpack
+from djepa_jax.data.latents import DTYPES, LatentCache, check_autoencoder, check_cache, file_sha256, pack, read_metadata, unpack
 from djepa_jax.data.pipeline import example_stream, host_batches
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import open_data
 from djepa_jax.modalities import MODALITIES
 from djepa_jax.modalities.patches import patchify
+from djepa_jax.train import check_decoder
 
 # What the handwritten cache needs.
 FLAGS = {"data.image_size": 4, "data.channels": 3, "data.num_classes": 3, "data.latent_scale": 0.25, "data.latent_shift": -0.5}
@@ -111,6 +113,23 @@ def test_only_the_autoencoder_of_the_cache_may_decode(tmp_path):
     check_autoencoder(metadata, "kl.ckpt", SHA)
     with pytest.raises(DataError, match=f"sha256 {SHA}, config.autoencoder.path kl.ckpt has 12ef; name the file"):
         check_autoencoder(metadata, "kl.ckpt", "12ef")
+
+
+def test_training_checks_the_autoencoder_before_it_starts(tmp_path):
+    folder, weights = write_cache(tmp_path / "cache"), tmp_path / "kl.ckpt"
+    config = config_with(folder, **{"autoencoder.path": weights})
+    source = LatentCache(str(folder))
+    with pytest.raises(DataError, match=f"config.autoencoder.path is {weights}, where there is no file"):
+        check_decoder(config, source)
+    weights.write_text("another")
+    with pytest.raises(DataError, match="made with the autoencoder of sha256 abab"):
+        check_decoder(config, source)
+    check_decoder(config, ["latents from an npz file, of which nothing is known"])
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["autoencoder"]["sha256"] = file_sha256(weights)
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    check_decoder(config, LatentCache(str(folder)))
+    check_decoder(config_with(folder), source)  # without an autoencoder there are no pictures, and training goes on
 
 
 # moments as tokens

@@ -22,7 +22,7 @@ from djepa_jax.models.autoencoder_kl import AUTOENCODERS
 CLASSES = ("n01440764", "n01443537")  # the first two, so that a folder of them gives the same labels
 PER_CLASS, SIDE, LATENTS = 5, 32, 2
 FLAGS = f"""
-    --config={CONFIGS}/djepa_b.py --config.data.image_size={LATENTS} --config.data.random_flip=True
+    --config.data.image_size={LATENTS} --config.data.random_flip=True
     --config.prepare.image_size={SIDE} --config.prepare.shard_size=4 --config.autoencoder.batch_size=4
     --config.autoencoder.dtype=float32 --config.compute_dtype=float32 --config.batch_size=8 --config.num_steps=20
     --config.log_every=5 --config.optimizer.warmup_steps=2 --config.model.size=custom --config.model.width=32
@@ -31,6 +31,7 @@ FLAGS = f"""
     --config.sample.batch_size=6 --config.sample.num_ar_steps=2 --config.sample.num_denoise_steps=4
     --config.sample.clip_x0=3.0 --config.sample.num_segments=1
 """.split()
+FLAGS.append(f"--config={CONFIGS / 'djepa_b.py'}")  # a path that may have spaces
 
 
 @pytest.fixture
