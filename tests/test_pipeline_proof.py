@@ -31,7 +31,7 @@ FLAGS = f"""
     --config.sample.batch_size=6 --config.sample.num_ar_steps=2 --config.sample.num_denoise_steps=4
     --config.sample.clip_x0=3.0 --config.sample.num_segments=1
 """.split()
-FLAGS.append(f"--config={CONFIGS / 'djepa_b.py'}")  # a path that may have spaces
+FLAGS.insert(0, f"--config={CONFIGS / 'djepa_b.py'}")  # not above, for its path may have spaces
 
 
 @pytest.fixture
