@@ -11,11 +11,11 @@ from flax import nnx
 
 from djepa_jax import sharding
 from djepa_jax.config import ConfigError
+from djepa_jax.digest import file_sha256
 from djepa_jax.interop.autoencoder import from_tensors
 from djepa_jax.interop.tensor_files import SourceError, open_tensors
 from djepa_jax.modalities.image_pixels import to_pixels, to_range
 from djepa_jax.models.autoencoder_kl import AUTOENCODERS, decode_tiled, split_autoencoder
-from djepa_jax.stored import sha256
 
 TILE, OVERLAP = 64, 16  # latents; maps up to 64 x 64 (1024 pixels with KL-16) are decoded whole
 
@@ -39,7 +39,7 @@ class Autoencoder:
         path = pathlib.Path(os.path.expanduser(settings.path))
         self.config, self._mesh = AUTOENCODERS[settings.name], mesh
         params = read_autoencoder(path, settings.name)
-        self.sha256 = sha256(path)
+        self.sha256 = file_sha256(path)
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-settings.batch_size // divisor) * divisor
         self._params = jax.device_put(params, sharding.replicated(mesh))

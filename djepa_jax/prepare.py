@@ -28,6 +28,7 @@ from djepa_jax.data.latents import METADATA_NAME, SHARDS_NAME, Metadata, Shard
 from djepa_jax.data.records import DataError, Robust
 from djepa_jax.data.sources import open_source
 from djepa_jax.decoder import Autoencoder
+from djepa_jax.digest import file_sha256
 from djepa_jax.logs import format_seconds
 from djepa_jax.modalities.image_pixels import ImagePixels
 from djepa_jax.models.autoencoder_kl import LOG_VARIANCE_RANGE
@@ -215,7 +216,7 @@ def _make_shard(folder: pathlib.Path, plan: Plan, index: int, source, autoencode
         file=path.name,
         count=len(records),
         bytes=path.stat().st_size,
-        sha256=latents.file_sha256(path),
+        sha256=file_sha256(path),
         class_counts={str(name): int(count) for name, count in zip(names, counts, strict=True)},
         skipped=skipped,
         sum=total,

@@ -1,7 +1,6 @@
 """Trained models on disk, in each of the forms they may have: a workdir, one step of it, an export folder."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from djepa_jax.checkpoint import FORMAT, CheckpointError, Checkpoints, read_meta, restore_arrays, restore_ema
 from djepa_jax.config import upgraded
+from djepa_jax.digest import file_sha256
 from djepa_jax.settings import Settings
 
 CONFIG_NAME, MANIFEST_NAME = "config.json", "manifest.json"
@@ -124,15 +124,9 @@ def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def manifest_of(folder: pathlib.Path) -> dict[str, dict]:
     """Bytes and sha256 of every file, by its name relative to the folder."""
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files_below(folder)
     }
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Hexadecimal digest of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_export(folder: pathlib.Path) -> None:
@@ -157,7 +151,7 @@ def check_manifest(folder: pathlib.Path, names: Iterable[str] | None = None) -> 
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the export again.")
-        if path.stat().st_size != size or sha256(path) != digest:
+        if path.stat().st_size != size or file_sha256(path) != digest:
             raise CheckpointError(f"{path} differs from its checksum in {MANIFEST_NAME}; copy the export again.")
 
 

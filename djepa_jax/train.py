@@ -20,11 +20,11 @@ from djepa_jax.data.latents import LatentCache, check_autoencoder
 from djepa_jax.data.pipeline import example_stream, host_batches
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import Source, open_data
+from djepa_jax.digest import file_sha256
 from djepa_jax.evaluation.runner import evaluate, identity, read_evaluation
 from djepa_jax.evaluation.small_images import check_judgeable
 from djepa_jax.generate import Generator, check_same_model, make_grid, output_paths, save_samples, stored_settings
 from djepa_jax.resident import ResidentCache
-from djepa_jax.stored import sha256
 from djepa_jax.train_step import TrainState, init_state, make_train_step
 
 LAG = 2  # steps between running one and reading its metrics, so that the device never waits for the host
@@ -86,7 +86,7 @@ def check_decoder(config, source: Source) -> None:
     if not pathlib.Path(os.path.expanduser(path)).is_file():
         raise DataError(f"config.autoencoder.path is {path}, where there is no file.")
     if isinstance(source, LatentCache):
-        check_autoencoder(source.metadata, path, sha256(pathlib.Path(os.path.expanduser(path))))
+        check_autoencoder(source.metadata, path, file_sha256(pathlib.Path(os.path.expanduser(path))))
 
 
 class _Run:

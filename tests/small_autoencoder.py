@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from flax import traverse_util
+from photos import write_folder
 from safetensors.numpy import save_file
 from tiny import load_config
 
@@ -64,6 +65,12 @@ def cache_config(weights: str, path: str, *flags: str, source: str = "folder"):
     """Settings to make a latent cache with the small autoencoder."""
     places = (f"--config.autoencoder.path={weights}", f"--config.prepare.source={source}", f"--config.prepare.path={path}")
     return load_config("default", *FLAGS, *places, *flags)
+
+
+def folder_config(root: pathlib.Path):
+    """Settings for a cache of twelve images in three shards, and what it is made of, below `root`."""
+    images, weights = write_folder(root / "images"), write_weights(root / "small.safetensors")
+    return cache_config(weights, images, "--config.prepare.shard_size=5", "--config.prepare.dtype=float32")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from photos import NAMES, labelled, same, write_folder, write_shards
-from small_autoencoder import FLAGS, PIXELS, cache_config, files_of, registered, write_weights
+from small_autoencoder import FLAGS, PIXELS, cache_config, files_of, folder_config, registered
 from tiny import CONFIGS
 
 from djepa_jax import sharding
@@ -32,8 +32,7 @@ def small():
 @pytest.fixture
 def config(tmp_path):
     """Settings for a cache of twelve images in three shards."""
-    images, weights = write_folder(tmp_path / "images"), write_weights(tmp_path / "small.safetensors")
-    return cache_config(weights, images, "--config.prepare.shard_size=5", "--config.prepare.dtype=float32")
+    return folder_config(tmp_path)
 
 
 @pytest.fixture

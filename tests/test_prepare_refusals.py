@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 from photos import crop, encode, labelled, write_folder, write_shards
-from small_autoencoder import cache_config, files_of, registered, write_weights
+from small_autoencoder import files_of, folder_config, registered, write_weights
 
 from djepa_jax.checkpoint import CheckpointError, lock_workdir
 from djepa_jax.config import ConfigError
@@ -24,8 +24,7 @@ def small():
 @pytest.fixture
 def config(tmp_path):
     """Settings for a cache of twelve images in three shards."""
-    images, weights = write_folder(tmp_path / "images"), write_weights(tmp_path / "small.safetensors")
-    return cache_config(weights, images, "--config.prepare.shard_size=5", "--config.prepare.dtype=float32")
+    return folder_config(tmp_path)
 
 
 @pytest.fixture

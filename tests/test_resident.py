@@ -1,55 +1,22 @@
 """A cache on the devices gives the very examples that the same cache on disk gives."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
+from caches import TOTAL, write_cache
 from tiny import tiny_config
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
-from djepa_jax.checkpoint import write_json
 from djepa_jax.data import latents
 from djepa_jax.data.pipeline import example_stream, host_batches
 from djepa_jax.data.sources import load_digits
 from djepa_jax.resident import ResidentCache
 
-SHAPE, COUNT = (4, 4, 6), 21
-
 
 @pytest.fixture(params=["bfloat16", "float32"])
 def cache(request, tmp_path) -> latents.LatentCache:
-    """A small cache of random moments."""
-    rng, shards = np.random.default_rng(0), []
-    (tmp_path / latents.SHARDS_NAME).mkdir()
-    moments = rng.standard_normal((COUNT, 2, *SHAPE)).astype(latents.DTYPES[request.param])
-    for start in range(0, COUNT, 8):
-        chosen = range(start, min(start + 8, COUNT))
-        path = tmp_path / latents.SHARDS_NAME / f"{start}.array_record"
-        latents.write_shard(path, [latents.pack(i % 3, f"image {i}", moments[i]) for i in chosen])
-        size, digest = path.stat().st_size, latents.file_sha256(path)
-        counts = {str(label): sum(i % 3 == label for i in chosen) for label in range(3)}
-        shards.append(latents.Shard(path.name, len(chosen), size, digest, counts, {}, 0.0, 1.0))
-    metadata = latents.Metadata(
-        format=latents.FORMAT,
-        count=COUNT,
-        num_classes=3,
-        class_names=("a", "b", "c"),
-        image_size=8,
-        latent_size=4,
-        latent_channels=3,
-        dtype=request.param,
-        autoencoder={"name": "none", "sha256": ""},
-        scale=1.0,
-        shift=0.0,
-        measured_mean=0.0,
-        measured_std=1.0,
-        source={},
-        shards=tuple(shards),
-    )
-    write_json(tmp_path / latents.METADATA_NAME, dataclasses.asdict(metadata))
-    return latents.LatentCache(str(tmp_path))
+    return latents.LatentCache(str(write_cache(tmp_path / "cache", request.param)))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -68,7 +35,7 @@ def test_batches_are_those_from_disk(cache, mesh_shape, flip):
 def test_every_device_holds_its_share(cache):
     resident = ResidentCache(cache, sharding.make_mesh((8, 1, 1)))
     shards = resident._table.addressable_shards
-    assert [shard.data.shape[0] for shard in shards] == [6] * 8  # 42 rows, padded to 48
+    assert [shard.data.shape[0] for shard in shards] == [TOTAL // 4] * 8  # two rows an example
 
 
 def test_only_a_cache_that_fits_is_taken(cache, monkeypatch):

@@ -5,7 +5,6 @@ examples; beside it lies a small JSON file with its checksum and counts, which i
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import struct
@@ -17,6 +16,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from djepa_jax.data.records import DataError
+from djepa_jax.digest import file_sha256
 
 FORMAT = 1
 METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"
@@ -110,12 +110,6 @@ def write_shard(path: pathlib.Path, records: Sequence[bytes]) -> None:
     if not whole:
         raise OSError(f"{temporary} does not hold what was written to it; is the disk full?")
     temporary.replace(path)
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """Hexadecimal digest of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_shard_record(path: pathlib.Path) -> Shard | None:

@@ -16,13 +16,14 @@ from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable, lock_workdir, save_imported, write_json
 from djepa_jax.config import Experiment
+from djepa_jax.digest import file_sha256
 from djepa_jax.generate import check_same_model, placed_params
 from djepa_jax.interop.official import from_official, to_official
 from djepa_jax.interop.reading import WeightSet, fit
 from djepa_jax.interop.tensor_files import BARE, AdamMoments, SourceError, SourceFile, Tensors, open_tensors
 from djepa_jax.models.djepa import split_model
 from djepa_jax.optimizer import decay_mask
-from djepa_jax.stored import MANIFEST_NAME, ORBAX, check_export, find_model, is_export, sha256, tensor_file, weights_of
+from djepa_jax.stored import MANIFEST_NAME, ORBAX, check_export, find_model, is_export, tensor_file, weights_of
 from djepa_jax.train_step import init_state
 
 RECORD_NAME = "imported.json"
@@ -164,7 +165,7 @@ def _record(found: Found, step: int, lines: list[str]) -> dict:
     """Where the weights of a workdir come from."""
     return {
         "source": found.path.name,
-        "sha256": sha256(found.path),
+        "sha256": file_sha256(found.path),
         "bytes": found.path.stat().st_size,
         "imported": datetime.date.today().isoformat(),
         "step": step,
