@@ -80,6 +80,7 @@ def get_config(variant: str = "") -> ConfigDict:
     data.num_classes = 1000
     data.class_names = "imagenet"  # imagenet, a text file with one name per line, or "" to use the numbers
     data.random_flip = False
+    data.num_threads = 4  # of each process, that read examples; their number changes nothing but the speed
 
     prepare = config.prepare = ConfigDict()  # what --mode=prepare makes a latent cache of
     prepare.source = "folder"  # folder, tar, tfds or npz
@@ -109,6 +110,12 @@ def get_config(variant: str = "") -> ConfigDict:
     sample.time_shift = 1.0  # flow_matching: bends the time grid
     sample.batch_size = 64  # pictures per call
     sample.num_segments = 8  # scan segments of the loop: more compile longer and pad less
+
+    debug = config.debug = ConfigDict()  # for looking into a run; all slow it down
+    debug.nans = False  # stop at the first operation that gives a NaN
+    debug.log_compiles = False  # say what is compiled, and when
+    debug.profile_steps = 0  # steps to trace for XProf or TensorBoard, into WORKDIR/plugins/profile; 0 = none
+    debug.profile_start = 10  # steps to let pass before
 
     evaluation = config.evaluation = ConfigDict()
     evaluation.kind = "none"  # none, or small_images (classifier and raw-pixel Frechet distance)

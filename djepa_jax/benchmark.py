@@ -37,15 +37,19 @@ from absl import flags
 
 from djepa_jax import config as configuration
 from djepa_jax import flops, sharding
-from djepa_jax.checkpoint import CheckpointError, check_writable
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.generate import Generator
 from djepa_jax.main import HelpRequest, UsageError, read_flags
 from djepa_jax.models.djepa import init_params
+from djepa_jax.orbax_io import CheckpointError
+from djepa_jax.paths import check_writable
 from djepa_jax.sample import SampleSpec, make_sampler, plan_segments
 from djepa_jax.train_step import TrainSpec, init_state, make_train_step
 
-USAGE = "usage: python -m djepa_jax.benchmark --config=FILE [--parts=train,sample] [--out=FILE.json] [--config.KEY=VALUE ...]"
+USAGE = (
+    "usage: python -m djepa_jax.benchmark --config=FILE|--config_json=FILE [--parts=train,sample] [--out=FILE.json] "
+    "[--config.KEY=VALUE ...]"
+)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 MAX_UNROLLED_DEPTH = 12  # lowering that many layers one by one takes seconds
 

@@ -1,121 +1,285 @@
-"""Checkpoints with Orbax: asynchronous saves, restore onto a mesh, and what a workdir may be used for.
+"""The checkpoints of a workdir: saved in the background, read back, sealed with checksums, and found again.
 
-A step holds the item `state` (parameters, moving average, optimiser, counters; pure dicts and arrays) and the
-item `meta` (format number, resolved configuration, examples consumed). An imported step may hold less than a whole
-state: its `meta` names the parts.
+A step counts when it has its manifest (`orbax_io` tells what is in a step). A step without one was not finished when its
+process ended. A step that is not as its manifest says is set aside, never removed, and the next older one is used.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import logging
 import os
-import pathlib
-import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from djepa_jax.fingerprint import fingerprints
+from djepa_jax.manifest import MANIFEST_NAME, ManifestError, check_manifest, write_manifest
+from djepa_jax.orbax_io import (
+    FORMAT,
+    CheckpointError,
+    DamagedError,
+    Meta,
+    hide_repetitions,
+    read_back,
+    read_meta,
+    restore_ema,
+    restore_state,
+    save_sparingly,
+)
+from djepa_jax.paths import as_path, is_remote, write_json
 from djepa_jax.train_step import TrainState
 
-FORMAT = 1
-CHUNK_BYTES = 2**22  # of imports and exports; what is written at a time
-LOCK_NAME = ".lock"
-STATE_PARTS = tuple(field.name for field in dataclasses.fields(TrainState))
+STEPS_NAME = "checkpoints"
+ASIDE_NAME = "set_aside"  # folder of a workdir for steps that are not to be used
 RECORD_NAME = "last_saved.json"  # names a step that was saved whole, so that lost checkpoints are noticed
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or of another kind; the message says which and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Meta:
-    """What is stored beside the arrays."""
-
-    format: int
-    config: dict
-    step: int
-    examples: int
-    parts: tuple[str, ...] = STATE_PARTS  # of the training state that the step holds; `ema_params` is always one
+COMMIT_NAME = "commit_success.txt"  # what Orbax writes last into a step in a bucket
+STEP_NAMES = {"state", "meta", "_CHECKPOINT_METADATA", COMMIT_NAME}  # what Orbax writes there at all
+UNFINISHED_MARK = ".orbax-checkpoint-tmp"
+COMPLETE_NAME = "commit_success.txt"  # what Orbax writes last into a step
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir.
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 1):
-        self.workdir = pathlib.Path(workdir).absolute()
-        self.directory = self.workdir / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=False)
-        self._options = options
-        self._open_manager, self._saving = None, False
+    Args:
+        workdir: a folder, local or in a bucket.
+        keep: how many of the newest steps stay; older ones go when a newer one is sealed.
+    """
 
-    @property
-    def _manager(self) -> ocp.CheckpointManager:
-        if self._open_manager is None:
-            self._open_manager = ocp.CheckpointManager(self.directory, options=self._options)
-        return self._open_manager
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+        self.workdir = as_path(workdir)
+        self.directory = self.workdir / STEPS_NAME
+        self._keep = keep
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._save: _Save | None = None
 
-    def latest_step(self) -> int | None:
-        """The newest finished step, or None where nothing has been saved.
+    def folder(self, step: int) -> epath.Path:
+        """Where a step is."""
+        return self.directory / str(step)
+
+    def steps(self) -> list[int]:
+        """All steps whose folders are there, whatever their state; ascending.
 
         Raises:
             CheckpointError: there is something else where the checkpoints should be.
         """
-        if self.directory.exists() and not self.directory.is_dir():
+        if not self.directory.exists():
+            return []
+        if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder; move it away, or choose another --workdir.")
-        return self._manager.latest_step() if self.directory.is_dir() else None
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
-    def step_to_resume(self) -> int | None:
-        """The newest finished step, or None in a workdir that never had one.
+    def latest_step(self) -> int | None:
+        """The newest step that is finished; None where there is none."""
+        return next((step for step in reversed(self.steps()) if self._finished(step)), None)
 
-        Raises:
-            CheckpointError: steps were saved here and none is left: never a silent start from scratch.
-        """
-        step, record = self.latest_step(), self.workdir / RECORD_NAME
-        if step is None and record.exists():
-            raise CheckpointError(
-                f"{self.directory} holds no checkpoint, though {record.read_text().strip()} was saved there; put it back, "
-                f"or remove {record} to start from scratch."
-            )
-        return step
+    def _finished(self, step: int) -> bool:
+        return (self.folder(step) / MANIFEST_NAME).exists() or not self._cut_off(step)
 
-    def _record(self) -> None:
-        step = self.latest_step()
-        if step is not None:
-            write_json(self.workdir / RECORD_NAME, {"step": step})
+    def _cut_off(self, step: int) -> bool:
+        """Whether a step without a manifest is one of ours that was being saved; what is not known to be so, is not."""
+        folder = self.folder(step)
+        if step <= (self.recorded_step() or -1):
+            return False
+        if is_remote(folder) and not (folder / COMMIT_NAME).exists():
+            return {path.name for path in folder.iterdir()} <= STEP_NAMES
+        try:
+            return read_meta(folder).to_be_sealed
+        except CheckpointError:
+            return False
+
+    def recorded_step(self) -> int | None:
+        """The step that was last reported saved."""
+        try:
+            return json.loads((self.workdir / RECORD_NAME).read_text())["step"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.workdir / RECORD_NAME} cannot be read ({error}); remove it.") from error
+
+    # ------------------------------------------------------------------ saving
 
     def save(self, state: TrainState, config: dict, examples: int) -> int:
-        """Start saving in the background; an earlier save that failed is reported here.
+        """Start saving in the background, when the save before is over.
 
         Raises:
-            CheckpointError: the step exists already, or an earlier save failed.
+            CheckpointError: the step exists already, or this or the earlier save failed.
         """
         step = int(state.step)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        meta = dataclasses.asdict(Meta(FORMAT, config, step, examples))
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(meta))
+        self.wait()
+        if self.folder(step).exists():
+            raise CheckpointError(f"step {step} was not saved: {self.folder(step)} exists already.")
+        marks = fingerprints(state)
+        meta = dataclasses.asdict(Meta(FORMAT, config, step, examples, fingerprints=marks))
+        arrays = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        hide_repetitions()
         try:
-            saved = self._manager.save(step, args=arguments)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._writer = self._writer or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._writer.save(self.folder(step), args=arguments)
         except Exception as error:
-            raise CheckpointError(f"saving step {step} to {self.directory} failed: {error}") from error
-        self._record()  # of an earlier save, which is finished when a new one has begun
-        self._saving = True
-        if not saved:
-            raise CheckpointError(f"step {step} was not saved: {self.directory} already holds step {self.latest_step()}.")
+            raise self._failed(step, error) from error
+        self._save = _Save(step, lambda: self._finish(step, marks))
+        self._save.start()
         return step
 
-    def wait(self) -> None:
-        """Wait for the save in progress, and raise CheckpointError if it failed."""
-        if self._saving:
+    def poll(self) -> int | None:
+        """The step whose saving has ended well since the last call; None if none has. Never waits.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        return self.wait() if self._save is not None and not self._save.is_alive() else None
+
+    def wait(self) -> int | None:
+        """Wait for the save in progress; its step, or None if there is none.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        save, self._save = self._save, None
+        if save is None:
+            return None
+        save.join()
+        if save.error is not None:
+            raise self._failed(save.step, save.error) from save.error
+        return save.step
+
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec=")[0].rstrip(".")
+        return CheckpointError(
+            f"saving step {step} to {self.directory} failed: {reason}. Make room there, or mend what it names, and run the "
+            "same command again: it goes on from the step that was saved before."
+        )
+
+    def _finish(self, step: int, marks: dict[str, int]) -> None:
+        """In the background: wait for Orbax, read the arrays back, seal, and only then let older steps go."""
+        self._writer.wait_until_finished()
+        if jax.process_index() == 0:
+            read_back(self.folder(step), marks)
+            self._seal(step)
+            self._remove_before(step)
+
+    def _remove_before(self, step: int) -> None:
+        """Remove all steps but the newest finished ones; also one whose removal was cut off."""
+        older = [old for old in self.steps() if old < step]
+        first_kept = ([old for old in older if self._finished(old)] + [step])[-self._keep :][0]
+        for old in [old for old in older if old < first_kept]:
+            self._remove(old)
+
+    def _seal(self, step: int) -> None:
+        try:
+            write_manifest(self.folder(step))
+        except BaseException:
+            (self.folder(step) / MANIFEST_NAME).unlink(missing_ok=True)
+            raise
+        write_json(self.workdir / RECORD_NAME, {"step": step})
+
+    def _remove(self, step: int) -> None:
+        """Delete a step; the manifest goes first, so that half a step never counts."""
+        (self.folder(step) / MANIFEST_NAME).unlink(missing_ok=True)
+        self.folder(step).rmtree()
+
+    def save_imported(self, parts: dict, config: dict, step: int, examples: int) -> epath.Path:
+        """Write and seal a step as `orbax_io.save_sparingly` does; returns its folder.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_sparingly(self.folder(step), parts, config, step, examples)
+            self._seal(step)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        return self.folder(step)
+
+    def close(self) -> None:
+        """Wait for pending work."""
+        try:
+            self.wait()
+        finally:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                with contextlib.suppress(Exception):  # of a save that failed, which is told already
+                    writer.close()
+
+    # ------------------------------------------------------------------ finding and reading
+
+    def step_to_resume(self, say: Callable[[str], None] = print) -> int | None:
+        """The newest step that is as it was saved, or None in a workdir that never had one.
+
+        Newer ones that are damaged are set aside, unfinished ones are removed; `say` is told. Only for whoever holds the
+        workdir's lock.
+
+        Raises:
+            CheckpointError: steps were saved here and none can be used; nothing was changed.
+        """
+        unusable: dict[int, DamagedError] = {}
+        for step in reversed(self.steps()):
             try:
-                self._manager.wait_until_finished()
-                self._record()
-                self._saving = False
-            except Exception as error:
-                raise CheckpointError(f"saving to {self.directory} failed: {error}") from error
+                self.check(step)
+                break
+            except DamagedError as error:
+                unusable[step] = error
+        else:
+            step = None
+            self._check_nothing_lost(unusable)
+        for bad, error in unusable.items():
+            self._put_away(bad, error, say)
+        if unusable and step is None:
+            say("no step was saved whole before; training starts from scratch")
+        self._remove_leftovers(say)
+        return step
+
+    def check(self, step: int) -> None:
+        """As `check_step`."""
+        check_step(self.folder(step))
+
+    def _check_nothing_lost(self, unusable: dict[int, DamagedError]) -> None:
+        recorded = self.recorded_step()
+        if recorded is None and not any(self._finished(step) for step in unusable):
+            return
+        record = self.workdir / RECORD_NAME
+        if not unusable:
+            raise CheckpointError(
+                f"{self.directory} holds no checkpoint, though step {recorded} was saved there; put it back, "
+                f"or remove {record} to start from scratch."
+            )
+        reasons = "\n  ".join(str(error) for error in unusable.values())
+        raise CheckpointError(
+            f"no step in {self.directory} can be used, and nothing was changed:\n  {reasons}\nPut good copies back, name a step "
+            "elsewhere with --restore_from=PATH@STEP, or choose another --workdir."
+        )
+
+    def _put_away(self, step: int, error: DamagedError, say: Callable[[str], None]) -> None:
+        if not self._finished(step):
+            self.folder(step).rmtree()
+            say(f"step {step} was not finished when its process ended; removed")
+        else:
+            say(f"WARNING: step {step} is damaged: {error}. It was moved to {self.set_aside(step)}; an older step is used.")
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Move a step out of the way, to be looked at by people; returns where it is now."""
+        folder = self.workdir / ASIDE_NAME
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        name = next(n for n in (f"{step}" if i == 0 else f"{step}-{i}" for i in range(10**6)) if n not in taken)
+        move_folder(self.folder(step), folder / name)
+        return folder / name
+
+    def _remove_leftovers(self, say: Callable[[str], None]) -> None:
+        """What a process that was killed in the middle of a save left behind."""
+        if not self.directory.exists():
+            return
+        for path in list(self.directory.iterdir()):
+            if UNFINISHED_MARK in path.name:
+                path.rmtree()
+                say(f"removed {path.name}, left by a save that was cut off")
 
     def read_meta(self, step: int | None = None) -> Meta:
         """The configuration and position stored with a step (the latest one by default).
@@ -123,35 +287,16 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no step, it cannot be read, or its format is another.
         """
-        return read_meta(self.directory / str(self._existing(step)))
+        return read_meta(self.folder(self._existing(step)))
 
     def restore(self, abstract: TrainState, meta: Meta) -> dict:
-        """The parts of a training state that a step holds, by name; `abstract` gives shapes, dtypes and shardings.
-
-        Raises:
-            CheckpointError: the step does not hold exactly these arrays.
-        """
-        wanted = {name: getattr(abstract, name) for name in meta.parts}
-        try:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            return self._manager.restore(meta.step, args=arguments)["state"]
-        except Exception as error:
-            raise _damaged(self.directory / str(meta.step), error) from error
+        """The parts of a training state that a step holds, as `orbax_io.restore_state`."""
+        return restore_state(self.folder(meta.step), abstract, meta)
 
     def restore_ema(self, abstract: dict, step: int | None = None) -> dict:
-        """The moving average of the parameters alone; `abstract` gives shapes, dtypes and shardings.
-
-        Raises:
-            CheckpointError: there is no step, or it does not hold exactly these arrays.
-        """
-        return restore_ema(self.directory / str(self._existing(step)), abstract)
-
-    def close(self) -> None:
-        """Wait for pending work and release the manager."""
-        if self._open_manager is not None:
-            self.wait()
-            self._open_manager.close()
-            self._open_manager = None
+        """The moving average of the parameters alone, as `orbax_io.restore_ema`."""
+        folder = self.folder(self._existing(step))
+        return restore_ema(folder, abstract, read_meta(folder))
 
     def _existing(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
@@ -160,159 +305,52 @@ class Checkpoints:
         return step
 
 
-def read_meta(folder: pathlib.Path) -> Meta:
-    """What is stored beside the arrays of the step in `folder`.
+class _Save(threading.Thread):
+    """The part of a save that runs beside the training."""
 
-    Raises:
-        CheckpointError: it cannot be read, or its format is another.
-    """
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            stored = reader.restore(folder / "meta")
-        meta = Meta(**stored | {"parts": tuple(stored.get("parts", STATE_PARTS))})
-    except Exception as error:
-        raise _damaged(folder, error) from error
-    if meta.format != FORMAT:
-        raise CheckpointError(f"{folder} has format {meta.format}, this version reads {FORMAT}.")
-    return meta
+    def __init__(self, step: int, finish: Callable[[], None]):
+        super().__init__(name=f"save-{step}", daemon=True)
+        self.step, self.error, self._finish = step, None, finish
 
-
-def restore_ema(folder: pathlib.Path, abstract: dict) -> dict:
-    """The moving average in the step in `folder`, as `Checkpoints.restore_ema`."""
-    return restore_arrays(folder / "state", {"ema_params": abstract})["ema_params"]
-
-
-def restore_arrays(folder: pathlib.Path, abstract: dict) -> dict:
-    """Part of the arrays that Orbax wrote into `folder`; `abstract` gives shapes, dtypes and shardings.
-
-    Raises:
-        CheckpointError: one of them is missing, damaged or of another shape.
-    """
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    arguments = ocp.args.PyTreeRestore(item=abstract, partial_restore=True, restore_args=restore_args)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(folder, args=arguments)
-    except Exception as error:
-        raise _damaged(folder, error) from error
-    for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
-        if found.shape != expected.shape:
-            raise CheckpointError(f"{folder}: shape {found.shape}, the model has {expected.shape}.")
-    return restored
-
-
-def save_arrays(folder: pathlib.Path, arrays: dict) -> None:
-    """Write arrays with Orbax into a new folder."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save(folder, args=ocp.args.PyTreeSave(arrays))
-
-
-def save_imported(workdir: str | os.PathLike, parts: dict, config: dict, step: int, examples: int) -> pathlib.Path:
-    """Write a step that holds only some parts of a training state, with little memory beside them.
-
-    Args:
-        workdir: a workdir without checkpoints.
-        parts: values of `TrainState` fields by name; `ema_params` must be one.
-        config: the resolved configuration.
-        step: number of the step.
-        examples: examples that were consumed before it.
-
-    Returns:
-        the folder of the step.
-    """
-    directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    directory.mkdir(parents=True, exist_ok=True)
-    meta = dataclasses.asdict(Meta(FORMAT, config, step, examples, tuple(parts)))
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), parts)
-    arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(parts, save_args=chunks), meta=ocp.args.JsonSave(meta))
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=False)
-    handlers = {"state": _sparing_handler(parts), "meta": ocp.JsonCheckpointHandler()}
-    try:
-        with _quiet(), ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
-            manager.save(step, args=arguments)
-    except Exception as error:
-        raise CheckpointError(f"saving step {step} to {directory} failed: {error}") from error
-    write_json(directory.parent / RECORD_NAME, {"step": step})
-    return directory / str(step)
-
-
-def _sparing_handler(arrays: dict) -> ocp.PyTreeCheckpointHandler:
-    """One that has only as many bytes in flight as the largest array needs.
-
-    One file per chunk instead of Orbax's common data files, which are put together in memory.
-    """
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
-    gigabytes = (largest + CHUNK_BYTES) / 1e9
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=gigabytes)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Orbax's warning that files of the form it was told not to write are not there."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def _damaged(folder: pathlib.Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} cannot be restored ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). "
-        f"Nothing was overwritten. Move that folder away to go on from an older step."
-    )
-
-
-def _as_dict(state: TrainState) -> dict:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
-    """Make sure that the folder a flag names can be written, before anything is computed; creates it.
-
-    Raises:
-        CheckpointError: it is a file, or may not be created or written.
-    """
-    path = pathlib.Path(folder)
-    if not str(folder) or "://" in str(folder):
-        raise CheckpointError(f'{flag} "{folder}" is not a local folder; name one.')
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(f'{flag} "{folder}" cannot be written ({error.strerror}); choose another folder.') from error
-
-
-@contextlib.contextmanager
-def lock_workdir(workdir: str | os.PathLike, name: str = LOCK_NAME) -> Iterator[None]:
-    """Hold a workdir for this process; the lock goes with the process, however it ends.
-
-    Raises:
-        CheckpointError: another process holds it, named by host and process id.
-    """
-    path = pathlib.Path(workdir) / name
-    with open(path, "a+") as file:
+    def run(self) -> None:
+        """Finish, and keep what goes wrong for the main thread."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise CheckpointError(
-                f'--workdir "{workdir}" is in use by {owner}; wait for it, stop it, or choose another folder.'
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+            self._finish()
+        except BaseException as error:
+            self.error = error
 
 
-def write_json(path: pathlib.Path, value: dict) -> None:
-    """Write a JSON file so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+def check_step(folder: epath.Path) -> None:
+    """Compare a step's folder with its manifest; a step of an older version, which has none, passes.
+
+    Raises:
+        DamagedError: it is damaged, or was never finished.
+        CheckpointError: its format is another.
+    """
+    try:
+        if (folder / MANIFEST_NAME).exists():
+            check_manifest(folder)
+        elif read_meta(folder).to_be_sealed:
+            raise DamagedError(f"{folder} has no {MANIFEST_NAME}")
+    except ManifestError as error:
+        raise DamagedError(str(error)) from error
+    read_meta(folder)
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Rename a folder; in a bucket, copy its objects and then delete them."""
+    if not is_remote(source):
+        source.rename(target)
+        return
+    copy_folder(source, target)
+    source.rmtree()
+
+
+def copy_folder(source: epath.Path, target: epath.Path) -> None:
+    """Copy a folder file by file, its manifest last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            path.copy(target / path.name)

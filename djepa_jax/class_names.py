@@ -5,11 +5,11 @@ import functools
 import importlib.resources
 import operator
 import os
-import pathlib
 from collections.abc import Sequence
 
 IMAGENET = "imagenet"
 MAX_LISTED = 12
+MAX_BYTES = 2**24  # of a file of names
 
 
 @functools.cache
@@ -46,8 +46,12 @@ def _read(path: str) -> tuple[str, ...]:
     if path == IMAGENET:
         return tuple(name for _, name in imagenet())
     try:
-        lines = pathlib.Path(os.path.expanduser(path)).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with open(os.path.expanduser(path), "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        lines = data.decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise ValueError(
             f'data.class_names is "{path}", which is neither "{IMAGENET}" nor a text file that can be read ({error}).'
         ) from error

@@ -46,6 +46,11 @@ LATER_KEYS = {  # that older stored configs lack, with the value that means what
     "autoencoder.path": "",
     "autoencoder.batch_size": 32,
     "autoencoder.dtype": "bfloat16",
+    "data.num_threads": 2,
+    "debug.nans": False,
+    "debug.log_compiles": False,
+    "debug.profile_steps": 0,
+    "debug.profile_start": 10,
 }
 FILE_NAME = "config.json"  # in a workdir: the resolved configuration
 
@@ -151,17 +156,24 @@ BOUNDS = {
     AT_LEAST_ONE: "num_steps batch_size microbatches checkpoint_every keep_checkpoints log_every max_bad_steps "
     "model.num_prefix_tokens model.scan_unroll loss.noise_multiplicity data.image_size data.channels data.patch_size "
     "data.num_classes sample.count sample.batch_size sample.num_segments evaluation.count prepare.image_size "
-    "prepare.shard_size autoencoder.batch_size",
-    AT_LEAST_ZERO: "data.max_broken prepare.max_broken sample_every evaluate_every "
-    "model.width model.encoder_depth model.predictor_depth model.num_heads "
-    "model.denoiser_depth model.denoiser_width loss.token_weight loss.jepa_weight loss.mask_group optimizer.warmup_steps "
-    "optimizer.min_learning_rate optimizer.weight_decay sample.cfg_scale sample.temperature sample.clip_x0",
+    "prepare.shard_size autoencoder.batch_size data.num_threads",
+    AT_LEAST_ZERO: "data.max_broken prepare.max_broken sample_every evaluate_every debug.profile_steps debug.profile_start "
+    "model.width model.encoder_depth model.predictor_depth model.num_heads model.denoiser_depth model.denoiser_width "
+    "loss.token_weight loss.jepa_weight loss.mask_group optimizer.warmup_steps optimizer.min_learning_rate "
+    "optimizer.weight_decay sample.cfg_scale sample.temperature sample.clip_x0",
     ABOVE_ZERO: "model.mlp_ratio loss.mask_ratio_std optimizer.learning_rate optimizer.epsilon optimizer.clip_norm "
     "data.latent_scale sample.time_shift",
     SHARE: "model.dropout model.attention_dropout loss.label_drop_prob optimizer.beta1 optimizer.beta2 optimizer.ema_decay",
     FINITE: "data.latent_shift",
     SEED: "seed sample.seed evaluation.seed",
 }
+
+
+def _is_finite(value) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _check_numbers(config) -> None:
@@ -171,7 +183,7 @@ def _check_numbers(config) -> None:
         for key in keys.split():
             value = values[key]
             excluded = (bounds is ABOVE_ZERO and value == 0) or (bounds is SHARE and value == 1)
-            _require(math.isfinite(value) and lowest <= value <= highest and not excluded, key, value, remedy)
+            _require(_is_finite(value) and lowest <= value <= highest and not excluded, key, value, remedy)
     _require(
         config.loss.token_weight + config.loss.jepa_weight > 0,
         "loss.token_weight",

@@ -11,9 +11,9 @@ from flax import nnx
 
 from djepa_jax import sharding
 from djepa_jax.config import ConfigError
-from djepa_jax.digest import file_sha256
 from djepa_jax.interop.autoencoder import from_tensors
 from djepa_jax.interop.tensor_files import SourceError, open_tensors
+from djepa_jax.manifest import file_sha256
 from djepa_jax.modalities.image_pixels import to_pixels, to_range
 from djepa_jax.models.autoencoder_kl import AUTOENCODERS, decode_tiled, split_autoencoder
 

@@ -17,19 +17,20 @@ from flax import traverse_util
 from djepa_jax import __version__, sharding
 from djepa_jax import config as configuration
 from djepa_jax.ahead_of_time import arguments, compile_sampler
-from djepa_jax.checkpoint import FORMAT, CheckpointError, check_writable, save_arrays, write_json
 from djepa_jax.config import Experiment
 from djepa_jax.generate import check_same_model, placed_params
 from djepa_jax.interop.official import to_official
 from djepa_jax.interop.reading import LAYOUT
 from djepa_jax.interop.tensor_files import save_tensors
+from djepa_jax.manifest import write_manifest
 from djepa_jax.model_card import Provenance, model_card, read_provenance
+from djepa_jax.orbax_io import FORMAT, CheckpointError, save_arrays
+from djepa_jax.paths import check_local, check_writable, write_json
 from djepa_jax.settings import Settings
 from djepa_jax.stored import (
     CARD_NAME,
     CONFIG_NAME,
     KIND,
-    MANIFEST_NAME,
     OFFICIAL,
     ORBAX,
     PARAMS_NAME,
@@ -37,7 +38,6 @@ from djepa_jax.stored import (
     StoredModel,
     find_model,
     is_export,
-    manifest_of,
     tensor_file,
 )
 
@@ -97,6 +97,7 @@ def _check_target(out: str, overwrite: bool) -> pathlib.Path:
     Raises:
         CheckpointError: it may not be written.
     """
+    check_local(out, "--out")
     target = pathlib.Path(os.path.expanduser(out)).resolve()  # a link is kept, and what it names is written
     if target.exists() and not overwrite:
         raise CheckpointError(f'--out "{out}" exists; name another folder, or add --overwrite to replace an export.')
@@ -115,7 +116,7 @@ def _write(job: Job, form: str, folder: pathlib.Path) -> None:
     card = model_card(job.model.config, job.config, job.experiment, step, parameters, form, provenance)
     (folder / CARD_NAME).write_text(card, "utf-8")
     write_json(folder / CONFIG_NAME, _record(job, form, provenance))
-    write_json(folder / MANIFEST_NAME, {"files": manifest_of(folder)})
+    write_manifest(folder)
 
 
 def _record(job: Job, form: str, provenance: Provenance) -> dict:

@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
+from etils import epath
 
 from djepa_jax import config as configuration
-from djepa_jax import sharding
-from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable
+from djepa_jax import hosts, sharding
+from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.decoder import Autoencoder
 from djepa_jax.models.djepa import split_model
+from djepa_jax.orbax_io import CheckpointError
+from djepa_jax.paths import as_path, check_writable, write_npz
 from djepa_jax.pictures import label_grid, save_png
 from djepa_jax.sample import SampleSpec, Segment, make_sampler, make_step, plan_segments
 
 MAX_GRID = 100
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says then
 
 
 @functools.lru_cache(maxsize=8)
@@ -53,9 +57,24 @@ class Generator:
         """
         sampler = jitted_sampler(self.experiment.sample, self.mesh)
         temperature, batches = self.config.sample.temperature, []
-        for wanted, ids in progress_bar(self._batches(labels), progress):
-            batches.append(np.asarray(sampler(params, wanted, ids, seed, self.scales, temperature)))
+        try:
+            for wanted, ids in progress_bar(self._batches(labels), progress):
+                batches.append(np.asarray(sampler(params, wanted, ids, seed, self.scales, temperature)))
+        except jax.errors.JaxRuntimeError as error:
+            if OUT_OF_MEMORY not in str(error) or not self._halve():
+                raise
+            return self(params, labels, seed, progress)
         return np.concatenate(batches)[: len(labels)]
+
+    def _halve(self) -> bool:
+        """Make batches half as large after running out of memory; False where they cannot be. It changes no sample."""
+        divisor = sharding.batch_divisor(self.mesh)
+        half = self.batch_size // 2 // divisor * divisor
+        if half == 0:
+            return False
+        print(f"WARNING: not enough memory for {self.batch_size} samples at a time; going on with {half}", flush=True)
+        self.batch_size = half
+        return True
 
     def _batches(self, labels) -> list[tuple[jax.Array, jax.Array]]:
         """Labels and sample numbers on the devices, batch by batch; the last one is padded."""
@@ -119,12 +138,9 @@ def load_ema(config, experiment: Experiment, workdir, mesh):
         ConfigError: the checkpoint is of another model than the config describes.
     """
     checkpoints = Checkpoints(workdir)
-    try:
-        meta = checkpoints.read_meta()
-        check_same_model(meta.config, config)
-        return checkpoints.restore_ema(placed_params(experiment, mesh), meta.step), meta.step
-    finally:
-        checkpoints.close()
+    meta = checkpoints.read_meta()
+    check_same_model(meta.config, config)
+    return checkpoints.restore_ema(placed_params(experiment, mesh), meta.step), meta.step
 
 
 def placed_params(experiment: Experiment, mesh) -> dict:
@@ -153,7 +169,7 @@ def command_line(*extra: str) -> str:
     return shlex.join([python, "-m", "djepa_jax.main", *sys.argv[1:], *extra])
 
 
-def output_paths(out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+def output_paths(out: epath.Path) -> tuple[epath.Path, epath.Path]:
     """The grid's and the arrays' file for a name given with either ending, or with none."""
     base = out.with_suffix("") if out.suffix in (".png", ".npz") else out
     return base.with_name(base.name + ".png"), base.with_name(base.name + ".npz")
@@ -164,7 +180,7 @@ def make_grid(images: np.ndarray, labels, names) -> np.ndarray:
     return label_grid(images[:MAX_GRID], [names[label] for label in labels[:MAX_GRID]])
 
 
-def save_samples(out: pathlib.Path, arrays: dict, labels, names, settings: dict) -> list[pathlib.Path]:
+def save_samples(out: epath.Path, arrays: dict, labels, names, settings: dict) -> list[epath.Path]:
     """Write `OUT.npz` and, where there are pictures, a labelled grid `OUT.png`; return the paths.
 
     The arrays are called as in ADM's files, `arr_0` the images and `arr_1` the labels; settings and the rest stand beside.
@@ -174,32 +190,34 @@ def save_samples(out: pathlib.Path, arrays: dict, labels, names, settings: dict)
     png, npz = output_paths(out)
     images = {"arr_0": arrays["images"]} if "images" in arrays else {}
     others = {name: array for name, array in arrays.items() if name != "images"}
-    np.savez(npz, **images, arr_1=np.asarray(labels, np.int32), settings=text, **others)
+    write_npz(npz, images | {"arr_1": np.asarray(labels, np.int32), "settings": np.asarray(text)} | others)
     if "images" not in arrays:
         return [npz]
     save_png(png, make_grid(arrays["images"], labels, names), {"command": command_line(), "settings": text})
     return [png, npz]
 
 
-def stored_settings(npz: pathlib.Path) -> dict | None:
+def stored_settings(npz: epath.Path) -> dict | None:
     """The settings in a file that `save_samples` wrote; None if there is none or it cannot be read."""
     try:
-        with np.load(npz, allow_pickle=False) as arrays:
+        with npz.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return json.loads(str(arrays["settings"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def run_sample(config, workdir: str, out: str) -> list[pathlib.Path]:
+def run_sample(config, workdir: str, out: str) -> list[epath.Path]:
     """The `--mode=sample` command: sample the moving average of the latest checkpoint into files."""
     experiment = configuration.build(config)
     mesh = sharding.make_mesh(config.mesh)
     params, step = load_ema(config, experiment, workdir, mesh)
-    target = pathlib.Path(out) if out else pathlib.Path(workdir) / "samples" / "sample.png"
+    target = as_path(out or as_path(workdir) / "samples" / "sample.png")
     if any(path.is_dir() for path in (target, *output_paths(target))):
         raise CheckpointError(f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}.')
-    check_writable(target.parent, "--out")
+    hosts.on_main(lambda: check_writable(target.parent, "--out"))
     labels = experiment.sample_labels
     arrays = Generator(config, experiment, mesh).images(params, labels, config.sample.seed, progress=True)
+    if not hosts.is_main():
+        return []
     settings = {"step": step, "model": dataclasses.asdict(experiment.train.model), "sample": config.sample.to_dict()}
     return save_samples(target, arrays, labels, experiment.class_names, settings)

@@ -1,27 +1,46 @@
 """Metrics to a file, to TensorBoard and to the terminal."""
 
+import contextlib
 import json
 import math
+import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
 from clu import parameter_overview
+from etils import epath
 from tensorboardX import SummaryWriter
+
+from djepa_jax.paths import as_path, is_remote, write_bytes
+
+METRICS_NAME = "metrics.jsonl"
+MIRROR_SECONDS = 120.0  # between copies of the metrics to a bucket
 
 
 class MetricWriter:
     """Scalars and images of a run: `metrics.jsonl` (one line a step) and TensorBoard event files.
 
-    Lines of steps after `step`, which a run made that did not save them, are dropped: they will be made again.
+    Lines of steps after `step`, which a run made that did not save them, are dropped: they will be made again. For a
+    workdir in a bucket, where nothing can be appended, the files are kept in a local folder and copied now and then.
+
+    Attributes:
+        folder: where the files are written; the workdir itself if it is local.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int = 0):
-        _drop_lines_after(workdir / "metrics.jsonl", step)
-        self._file = open(workdir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in `close`)
-        self._events = SummaryWriter(str(workdir), flush_secs=30)
+    def __init__(self, workdir: os.PathLike, step: int = 0):
+        self._mirror = Mirror(as_path(workdir)) if is_remote(workdir) else None
+        self.folder = self._mirror.folder if self._mirror else pathlib.Path(workdir)
+        path = self.folder / METRICS_NAME
+        if self._mirror:
+            self._mirror.fetch(METRICS_NAME)
+        _drop_lines_after(path, step)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
+        self._events = SummaryWriter(str(self.folder), flush_secs=30)
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write one line; a value that is not finite becomes null, as JSON has no word for it."""
@@ -29,6 +48,8 @@ class MetricWriter:
         self._file.write(json.dumps(line) + "\n")
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
+        if self._mirror:
+            self._mirror.copy_if_due()
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Write uint8 pictures `[H, W, 3]`."""
@@ -40,18 +61,65 @@ class MetricWriter:
         for name, text in texts.items():
             self._events.add_text(name, text, step)
 
+    def flush(self) -> None:
+        """Bring what was written into the workdir."""
+        self._events.flush()
+        if self._mirror:
+            self._mirror.copy()
+
     def close(self) -> None:
         """Flush and close both."""
         self._events.close()
         self._file.close()
+        if self._mirror:
+            self._mirror.copy()
+            self._mirror.close()
+
+
+class Mirror:
+    """A local folder whose files are copied to a bucket when they have grown.
+
+    Storage that cannot be reached stops no training: the copy is tried again later.
+    """
+
+    def __init__(self, target: epath.Path):
+        self._target, self._temporary = target, tempfile.TemporaryDirectory(prefix="djepa_jax-")
+        self.folder = pathlib.Path(self._temporary.name)
+        self._sizes: dict[str, int] = {}  # as copied last
+        self._due = time.monotonic() + MIRROR_SECONDS
+
+    def fetch(self, name: str) -> None:
+        """Begin with what the bucket has of a file."""
+        if (self._target / name).exists():
+            (self.folder / name).write_bytes((self._target / name).read_bytes())
+
+    def copy_if_due(self) -> None:
+        """Copy, if the last time is long enough ago."""
+        if time.monotonic() >= self._due:
+            self.copy()
+
+    def copy(self) -> None:
+        """Copy every file that has another size than when it was copied last."""
+        self._due = time.monotonic() + MIRROR_SECONDS
+        for path in sorted(self.folder.rglob("*")):
+            name, size = path.relative_to(self.folder).as_posix(), path.stat().st_size
+            if not path.is_file() or self._sizes.get(name) == size:
+                continue
+            try:
+                (self._target / name).write_bytes(path.read_bytes())
+                self._sizes[name] = size
+            except Exception as error:  # storage services have exceptions of their own
+                print(f"WARNING: {self._target / name} was not written ({error}); it is tried again later", flush=True)
+
+    def close(self) -> None:
+        """Remove the local folder."""
+        self._temporary.cleanup()
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:
@@ -64,13 +132,15 @@ def _step_of(line: str) -> float:
 class ProgressLine:
     """One line that stays at the bottom of a terminal, or a plain line now and then where there is none."""
 
-    def __init__(self, num_steps: int, stream=None):
-        self.num_steps = num_steps
+    def __init__(self, num_steps: int, stream=None, quiet: bool = False):
+        self.num_steps, self.quiet = num_steps, quiet
         self.stream = stream or sys.stdout
-        self.live = self.stream.isatty()
+        self.live = self.stream.isatty() and not quiet
 
     def show(self, step: int, metrics: dict[str, float], rate: float, seconds_left: float) -> None:
         """Report a step: losses, images per second, time left."""
+        if self.quiet:
+            return
         losses = "  ".join(f"{k} {metrics[k]:.4f}" for k in ("loss", "token_loss", "jepa_loss") if k in metrics)
         line = f"step {step}/{self.num_steps}  {losses}  {rate:.0f} images/s  {format_seconds(seconds_left)} left"
         if metrics.get("skipped_steps"):
@@ -84,6 +154,8 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
+        if self.quiet:
+            return
         if self.live:
             self.stream.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
         self.stream.write(text + "\n")
@@ -104,9 +176,19 @@ class Stopwatch:
         self.start, self.waited = now, 0.0
         return seconds, waited / max(seconds, 1e-9)
 
-    def pause(self, seconds: float) -> None:
-        """Leave `seconds` (of sampling or saving) out of the present lap."""
-        self.start += seconds
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in this context as spent waiting."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time in this context (of sampling or saving) out of the present lap."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,20 +1,25 @@
 """Command line: `python -m djepa_jax.main --config=FILE --workdir=DIR [--mode=MODE]`, MODE a key of `COMMANDS`."""
 
-import difflib
+import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
+import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from djepa_jax import hosts, json_config
 from djepa_jax.compilation import use_compilation_cache
 from djepa_jax.config import flatten
 from djepa_jax.generate import command_line
+from djepa_jax.paths import as_path
 
+STORAGE_PACKAGES = ("gcsfs", "google", "aiohttp")  # whose exceptions tell what is wrong with a bucket
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 USAGE = (
-    "usage: python -m djepa_jax.main --config=configs/digits.py --workdir=DIR "
+    "usage: python -m djepa_jax.main --config=configs/digits.py|--config_json=FILE --workdir=DIR "
     "[--mode=train|sample|evaluate|import|export|prepare] [--config.KEY=VALUE ...]"
 )
 
@@ -31,7 +36,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     """Read the command line into flags of its own (no global state).
 
     Raises:
-        UsageError: an unknown flag, key or variant, a missing file, or a value of the wrong type.
+        UsageError, ConfigError: an unknown flag, key or variant, a missing file, or a value of the wrong type.
     """
     values = flags.FlagValues()
     flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.", flag_values=values)
@@ -44,39 +49,66 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool("overwrite", False, "export: replace an export that is there.", flag_values=values)
     flags.DEFINE_bool("measure_scale", False, "prepare: store the measured scale and shift of the latents.", flag_values=values)
     flags.DEFINE_string("license", "", "export: licence of the weights, for the model card.", flag_values=values)
+    flags.DEFINE_string(
+        "restore_from", "", "train: PATH@STEP, go on from that step; newer ones in the workdir are set aside.", flag_values=values
+    )
+    _define_distributed(values)
     return read_flags(values, argv, USAGE, required=lambda values: REQUIRED[values.mode])
+
+
+def _define_distributed(values: flags.FlagValues) -> None:
+    """The flags that tell where several processes meet (`hosts.Rendezvous`)."""
+    default = os.environ.get(hosts.VARIABLE, "none")
+    kinds = "none: alone; tpu, slurm: as these tell; explicit: as the next three flags tell."
+    flags.DEFINE_string("distributed", default, kinds, flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", 0, "How many there are.", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "Which one this is, from 0.", flag_values=values)
+    flags.DEFINE_integer("rendezvous_timeout", hosts.TIMEOUT, "Seconds to wait for the others.", flag_values=values)
+    flags.DEFINE_integer("heartbeat_timeout", hosts.HEARTBEAT, "Seconds after which a silent one is dead.", flag_values=values)
 
 
 def read_flags(
     values: flags.FlagValues, argv: Sequence[str], usage: str, required: Callable[[flags.FlagValues], Sequence[str]]
 ) -> flags.FlagValues:
-    """Add `--config` to the flags in `values` and read the command line into them.
+    """Add `--config` and `--config_json` to the flags in `values` and read the command line into them.
 
     `required` tells, from the values, which flags must be given.
 
     Raises:
-        UsageError: as `parse` does.
+        UsageError, ConfigError: as `parse` does.
         HelpRequest: -h, --help or --helpfull was typed.
     """
     argv = _join_config([_with_underscores(word) for word in argv])
-    sys.modules.pop("config_config", None)  # ml_collections would load the file on top of the one before
-    config_flags.DEFINE_config_file(
-        "config", None, "Configuration file, perhaps with :variant.", flag_values=values, sys_argv=argv
-    )
+    flags.DEFINE_string("config_json", None, "Configuration as data: JSON over the defaults.", flag_values=values)
     if {"-h", "--help", "--helpfull"} & set(argv):
+        _define_config(values, argv[:1], None)
         raise HelpRequest(f"{usage}\n\n{values.main_module_help() or values.get_help()}")
+    path = json_config.find(argv)
+    stored = None if path is None else json_config.read(path, _overridden(argv))
     try:
+        _define_config(values, argv, stored)
         rest = values(argv)[1:]
         if values["config"].value is not None:
             values.config.lock()  # a file that failed to load says so only when it is used
     except Exception as error:  # a config file is a program: anything can happen in it
-        raise UsageError(_explain(error, argv, usage)) from error
+        raise UsageError(_explain(error, argv, usage, flatten(stored or {}))) from error
     if rest:
         raise UsageError(f'"{rest[0]}" is not a flag; values are given as --flag=VALUE.\n{usage}')
     for name in required(values):
         if not values[name].value:
             raise UsageError(f"--{name} is missing.\n{usage}")
     return values
+
+
+def _define_config(values: flags.FlagValues, argv: Sequence[str], stored: dict | None) -> None:
+    """The flag `--config` with what follows a dot: of a file, a program that will run, or of what JSON gave."""
+    if stored is not None:
+        config_flags.DEFINE_config_dict("config", ConfigDict(stored), flag_values=values, sys_argv=argv)
+        return
+    sys.modules.pop("config_config", None)  # ml_collections would load the file on top of the one before
+    text = "Configuration file, perhaps with :variant. It is a Python program: use only those you trust."
+    config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
 
 
 def _with_underscores(word: str) -> str:
@@ -95,14 +127,21 @@ def _join_config(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def _explain(error: Exception, argv: Sequence[str], usage: str) -> str:
-    """One line for what went wrong while reading flags, with a suggestion where a key is misspelt."""
+def _overridden(argv: Sequence[str]) -> list[str]:
+    """The keys that the command line sets."""
+    return [word.split("=")[0].removeprefix("--config.") for word in argv if word.startswith("--config.")]
+
+
+def _explain(error: Exception, argv: Sequence[str], usage: str, known: dict) -> str:
+    """One line for what went wrong while reading flags, with a suggestion where a key is misspelt.
+
+    `known` are the keys of the config, empty if it comes from a Python file, which may have others.
+    """
     path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
-    known = _known_keys(path)
-    keys = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    unknown = next((key for key in keys if key not in known), None)
+    known = known or _known_keys(path)
+    unknown = next((key for key in _overridden(argv) if key not in known), None)
     if known and unknown:
-        return f"unknown config key {unknown}; did you mean {_closest(unknown, known)}?"
+        return f"unknown config key {unknown}; did you mean {json_config.closest(unknown, known)}?"
     if isinstance(error, flags.UnrecognizedFlagError):
         return f"{error}\n{usage}"
     if isinstance(error, OSError):
@@ -112,12 +151,6 @@ def _explain(error: Exception, argv: Sequence[str], usage: str) -> str:
             error = error.__context__
         return f'--config "{path}" failed: {type(error).__name__}: {error}'
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _closest(key: str, known: Iterable[str]) -> str:
-    """The existing key most like a misspelt one, by its last part first."""
-    name = key.rpartition(".")[2]
-    return max(known, key=lambda k: difflib.SequenceMatcher(None, name, k.rpartition(".")[2]).ratio() + 0.01 * (k[:3] == key[:3]))
 
 
 def _known_keys(path: str) -> dict:
@@ -136,7 +169,9 @@ def run_training(values: flags.FlagValues) -> None:
     """Train, or go on with training."""
     from djepa_jax.train import train
 
-    summarise(train(values.config, values.workdir), values.config, values.workdir)
+    result = train(values.config, values.workdir, restore_from=values.restore_from)
+    if hosts.is_main():
+        summarise(result, values.config, values.workdir)
 
 
 def run_sampling(values: flags.FlagValues) -> None:
@@ -152,8 +187,10 @@ def run_evaluation(values: flags.FlagValues) -> None:
     from djepa_jax.evaluation.runner import run_evaluate
 
     record = run_evaluate(values.config, values.workdir)
+    if not hosts.is_main():
+        return
     print(f"step {record['step']}: accuracy {record['accuracy']:.3f}, Frechet distance {record['frechet_distance']:.3f}")
-    print(f"wrote {pathlib.Path(values.workdir) / 'evaluation.json'}")
+    print(f"wrote {as_path(values.workdir) / 'evaluation.json'}")
 
 
 def run_importing(values: flags.FlagValues) -> None:
@@ -205,7 +242,7 @@ def summarise(result, config, workdir: str) -> None:
         print(f"Samples:  {result.grid}")
     if result.evaluation:
         figures = f"accuracy {result.evaluation['accuracy']:.3f}, Frechet distance {result.evaluation['frechet_distance']:.3f}"
-        print(f"Quality:  {figures} ({pathlib.Path(workdir) / 'evaluation.json'})")
+        print(f"Quality:  {figures} ({as_path(workdir) / 'evaluation.json'})")
     print(f"Try next (in {pathlib.Path.cwd()}):")
     for extra in next_steps(config):
         print(f"  {command_line(*extra)}")
@@ -224,25 +261,59 @@ def next_steps(config) -> list[tuple[str, ...]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: parse, run, and turn every expected failure into one line and exit status 2 (130 for Ctrl-C)."""
-    from djepa_jax.checkpoint import CheckpointError
-    from djepa_jax.train import TrainingError
-
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
     try:
         values = parse(sys.argv if argv is None else argv)
+        names = ("coordinator", "num_processes", "process_id")
+        place = {name: values[name].value for name in names}
+        hosts.start(hosts.Rendezvous(values.distributed, **place, **_timeouts(values)), saves=values.mode == "train")
         use_compilation_cache()
         COMMANDS[values.mode](values)
         return 0
     except HelpRequest as request:
         print(request)
         return 0
-    except (ValueError, OSError, CheckpointError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _exit_status(130)
+    except Exception as error:
+        text = _expected(error)
+        if text is None:
+            if hosts.alone():
+                raise
+            traceback.print_exc()
+            text = f"{type(error).__name__} in process {jax.process_index()}"
+        print(f"error: {text}", file=sys.stderr)
+        return _exit_status(2)
+
+
+def _timeouts(values: flags.FlagValues) -> dict[str, int]:
+    return {"timeout": values.rendezvous_timeout, "heartbeat": values.heartbeat_timeout}
+
+
+def _expected(error: Exception) -> str | None:
+    """What to say of a failure that can happen to anybody; None of one that is a mistake in this program."""
+    from djepa_jax.orbax_io import CheckpointError
+    from djepa_jax.train import TrainingError
+
+    if isinstance(error, (ValueError, OSError, CheckpointError, TrainingError, FloatingPointError)):
+        return str(error)
+    if type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
+        return f"storage: {type(error).__name__}: {error}"
+    if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.alone():
+        reason = str(error).splitlines()[0]
+        return f"another process has ended or cannot be reached ({reason}); start all of them again to go on from the last save."
+    return None
+
+
+def _exit_status(status: int) -> int:
+    """The status to end with. One of several processes ends at once, for JAX would first wait for the others."""
+    if not hosts.alone():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Pictures: labelled grids, PNG files."""
 
+import io
 import math
-import pathlib
+import os
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from djepa_jax.paths import as_path, write_bytes
 
 GRID_GAP = 2
 MIN_TILE = 64
@@ -39,10 +42,12 @@ def _fitted(text: str, font, width: int) -> str:
     return text
 
 
-def save_png(path: pathlib.Path, image: np.ndarray, texts: dict[str, str]) -> None:
+def save_png(path: os.PathLike, image: np.ndarray, texts: dict[str, str]) -> None:
     """Write a picture with text entries (the command that made it, its settings)."""
+    path, buffer = as_path(path), io.BytesIO()
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         info.add_text(name, text)
-    Image.fromarray(image).save(path, pnginfo=info)
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    write_bytes(path, buffer.getvalue())

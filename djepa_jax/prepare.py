@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 
 from djepa_jax import __version__, class_names, sharding
 from djepa_jax import config as configuration
-from djepa_jax.checkpoint import check_writable, lock_workdir, write_json
 from djepa_jax.config import ConfigError
 from djepa_jax.data import latents
 from djepa_jax.data.images import BrokenImage
@@ -28,10 +27,12 @@ from djepa_jax.data.latents import METADATA_NAME, SHARDS_NAME, Metadata, Shard
 from djepa_jax.data.records import DataError, Robust
 from djepa_jax.data.sources import open_source
 from djepa_jax.decoder import Autoencoder
-from djepa_jax.digest import file_sha256
+from djepa_jax.lock import lock_workdir
 from djepa_jax.logs import format_seconds
+from djepa_jax.manifest import file_sha256
 from djepa_jax.modalities.image_pixels import ImagePixels
 from djepa_jax.models.autoencoder_kl import LOG_VARIANCE_RANGE
+from djepa_jax.paths import check_local, check_writable, write_json
 
 PLAN_NAME = "plan.json"
 
@@ -83,6 +84,7 @@ def run_prepare(config, folder: str, measure_scale: bool = False, say: Callable[
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(config.autoencoder, mesh)
     plan = make_plan(config, source, autoencoder)
+    check_local(folder, "--workdir")
     check_writable(folder)
     path = pathlib.Path(folder)
     with lock_workdir(folder, f".lock-{jax.process_index()}"):  # a lock for each process that shares the work

@@ -25,6 +25,7 @@ RULES = (
     (r"(mlp|jepa_head|denoiser/blocks)/up/kernel$", ("fsdp", "tensor")),
     (r"(mlp|jepa_head|denoiser/blocks)/up/bias$", ("tensor",)),
     (r"modulation/kernel$", ("fsdp", None, None)),
+    (r"input_proj/kernel$", (None, "fsdp")),  # a token has too few channels to split
     (r"kernel$", ("fsdp", None)),
     (r"(positions|prefix_table|class_embedding/table)$", (None, "fsdp")),
 )
@@ -68,6 +69,18 @@ def state_shardings(abstract, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis split over data and fsdp."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def keep_batch_split(x: jax.Array) -> jax.Array:
+    """Say of activations `[B, ...]` that they are split along the batch and nothing else; changes no value.
+
+    With kernels split over `fsdp` the compiler is free to gather the activations of the whole batch on every device
+    in place of a layer's kernels, and it does so. Outside a mesh, or where the batch does not divide, it says nothing.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1 or x.shape[0] % batch_divisor(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES, *[None] * (x.ndim - 1))))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -4,14 +4,18 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-from djepa_jax.checkpoint import FORMAT, CheckpointError, Checkpoints, read_meta, restore_arrays, restore_ema
+from etils import epath
+
+from djepa_jax.checkpoint import STEPS_NAME, Checkpoints
 from djepa_jax.config import upgraded
-from djepa_jax.digest import file_sha256
+from djepa_jax.manifest import MANIFEST_NAME, ManifestError, check_manifest, read_manifest
+from djepa_jax.orbax_io import FORMAT, CheckpointError, read_meta, restore_arrays, restore_ema
+from djepa_jax.paths import as_path
 from djepa_jax.settings import Settings
 
-CONFIG_NAME, MANIFEST_NAME = "config.json", "manifest.json"
+CONFIG_NAME = "config.json"
 PARAMS_NAME, TENSORS_NAME = "params", "model.safetensors"
 ORBAX, SAFETENSORS, OFFICIAL = "orbax", "safetensors", "official"  # what `weights` of an export may be
 CARD_NAME = "README.md"  # for people to edit: loading does not check it
@@ -22,7 +26,7 @@ KIND = "djepa_jax export"
 class StoredModel:
     """The moving average of a model's parameters on disk, and the configuration it was trained with."""
 
-    path: pathlib.Path
+    path: epath.Path
     config: Settings
     step: int
     restore: Callable[[dict], dict]  # abstract parameters with shardings -> parameters
@@ -34,33 +38,29 @@ def find_model(path: str | os.PathLike) -> StoredModel:
     Raises:
         CheckpointError: there is no model at `path`, or it cannot be used.
     """
-    path = pathlib.Path(os.path.expanduser(path)).absolute()
+    path = as_path(path)
     if is_export(path):
         return _export(path)
     if (path / "meta").is_dir() and (path / "state").is_dir():
         return _step(path)
-    workdir = path.parent if path.name == "checkpoints" else path
-    if (workdir / "checkpoints").is_dir():
-        checkpoints = Checkpoints(workdir)
-        try:
-            step = checkpoints.latest_step()
-        finally:
-            checkpoints.close()
+    checkpoints = Checkpoints(path.parent if path.name == STEPS_NAME else path)
+    if checkpoints.directory.is_dir():
+        step = checkpoints.latest_step()
         if step is not None:
-            return _step(checkpoints.directory / str(step))
-        raise CheckpointError(f"{workdir / 'checkpoints'} holds no finished checkpoint yet.")
-    if (path / MANIFEST_NAME).is_file():
-        check_manifest(path, [CONFIG_NAME])  # for it may be an export whose record is damaged
-    found = "does not exist" if not path.exists() else "is a file" if path.is_file() else "is another folder"
+            return _step(checkpoints.folder(step))
+        raise CheckpointError(f"{checkpoints.directory} holds no finished checkpoint yet.")
+    if (path / MANIFEST_NAME).exists():
+        check_files(path, [CONFIG_NAME])  # for it may be an export whose record is damaged
+    found = "does not exist" if not path.exists() else "is another folder" if path.is_dir() else "is a file"
     raise CheckpointError(f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an export.')
 
 
-def _step(folder: pathlib.Path) -> StoredModel:
+def _step(folder: epath.Path) -> StoredModel:
     meta = read_meta(folder)
-    return StoredModel(folder, Settings(upgraded(meta.config)), meta.step, lambda abstract: restore_ema(folder, abstract))
+    return StoredModel(folder, Settings(upgraded(meta.config)), meta.step, lambda abstract: restore_ema(folder, abstract, meta))
 
 
-def is_export(path: pathlib.Path) -> bool:
+def is_export(path: epath.Path) -> bool:
     """Whether a folder was written by `--mode=export`."""
     try:
         return read_record(path).get("kind") == KIND
@@ -68,26 +68,26 @@ def is_export(path: pathlib.Path) -> bool:
         return False
 
 
-def weights_of(folder: pathlib.Path) -> str:
+def weights_of(folder: os.PathLike) -> str:
     """In which form an export holds its weights."""
     return read_record(folder)["weights"]
 
 
-def read_record(folder: pathlib.Path) -> dict:
+def read_record(folder: epath.Path) -> dict:
     """What an export says about itself."""
     return json.loads((folder / CONFIG_NAME).read_text("utf-8"))
 
 
-def tensor_file(folder: pathlib.Path) -> pathlib.Path:
+def tensor_file(folder: os.PathLike) -> pathlib.Path:
     """The safetensors file of an export folder."""
     return folder / TENSORS_NAME
 
 
-def _export(folder: pathlib.Path) -> StoredModel:
+def _export(folder: os.PathLike) -> StoredModel:
     record = read_record(folder)
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{folder / CONFIG_NAME} has format {record.get('format')}, this version reads {FORMAT}.")
-    check_manifest(folder, [CONFIG_NAME])
+    check_files(folder, [CONFIG_NAME])
     if record["weights"] not in READERS:
         raise CheckpointError(
             f'"{folder}" holds a compiled sampler ({record["weights"]}), not a model to load; its README.md shows how to call it.'
@@ -100,11 +100,11 @@ def _export(folder: pathlib.Path) -> StoredModel:
     return StoredModel(folder, Settings(upgraded(record["config"])), record["step"], restore)
 
 
-def _read_orbax(folder: pathlib.Path, abstract: dict) -> dict:
+def _read_orbax(folder: os.PathLike, abstract: dict) -> dict:
     return restore_arrays(folder / PARAMS_NAME, abstract)
 
 
-def _read_tensors(folder: pathlib.Path, abstract: dict) -> dict:
+def _read_tensors(folder: os.PathLike, abstract: dict) -> dict:
     from djepa_jax.interop.reading import read_params
 
     try:
@@ -116,49 +116,19 @@ def _read_tensors(folder: pathlib.Path, abstract: dict) -> dict:
 READERS = {ORBAX: _read_orbax, SAFETENSORS: _read_tensors, OFFICIAL: _read_tensors}
 
 
-def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Every file of an export but the manifest, in a fixed order."""
-    yield from sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
-
-
-def manifest_of(folder: pathlib.Path) -> dict[str, dict]:
-    """Bytes and sha256 of every file, by its name relative to the folder."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in files_below(folder)
-    }
-
-
-def check_export(folder: pathlib.Path) -> None:
+def check_export(folder: os.PathLike) -> None:
     """Compare everything in an export but its card with the manifest; raises CheckpointError."""
-    check_manifest(folder, [name for name in _manifest(folder) if name != CARD_NAME])
+    check_files(folder)
 
 
-def check_manifest(folder: pathlib.Path, names: Iterable[str] | None = None) -> None:
-    """Compare the files of an export with its manifest: some of them by name, or all.
+def check_files(folder: os.PathLike, names: Iterable[str] | None = None) -> None:
+    """Compare files of an export with its manifest: some of them by name, or all but the card.
 
     Raises:
         CheckpointError: a file is missing or differs, or there is no manifest.
     """
-    entries = _manifest(folder)
     try:
-        expected = {name: entries[name] for name in names or entries}
-    except KeyError as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST_NAME} cannot be read: it does not list {error}; export the model again."
-        ) from error
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the export again.")
-        if path.stat().st_size != size or file_sha256(path) != digest:
-            raise CheckpointError(f"{path} differs from its checksum in {MANIFEST_NAME}; copy the export again.")
-
-
-def _manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
-    """Bytes and sha256 by file name."""
-    try:
-        entries = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))["files"]
-        return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read ({error}); export the model again.") from error
+        check_manifest(folder, [name for name in read_manifest(folder) if name != CARD_NAME] if names is None else names)
+    except ManifestError as error:
+        remedy = "export the model again" if "cannot be read" in str(error) else "copy the export again"
+        raise CheckpointError(f"{error}; {remedy}.") from error

@@ -2,33 +2,34 @@
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+from etils import epath
 
 from djepa_jax import config as configuration
-from djepa_jax import logs, sharding
-from djepa_jax.checkpoint import Checkpoints, check_writable, lock_workdir, write_json
+from djepa_jax import hosts, logs, sharding
+from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.data.latents import LatentCache, check_autoencoder
-from djepa_jax.data.pipeline import example_stream, host_batches
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import Source, open_data
-from djepa_jax.digest import file_sha256
-from djepa_jax.evaluation.runner import evaluate, identity, read_evaluation
+from djepa_jax.debugging import ProfileWindow, debug_switches
 from djepa_jax.evaluation.small_images import check_judgeable
-from djepa_jax.generate import Generator, check_same_model, make_grid, output_paths, save_samples, stored_settings
-from djepa_jax.resident import ResidentCache
-from djepa_jax.train_step import TrainState, init_state, make_train_step
+from djepa_jax.feed import device_batches
+from djepa_jax.lock import lock_workdir
+from djepa_jax.manifest import file_sha256
+from djepa_jax.memory import describe, memory_plan
+from djepa_jax.paths import as_path, check_writable
+from djepa_jax.reporting import Reporter
+from djepa_jax.restoring import go_back
+from djepa_jax.starting import Start
+from djepa_jax.train_step import TrainState, make_train_step
 
 LAG = 2  # steps between running one and reading its metrics, so that the device never waits for the host
-PREFETCH = 2  # batches that wait on the device
 
 
 class TrainingError(RuntimeError):
@@ -41,17 +42,18 @@ class Result:
 
     step: int
     finished: bool
-    grid: pathlib.Path | None
+    grid: epath.Path | None
     evaluation: dict | None
 
 
-def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step: False) -> Result:
+def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step: False, restore_from: str = "") -> Result:
     """Train, or go on from the workdir's latest checkpoint.
 
     Args:
         config: an ml-collections config.
-        workdir: folder of checkpoints, metrics and samples.
+        workdir: folder of checkpoints, metrics and samples; local or gs://.
         should_stop: asked after every step (with the number of steps made); True saves and stops.
+        restore_from: PATH@STEP, a step to go on from instead (`restoring.go_back`).
 
     Raises:
         ConfigError, ValueError: a setting that cannot work; nothing was touched.
@@ -69,9 +71,22 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
         raise ConfigError(
             f"config.batch_size is {config.batch_size}; it must be a multiple of {divisor}, the devices that share a batch."
         )
-    check_writable(workdir)
-    with lock_workdir(workdir):
-        return _Run(config, experiment, source, mesh, pathlib.Path(workdir)).train(should_stop)
+    check_heads(experiment, mesh)
+    hosts.on_main(lambda: check_writable(workdir))
+    with hosts.held_by_main(lock_workdir(workdir)), debug_switches(config.debug):
+        hosts.check_shared(as_path(workdir))
+        hosts.check_same(f"{configuration.resolved(config)} {len(source)}", "the configuration or the data")
+        run = _Run(config, experiment, source, mesh, as_path(workdir))
+        if restore_from:
+            hosts.on_main(lambda: go_back(workdir, restore_from, config.keep_checkpoints, run.report.say))
+        return run.train(should_stop)
+
+
+def check_heads(experiment: Experiment, mesh) -> None:
+    """Raise ConfigError unless every device of the tensor axis gets whole attention heads."""
+    heads, parts = experiment.train.model.num_heads, mesh.shape["tensor"]
+    if heads % parts:
+        raise ConfigError(f"config.mesh splits {heads} attention heads over {parts} devices; its last entry must divide {heads}.")
 
 
 def check_decoder(config, source: Source) -> None:
@@ -92,144 +107,85 @@ def check_decoder(config, source: Source) -> None:
 class _Run:
     """One process's part of a training run."""
 
-    def __init__(self, config, experiment: Experiment, source: Source, mesh, workdir: pathlib.Path):
-        self.config, self.experiment, self.source, self.mesh, self.workdir = config, experiment, source, mesh, workdir
+    def __init__(self, config, experiment: Experiment, source: Source, mesh, workdir: epath.Path):
+        self.config, self.experiment, self.source, self.mesh = config, experiment, source, mesh
         self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-        self.generator = Generator(config, experiment, mesh)
-        self.progress = logs.ProgressLine(config.num_steps)
-        self.watch = logs.Stopwatch()
-        self.last_logged, self.rate = 0, 0.0  # step, and steps per second up to it
-        self.abstract = jax.eval_shape(lambda: init_state(experiment.train))
-        self.shardings = sharding.state_shardings(self.abstract, mesh)
+        self.report = Reporter(config, experiment, source, mesh, workdir)
+        self.start = Start(config, experiment, mesh, self.checkpoints, self.report.say)
+        self.saved = 0  # the newest step that is in the workdir, or on its way there
 
     def train(self, should_stop) -> Result:
         """Prepare, loop, finish; checkpoints are complete when this returns or raises."""
         try:
-            state, examples = self._start()
-            writer = logs.MetricWriter(self.workdir, int(state.step))
-            try:
-                with SignalCatcher() as signals:
-                    return self._train(state, examples, writer, lambda step: signals.caught or should_stop(step))
-            finally:
-                writer.close()
+            state, examples = self.start.state()
+            self.saved = int(state.step)
+            self.report.open(self.saved)
+            with hosts.StopSignals() as signals:
+                return self._train(state, examples, lambda step: signals.requested(step) or should_stop(step))
         finally:
+            self.report.close()
             self.checkpoints.close()
 
-    def _train(self, state: TrainState, examples: int, writer: logs.MetricWriter, should_stop) -> Result:
-        start = int(state.step)
+    def _train(self, state: TrainState, examples: int, should_stop) -> Result:
+        start, stopped = int(state.step), False
         if start < self.config.num_steps:
-            self._announce(writer, state)
-            state, examples = self._loop(state, examples, writer, should_stop)
+            self.report.announce(self.mesh, state)
+            state, examples, stopped = self._loop(state, examples, should_stop)
         step = int(state.step)
-        if self.checkpoints.latest_step() != step and step > 0:
-            self.checkpoints.save(state, configuration.resolved(self.config), examples)
-            self.checkpoints.wait()
-            self.progress.say(f"saved step {step} in {self.checkpoints.directory}")
-        if step < self.config.num_steps or (step > start and should_stop(step)):
+        if self.saved != step:
+            self._save(step, state, examples)
+        self._say_saved(self.checkpoints.wait())
+        if step < self.config.num_steps or stopped:
             return Result(step, False, None, None)
-        return Result(step, True, self._final_grid(step, state, writer), self._final_evaluation(step, state, writer))
+        return Result(step, True, self.report.final_grid(step, state), self.report.final_evaluation(step, state))
 
-    def _start(self) -> tuple[TrainState, int]:
-        """A fresh state, or the latest checkpoint's with the examples it has seen."""
-        step = self.checkpoints.step_to_resume()
-        if step is None:
-            write_json(self.workdir / configuration.FILE_NAME, configuration.resolved(self.config))
-            make = jax.jit(lambda: init_state(self.experiment.train), out_shardings=self.shardings)
-            return make(), 0
-        meta = self.checkpoints.read_meta(step)
-        check_same_model(meta.config, self.config)
-        for line in configuration.differences(configuration.upgraded(meta.config), configuration.resolved(self.config)):
-            self.progress.say(f"changed since the checkpoint: {line}")
-        if step > self.config.num_steps:
-            self.progress.say(f"the checkpoint already has {step} steps, more than num_steps {self.config.num_steps}")
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings)
-        state = self._complete(self.checkpoints.restore(abstract, meta))
-        if step < self.config.num_steps:
-            write_json(self.workdir / configuration.FILE_NAME, configuration.resolved(self.config))
-            self.progress.say(f"going on from step {step} of {self.config.num_steps} ({self.checkpoints.directory})")
-        return state, meta.examples
-
-    def _complete(self, parts: dict) -> TrainState:
-        """The state that a step holds; what an import left out starts afresh, the parameters from their average."""
-        if parts.keys() == {field.name for field in dataclasses.fields(TrainState)}:
-            return TrainState(**parts)
-        self.progress.say(f"the checkpoint was imported with {', '.join(parts)}; the rest of the training state starts afresh")
-
-        def fill(parts):
-            fresh = dataclasses.replace(init_state(self.experiment.train), **parts)
-            return dataclasses.replace(fresh, params=parts.get("params", jax.tree.map(jnp.copy, parts["ema_params"])))
-
-        return jax.jit(fill, out_shardings=self.shardings)(parts)
-
-    def _announce(self, writer: logs.MetricWriter, state: TrainState) -> None:
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        shape = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-        if int(state.step) == 0:
-            self.progress.say(logs.describe_parameters(state.params))
-            writer.write_texts(0, {"config": json.dumps(configuration.resolved(self.config), indent=2)})
-        self.progress.say(
-            f"training on {devices}, mesh {shape}; {len(self.source)} examples, batches of {self.config.batch_size}"
-        )
-
-    def _loop(self, state: TrainState, examples: int, writer, should_stop) -> tuple[TrainState, int]:
-        config, step = self.config, int(state.step)
-        batches = self._batches(examples)
+    def _loop(self, state: TrainState, examples: int, should_stop) -> tuple[TrainState, int, bool]:
+        """Train to the last step, or until asked to stop: the state, the examples it has seen, and whether it was asked."""
+        config, step, report = self.config, int(state.step), self.report
+        batches = device_batches(config, self.source, self.mesh, examples)
         batch = next(batches)
         train_step = self._compile(state, batch)
+        profile = ProfileWindow(report.local_folder, config.debug.profile_start, config.debug.profile_steps)
         pending = collections.deque()
-        self.last_logged, self.watch = step, logs.Stopwatch()
-        while step < config.num_steps and not should_stop(step):
+        report.watch = logs.Stopwatch()
+        stopped = should_stop(step)
+        while step < config.num_steps and not stopped:
+            profile.before_step()
             state, metrics = train_step(state, batch)
+            profile.after_step(metrics)
             step, examples = step + 1, examples + config.batch_size
             pending.append((step, metrics))
             if len(pending) > LAG:
-                self._report(*pending.popleft(), writer)
-            self._between_steps(step, state, examples, writer)
-            waiting = time.perf_counter()
-            batch = next(batches)
-            self.watch.waited += time.perf_counter() - waiting
+                self._read(*pending.popleft())
+            self._between_steps(step, state, examples)
+            with report.watch.waiting():
+                batch = next(batches)
+            stopped = should_stop(step)
+        profile.close()
         while pending:
-            self._report(*pending.popleft(), writer)
+            self._read(*pending.popleft())
         if step == config.num_steps and int(state.skipped_steps) == step:
             raise self._gone_bad(int(state.bad_streak), step)
-        return state, examples
+        return state, examples, stopped
 
     def _compile(self, state: TrainState, batch: dict) -> Callable:
         """The training step, compiled for these arguments; the old state's memory is reused for the new one."""
-        self.progress.say("compiling the training step")
-        start = time.perf_counter()
-        step = jax.jit(make_train_step(self.experiment.train), donate_argnums=0, out_shardings=(self.shardings, None))
+        self.report.say("compiling the training step")
+        start, shardings = time.perf_counter(), self.start.shardings
+        nans = self.config.debug.nans  # looking for them needs the old state, and runs the step operation by operation
+        step = jax.jit(make_train_step(self.experiment.train), donate_argnums=() if nans else 0, out_shardings=(shardings, None))
         compiled = step.lower(state, batch).compile()
-        self.progress.say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
-        return compiled
+        hosts.wait_for_all("compiled")  # one that is much later than the others at its first step counts as lost
+        self.report.say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
+        self.report.say(describe(memory_plan(self.start.abstract, shardings, compiled)))
+        return step if nans else compiled
 
-    def _batches(self, consumed: int) -> Iterator[dict]:
-        """Batches on the device, a few ahead of the step that uses them."""
-        resident = ResidentCache(self.source, self.mesh) if self.config.data.device_resident else None
-        source = resident.rows if resident else self.source
-        stream = example_stream(source, self.config.seed, self.config.data.random_flip)
-        host, hosts = jax.process_index(), jax.process_count()
-        place, queue = sharding.batch_sharding(self.mesh), collections.deque()
-        for batch in host_batches(stream, self.config.batch_size, consumed, host, hosts):
-            batch = {name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()}
-            queue.append(resident.fetch(batch) if resident else batch)
-            if len(queue) > PREFETCH:
-                yield queue.popleft()
-
-    def _report(self, step: int, metrics: dict, writer: logs.MetricWriter) -> None:
+    def _read(self, step: int, metrics: dict) -> None:
         """Read the metrics of a step that is over, log them, and stop a run that has gone bad."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if values["bad_streak"] >= self.config.max_bad_steps:
             raise self._gone_bad(int(values["bad_streak"]), step)
-        due = step % self.config.log_every == 0 or step == self.config.num_steps
-        if due:
-            seconds, share_waiting = self.watch.lap()
-            self.rate, self.last_logged = (step - self.last_logged) / seconds, step
-            values |= {"images_per_second": self.rate * self.config.batch_size, "data_wait_share": share_waiting}
-            writer.write_scalars(step, values)
-        if due or (self.progress.live and self.rate):
-            left = (self.config.num_steps - step) / self.rate
-            self.progress.show(step, values, self.rate * self.config.batch_size, left)
+        self.report.metrics(step, values)
 
     def _gone_bad(self, streak: int, step: int) -> TrainingError:
         self.checkpoints.wait()
@@ -240,78 +196,26 @@ class _Run:
             f"checkpoint is {saved}; lower optimizer.learning_rate and run the same command again."
         )
 
-    def _between_steps(self, step: int, state: TrainState, examples: int, writer) -> None:
+    def _between_steps(self, step: int, state: TrainState, examples: int) -> None:
         """Checkpoints, sample grids and evaluations that are due; the time they take is not training time."""
-        start = time.perf_counter()
         config, last = self.config, step == self.config.num_steps
-        if step % config.checkpoint_every == 0 and not last:
-            self.checkpoints.save(state, configuration.resolved(config), examples)
-        if config.sample_every and step % config.sample_every == 0 and not last:
-            self._sample_grid(step, state, writer)
-        if config.evaluate_every and step % config.evaluate_every == 0 and not last:
-            self._evaluate(step, state, writer)
-        self.watch.pause(time.perf_counter() - start)
+        self._say_saved(self.checkpoints.poll())  # finds a save that failed, too
+        with self.report.watch.paused():
+            if step % config.checkpoint_every == 0 and not last:
+                self._save(step, state, examples)
+            if config.sample_every and step % config.sample_every == 0 and not last:
+                self.report.sample_grid(step, state)
+            if config.evaluate_every and step % config.evaluate_every == 0 and not last:
+                self.report.evaluate(step, state)
 
-    def _final_grid(self, step: int, state: TrainState, writer) -> pathlib.Path | None:
-        """The last grid's path; a grid of these very weights and settings is not made again."""
-        png, npz = output_paths(self._grid_path(step))
-        if stored_settings(npz) != identity(state.ema_params, self.config, step):
-            self._sample_grid(step, state, writer)
-        return png if png.exists() else None
+    def _save(self, step: int, state: TrainState, examples: int) -> None:
+        """Start a save; metrics up to its step are in the workdir first."""
+        self._say_saved(self.checkpoints.wait())
+        self.report.flush()
+        start = time.perf_counter()
+        self.checkpoints.save(state, configuration.resolved(self.config), examples)
+        self.saved, self.blocked = step, time.perf_counter() - start
 
-    def _final_evaluation(self, step: int, state: TrainState, writer) -> dict | None:
-        """The evaluation of the last step; one of these very weights and settings is not made again."""
-        if self.config.evaluation.kind == "none":
-            return None
-        record = read_evaluation(self.config, state.ema_params, step, self.workdir)
-        if record is None:
-            self.progress.say(f"evaluating {self.config.evaluation.count} samples")
-            record = self._evaluate(step, state, writer)
-        return record
-
-    def _grid_path(self, step: int) -> pathlib.Path:
-        return self.workdir / "samples" / f"step_{step:08d}.png"
-
-    def _sample_grid(self, step: int, state: TrainState, writer) -> None:
-        labels = self.experiment.sample_labels
-        arrays = self.generator.images(state.ema_params, labels, self.config.sample.seed)
-        names = self.experiment.class_names
-        save_samples(self._grid_path(step), arrays, labels, names, identity(state.ema_params, self.config, step))
-        if "images" in arrays:
-            writer.write_images(step, {"samples": make_grid(arrays["images"], labels, names)})
-
-    def _evaluate(self, step: int, state: TrainState, writer) -> dict:
-        record = evaluate(self.config, self.generator, state.ema_params, self.source, step, self.workdir, progress=True)
-        figures = {name: record[name] for name in ("accuracy", "frechet_distance")}
-        writer.write_scalars(step, {f"evaluation/{name}": value for name, value in figures.items()})
-        self.progress.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        return record
-
-
-class SignalCatcher:
-    """Turns the first SIGINT or SIGTERM into a request to save and stop; a second SIGINT ends the process at once."""
-
-    def __init__(self):
-        self.caught = False
-        self._previous: dict = {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._catch)
-            except ValueError:  # not the main thread: signals are somebody else's business
-                break
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number, frame):
-        del frame
-        self.caught = True
-        print(
-            f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping; press Ctrl-C again to stop at once.",
-            flush=True,
-        )
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _say_saved(self, step: int | None) -> None:
+        if step is not None:
+            self.report.say(f"saved step {step} in {self.checkpoints.directory} (training waited {self.blocked:.2f} s)")

@@ -5,8 +5,8 @@ import pathlib
 
 import numpy as np
 
-from djepa_jax.checkpoint import write_json
 from djepa_jax.data.latents import DTYPES, Metadata, Shard, file_sha256, pack, write_shard
+from djepa_jax.paths import write_json
 
 SHAPE = (4, 4, 6)  # of the moments of one image: three channels of means, three of log-variances
 COUNTS = (5, 4, 3)

@@ -6,6 +6,8 @@ import pathlib
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -13,9 +15,11 @@ import pytest
 from small_autoencoder import registered
 
 from djepa_jax import prepare
+from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.main import main
 from djepa_jax.settings import Settings
 
+FILE_LIMIT = 50_000  # bytes; metrics stay below, arrays do not
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes", "djepa_jax.train"])
 
@@ -46,6 +50,62 @@ def _command(compiled: str, arguments: tuple[str, ...]) -> None:
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # compiles sooner
     keep_compiled(compiled)
     sys.exit(main(["djepa_jax", *arguments]))
+
+
+class Training:
+    """The command line in a process of its own, in trouble as `_trouble` describes it."""
+
+    def __init__(self, compiled: str, *arguments: str, **troubles):
+        self._pipe, theirs = CONTEXT.Pipe(duplex=False)
+        self.process = start(_train, compiled, arguments, troubles, theirs)
+        theirs.close()
+        self._output = bytearray()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while block := os.read(self._pipe.fileno(), 2**16):
+            self._output.extend(block)
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for its end: exit status, and what it said."""
+        self.process.join()
+        self._reader.join()
+        return self.process.exitcode, self._output.decode()
+
+    def kill(self) -> tuple[int, str]:
+        """End it at once, as `finish`."""
+        self.process.kill()
+        return self.finish()
+
+
+def _train(compiled: str, arguments: tuple[str, ...], troubles: dict, pipe) -> None:
+    os.dup2(pipe.fileno(), 1)
+    os.dup2(pipe.fileno(), 2)
+    _trouble(**troubles)
+    _command(compiled, arguments)
+
+
+def _trouble(pace: float = 0.0, full_from: int | None = None) -> None:
+    """Make every step last at least `pace` seconds, or the disk full when the step `full_from` is saved.
+
+    With a full disk the next step waits for the save to fail.
+    """
+    save, poll = Checkpoints.save, Checkpoints.poll
+
+    def limited_save(self, state, *arguments):
+        if full_from is not None and int(state.step) >= full_from:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
+        return save(self, state, *arguments)
+
+    def slow_poll(self):
+        time.sleep(pace)
+        if full_from is not None and self._save is not None:
+            self._save.join()
+        return poll(self)
+
+    Checkpoints.save, Checkpoints.poll = limited_save, slow_poll
 
 
 class Preparation:

@@ -13,11 +13,12 @@ from tiny import CONFIG, TINY, tiny_config
 import djepa_jax
 from djepa_jax import config as configuration
 from djepa_jax.benchmark import count_compilations
-from djepa_jax.checkpoint import CheckpointError, save_imported
+from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.export import run_export
 from djepa_jax.main import main
 from djepa_jax.masking import reveal_counts
 from djepa_jax.models.djepa import split_model
+from djepa_jax.orbax_io import CheckpointError
 from djepa_jax.settings import Settings
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -38,7 +39,7 @@ def save_model(workdir: pathlib.Path, config, **data) -> str:
 
     _, abstract = split_model(configuration.build(stored).train.model)
     filled = jax.tree_util.tree_map_with_path(fill, abstract)
-    save_imported(workdir, {"ema_params": filled}, stored.to_dict(), step=7, examples=0)
+    Checkpoints(workdir).save_imported({"ema_params": filled}, stored.to_dict(), step=7, examples=0)
     return str(workdir)
 
 

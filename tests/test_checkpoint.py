@@ -7,18 +7,21 @@ import sys
 
 import pytest
 
-from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable, lock_workdir, write_json
-from djepa_jax.train import SignalCatcher
+from djepa_jax.checkpoint import Checkpoints
+from djepa_jax.hosts import StopSignals
+from djepa_jax.lock import lock_workdir
+from djepa_jax.orbax_io import CheckpointError
+from djepa_jax.paths import PathError, check_writable, write_json
 
 
 def test_lock_goes_with_its_process(tmp_path):
     code = (
-        "import sys, time; from djepa_jax.checkpoint import lock_workdir\n"
+        "import sys, time; from djepa_jax.lock import lock_workdir\n"
         "with lock_workdir(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match=f"process {holder.pid} on "), lock_workdir(tmp_path):
+        with pytest.raises(PathError, match=f"process {holder.pid} on "), lock_workdir(tmp_path):
             pass
         holder.send_signal(signal.SIGKILL)
     with lock_workdir(tmp_path):
@@ -29,7 +32,7 @@ def test_unwritable_workdir_is_named(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for path in (file, file / "below"):
-        with pytest.raises(CheckpointError, match="cannot be written"):
+        with pytest.raises(PathError, match="cannot be written"):
             check_writable(path)
     check_writable(tmp_path / "new" / "folder with spaces")
     assert list((tmp_path / "new" / "folder with spaces").iterdir()) == []
@@ -51,7 +54,7 @@ def test_json_is_replaced_whole(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_asks_second_interrupt_ends(number, capsys):
-    with SignalCatcher() as signals:
+    with StopSignals() as signals:
         assert not signals.caught
         os.kill(os.getpid(), number)
         assert signals.caught and "saving a checkpoint" in capsys.readouterr().out

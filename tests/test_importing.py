@@ -29,12 +29,12 @@ from test_parity_forward import FORWARD, replay
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
-from djepa_jax.checkpoint import CheckpointError
 from djepa_jax.generate import load_ema
 from djepa_jax.interop import importing
 from djepa_jax.interop.official import from_official
 from djepa_jax.main import parse
 from djepa_jax.masking import to_order, to_raster
+from djepa_jax.orbax_io import CheckpointError
 from djepa_jax.train_step import predict_features
 
 OLD_FORMAT = {"_use_new_zipfile_serialization": False}

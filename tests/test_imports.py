@@ -24,7 +24,7 @@ CORE_MODULES = [
 OWNERS = {
     "grain": ["data"],
     "tensorflow_datasets": ["data"],
-    "orbax": ["checkpoint.py"],
+    "orbax": ["checkpoint.py", "orbax_io.py"],
     "clu": ["logs.py"],
     "tensorboardX": ["logs.py"],
     "sklearn": ["data", "evaluation"],
@@ -32,7 +32,7 @@ OWNERS = {
     "torch": ["interop"],
     "tqdm": ["generate.py"],
     "ml_collections": ["main.py"],
-    "absl": ["main.py", "benchmark.py"],
+    "absl": ["main.py", "benchmark.py", "json_config.py"],
 }
 FORBIDDEN = {
     "losses": {"djepa_jax.models", "djepa_jax.sample", "djepa_jax.train"},

@@ -65,8 +65,10 @@ def test_stopwatch_leaves_pauses_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("djepa_jax.logs.time.perf_counter", lambda: now[0])
     watch = logs.Stopwatch()
-    now[0] = 110.0
-    watch.pause(6.0)
-    watch.waited = 1.0
+    now[0] = 103.0
+    with watch.waiting():
+        now[0] = 104.0
+    with watch.paused():
+        now[0] = 110.0
     seconds, share = watch.lap()
     assert seconds == pytest.approx(4.0) and share == pytest.approx(0.25)

@@ -10,7 +10,7 @@ from tiny import CONFIG, TINY, load_config
 
 from djepa_jax import config as configuration
 from djepa_jax import main as cli
-from djepa_jax.checkpoint import lock_workdir
+from djepa_jax.lock import lock_workdir
 
 # what is typed -> words that the one-line error must contain
 BAD_INPUT = {
@@ -21,7 +21,7 @@ BAD_INPUT = {
     "unknown flag": (["--confg=x"], ["confg"]),
     "unknown mode": (["--mode=fly"], ["fly", "train"]),
     "stray word": (["sample"], ["sample", "--flag=VALUE"]),
-    "bucket as workdir": (["--workdir=gs://bucket/run"], ["--workdir", "gs://bucket/run", "local folder"]),
+    "another address as workdir": (["--workdir=s3://bucket/run"], ["s3://bucket/run", "neither a local path nor gs://"]),
     "seed below zero": (["--config.seed=-1"], ["config.seed", "-1", "between 0"]),
     "seed too large": (["--config.sample.seed=3000000000"], ["sample.seed", "3000000000", "between 0"]),
     "no loss at all": (["--config.loss.token_weight=0", "--config.loss.jepa_weight=0"], ["token_weight", "above 0"]),

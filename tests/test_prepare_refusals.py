@@ -7,11 +7,12 @@ import pytest
 from photos import crop, encode, labelled, write_folder, write_shards
 from small_autoencoder import files_of, folder_config, registered, write_weights
 
-from djepa_jax.checkpoint import CheckpointError, lock_workdir
 from djepa_jax.config import ConfigError
 from djepa_jax.data.records import DataError
 from djepa_jax.interop.mismatch import MismatchError
 from djepa_jax.interop.tensor_files import SourceError
+from djepa_jax.lock import lock_workdir
+from djepa_jax.paths import PathError
 from djepa_jax.prepare import run_prepare
 
 
@@ -120,7 +121,7 @@ def test_images_that_are_all_broken_are_an_error(config, tmp_path):
 
 
 def test_workdir_that_is_in_use_or_cannot_be_written(config, cache):
-    with lock_workdir(cache, ".lock-0"), pytest.raises(CheckpointError, match="is in use by process"):
+    with lock_workdir(cache, ".lock-0"), pytest.raises(PathError, match="is in use by process"):
         run_prepare(config, str(cache))
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(PathError, match="cannot be written"):
         run_prepare(config, str(cache / "plan.json"))

@@ -9,7 +9,7 @@ from tiny import tiny_config
 from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.data import latents
-from djepa_jax.data.pipeline import example_stream, host_batches
+from djepa_jax.data.pipeline import example_stream, row_batches
 from djepa_jax.data.sources import load_digits
 from djepa_jax.resident import ResidentCache
 
@@ -23,8 +23,8 @@ def cache(request, tmp_path) -> latents.LatentCache:
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])
 def test_batches_are_those_from_disk(cache, mesh_shape, flip):
     resident = ResidentCache(cache, sharding.make_mesh(mesh_shape))
-    from_disk = host_batches(example_stream(cache, 5, flip), 16, consumed=3)
-    from_memory = host_batches(example_stream(resident.rows, 5, flip), 16, consumed=3)
+    from_disk = row_batches(example_stream(cache, 5, flip), 16, consumed=3)
+    from_memory = row_batches(example_stream(resident.rows, 5, flip), 16, consumed=3)
     for _ in range(4):  # three epochs
         expected, actual = next(from_disk), resident.fetch(next(from_memory))
         np.testing.assert_array_equal(np.asarray(actual["image"]), expected["image"])

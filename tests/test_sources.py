@@ -10,7 +10,7 @@ from PIL import Image
 
 from djepa_jax.data.folders import open_folder
 from djepa_jax.data.images import center_crop, decode_image
-from djepa_jax.data.pipeline import example_stream, host_batches
+from djepa_jax.data.pipeline import example_stream, row_batches
 from djepa_jax.data.records import MAX_PIXELS, DataError, ImageSource, Robust
 from djepa_jax.data.sources import open_source
 from djepa_jax.modalities import MODALITIES
@@ -90,7 +90,7 @@ def test_grain_reads_in_threads(tmp_path, kind):
     source = open_source(kind, write(kind, tmp_path, with_broken(1, 8)), PIXELS, num_classes=2)
     stream = example_stream(source, seed=3, random_flip=True)
     one_by_one = [stream[i] for i in range(8)]
-    batches = host_batches(stream, 4, consumed=0)
+    batches = row_batches(stream, 4, consumed=0)
     for start in (0, 4):
         batch = next(batches)
         assert batch["image"].shape == (4, 32, 32, 3) and batch["image"].dtype == np.uint8

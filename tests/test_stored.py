@@ -13,10 +13,11 @@ from tiny import CONFIG, TINY
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
-from djepa_jax.checkpoint import CheckpointError
 from djepa_jax.generate import placed_params
 from djepa_jax.main import main
-from djepa_jax.stored import find_model, is_export, manifest_of
+from djepa_jax.manifest import write_manifest
+from djepa_jax.orbax_io import CheckpointError
+from djepa_jax.stored import find_model, is_export
 
 LOADABLE = ("orbax", "safetensors", "official")
 
@@ -37,7 +38,7 @@ def restore(path, shape=(1, 1, 1)) -> tuple[dict, dict]:
 
 def seal(folder: pathlib.Path):
     """Write the manifest of an export that a test changed."""
-    (folder / "manifest.json").write_text(json.dumps({"files": manifest_of(folder)}))
+    write_manifest(folder)
 
 
 @pytest.fixture(scope="module")

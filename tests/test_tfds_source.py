@@ -195,7 +195,7 @@ def test_cut_validation_tar_is_refused(tmp_path):
     write_imagenet(tmp_path, CLASSES[:1], per_class=1)
     file = tmp_path / VALIDATION
     file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(DataError, match="cannot be read as an uncompressed tar file"):
+    with pytest.raises(DataError, match='ILSVRC2012_img_val.tar" is .*(cut off|damaged)'):
         prepare_tfds(str(tmp_path), str(tmp_path / "data"))
 
 

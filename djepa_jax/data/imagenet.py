@@ -10,13 +10,13 @@ import importlib.util
 import os
 import pathlib
 import sys
-import tarfile
 import types
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 from djepa_jax.class_names import imagenet
-from djepa_jax.data.records import DataError
-from djepa_jax.data.tar_index import walk_tar
+from djepa_jax.data.records import MAX_FILE_BYTES, DataError
+from djepa_jax.data.tar_index import Member, walk_tar
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -76,18 +76,23 @@ def _count_train(file: pathlib.Path, wanted: set[str]) -> tuple[dict[str, int], 
             if wnid not in known or wnid == inner.name:
                 raise DataError(f'"{file}" holds "{inner.name}"; it must hold one tar file per class, such as n01440764.tar.')
             where = f"{file}:{inner.name}"
-            for image in walk_tar(handle.fileno(), where, inner.offset, inner.offset + inner.size):
+            for image in _images(handle, where, inner.offset, inner.offset + inner.size):
                 counts[wnid] += 1
                 found += {image.name} & wanted
     return dict(counts), found
 
 
+def _images(handle: BinaryIO, where: str, *limits: int) -> Iterator[Member]:
+    """The files in a tar of images. Raises DataError for one that no image has the size of: it would be read whole."""
+    for image in walk_tar(handle.fileno(), where, *limits):
+        if image.size > MAX_FILE_BYTES:
+            raise DataError(f'"{image.name}" in "{where}" has {image.size} bytes, the limit is {MAX_FILE_BYTES}; copy it again.')
+        yield image
+
+
 def _count_validation(file: pathlib.Path) -> int:
-    try:
-        with tarfile.open(file, "r:") as tar:
-            names = sorted(tar.getnames())
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f'"{file}" cannot be read as an uncompressed tar file ({error}); copy it again.') from error
+    with open(file, "rb", buffering=0) as handle:
+        names = sorted(image.name for image in _images(handle, str(file)))
     # TensorFlow Datasets gives labels to sorted names by position, so a missing image would shift all after it.
     expected = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(len(names))]
     wrong = next((name for name, right in zip(names, expected, strict=True) if name != right), None)

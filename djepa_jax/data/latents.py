@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from djepa_jax.data.records import DataError
-from djepa_jax.digest import file_sha256
+from djepa_jax.manifest import file_sha256
 
 FORMAT = 1
 METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"
@@ -42,6 +42,8 @@ class Shard:
     def __post_init__(self):
         if self.count != sum(self.class_counts.values()) or not all(map(str.isdecimal, self.class_counts)):
             raise ValueError(f"the counts of {self.file} do not agree")
+        if pathlib.PurePath(self.file).name != self.file:
+            raise ValueError(f"{self.file} is not the name of a file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ def read_shard_record(path: pathlib.Path) -> Shard | None:
     """The finished shard whose JSON file is `path`, or None where there is none or it is damaged."""
     try:
         return Shard(**json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -134,7 +136,7 @@ def read_metadata(folder: pathlib.Path) -> Metadata:
         values = json.loads(path.read_text("utf-8"))
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         metadata = Metadata(shards=shards, **values | {"class_names": tuple(values["class_names"])})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         advice = "run --mode=prepare again, which only writes this file anew"
         raise DataError(f"{path} cannot be read ({error}); {advice}.") from error
     if metadata.format != FORMAT:

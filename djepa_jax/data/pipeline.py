@@ -1,8 +1,8 @@
 """From a source to batches, with Grain.
 
 The order of examples is a pure function of (seed, examples consumed): the whole stream is one sequence, every
-epoch of it a fresh permutation, and augmentation is drawn from the position in it. Each host takes every
-`num_hosts`-th example from where training stands, so a step sees the same examples on any number of hosts.
+epoch of it a fresh permutation, and augmentation is drawn from the position in it. Batch n is the n-th piece of that
+sequence, on any number of processes; each of them reads the rows of it that its devices need.
 """
 
 from collections.abc import Iterator
@@ -38,19 +38,36 @@ def example_stream(source: Source, seed: int, random_flip: bool = False) -> grai
     return stream.map(DropMirror())
 
 
-def host_batches(stream: grain.MapDataset, batch_size: int, consumed: int, host: int = 0, num_hosts: int = 1) -> Iterator[dict]:
-    """This host's share of every batch, after `consumed` examples of the whole stream.
+class _Rows:
+    """Some rows of every batch of a stream, one after the other."""
+
+    def __init__(self, stream: grain.MapDataset, batch_size: int, consumed: int, rows: np.ndarray):
+        self._stream, self._batch_size, self._consumed, self._rows = stream, batch_size, consumed, rows
+
+    def __len__(self) -> int:
+        return (len(self._stream) - self._consumed) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict:
+        batch, position = divmod(index, len(self._rows))
+        return self._stream[self._consumed + batch * self._batch_size + int(self._rows[position])]
+
+
+def row_batches(
+    stream: grain.MapDataset, batch_size: int, consumed: int, rows: np.ndarray | None = None, num_threads: int = 2
+) -> Iterator[dict]:
+    """Some rows of every batch, after `consumed` examples of the stream.
 
     Args:
         stream: from `example_stream`.
-        batch_size: of all hosts together.
-        consumed: examples already used by all hosts together.
-        host: index of this host.
-        num_hosts: how many there are; must divide `batch_size`.
+        batch_size: of all processes together.
+        consumed: examples already used by all processes together.
+        rows: which rows of a batch this process needs; None for all.
+        num_threads: that read examples; their number changes nothing but the speed.
 
     Yields:
-        dicts of arrays with leading axis `batch_size / num_hosts`.
+        dicts of arrays with leading axis `len(rows)`.
     """
-    mine = stream[consumed + host :: num_hosts]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * batch_size // num_hosts)
-    yield from mine.to_iter_dataset(options).batch(batch_size // num_hosts, drop_remainder=True)
+    rows = np.arange(batch_size) if rows is None else rows
+    mine = grain.MapDataset.source(_Rows(stream, batch_size, consumed, rows))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * len(rows))
+    yield from mine.to_iter_dataset(options).batch(len(rows), drop_remainder=True)

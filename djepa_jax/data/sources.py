@@ -10,13 +10,13 @@
 """
 
 import pathlib
-import zipfile
 from typing import Protocol
 
 import numpy as np
 
 from djepa_jax.data.folders import open_folder
 from djepa_jax.data.latents import LatentCache, check_cache
+from djepa_jax.data.npz import read_npz
 from djepa_jax.data.records import MAX_BROKEN, MAX_PIXELS, DataError, ImageSource, Robust, check_classes
 from djepa_jax.data.tars import open_tars
 from djepa_jax.data.tfds_source import open_tfds
@@ -64,9 +64,8 @@ def load_npz(path: str) -> ArraySource:
     if not file.is_file():
         raise ValueError(f'data.path is "{path}", where there is no file; name an npz file with arrays "images" and "labels".')
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays["latents" if "latents" in arrays else "images"], arrays["labels"]
-    except (KeyError, IndexError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        images, labels = read_npz(file, ("latents", "images"), ("labels",))
+    except Exception as error:  # damaged files make zip, its compressors and numpy fail in ways that nobody has listed
         raise ValueError(
             f'data.path "{path}" is not an npz file with arrays "images" (or "latents") and "labels": {error}'
         ) from error

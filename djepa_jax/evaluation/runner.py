@@ -1,18 +1,17 @@
 """The `--mode=evaluate` command, and the same at the end of training."""
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import optax
 
 from djepa_jax import config as configuration
-from djepa_jax import sharding
-from djepa_jax.checkpoint import write_json
+from djepa_jax import hosts, sharding
 from djepa_jax.data.sources import open_data
 from djepa_jax.evaluation.small_images import check_judgeable, evaluate_images
 from djepa_jax.generate import Generator, load_ema
+from djepa_jax.paths import as_path, write_json
 
 FILE_NAME = "evaluation.json"
 
@@ -24,21 +23,26 @@ def identity(params, config, step: int) -> dict:
 
 
 def evaluate(config, generator: Generator, params, source, step: int, workdir, progress: bool = False) -> dict:
-    """Judge class-balanced samples of the given parameters, and write `evaluation.json` into the workdir."""
+    """Judge class-balanced samples of the given parameters, and write `evaluation.json` into the workdir.
+
+    All processes sample; process 0 judges and writes, and the others' record is empty.
+    """
     settings, num_classes = config.evaluation, config.data.num_classes
     labels = np.arange(settings.count) % num_classes
     samples = generator.images(params, labels, settings.seed, progress)["images"]
-    record = evaluate_images(samples, labels, source.images, source.labels)
-    record |= identity(params, config, step) | {"evaluation": settings.to_dict()}
-    write_json(pathlib.Path(workdir) / FILE_NAME, record)
+    of = identity(params, config, step) | {"evaluation": settings.to_dict()}
+    if not hosts.is_main():
+        return {}
+    record = evaluate_images(samples, labels, source.images, source.labels) | of
+    write_json(as_path(workdir) / FILE_NAME, record)
     return record
 
 
 def read_evaluation(config, params, step: int, workdir) -> dict | None:
     """The workdir's record, if it can be read and is of these very weights and settings."""
     try:
-        record = json.loads((pathlib.Path(workdir) / FILE_NAME).read_text())
         expected = identity(params, config, step) | {"evaluation": config.evaluation.to_dict()}
+        record = json.loads((as_path(workdir) / FILE_NAME).read_text())
         figures = {name: record[name] for name in ("accuracy", "frechet_distance")}
         return record if record == figures | expected else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,19 +11,23 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import optax
+from etils import epath
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
-from djepa_jax.checkpoint import CheckpointError, Checkpoints, check_writable, lock_workdir, save_imported, write_json
+from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.config import Experiment
-from djepa_jax.digest import file_sha256
 from djepa_jax.generate import check_same_model, placed_params
 from djepa_jax.interop.official import from_official, to_official
 from djepa_jax.interop.reading import WeightSet, fit
 from djepa_jax.interop.tensor_files import BARE, AdamMoments, SourceError, SourceFile, Tensors, open_tensors
+from djepa_jax.lock import lock_workdir
+from djepa_jax.manifest import MANIFEST_NAME, file_sha256
 from djepa_jax.models.djepa import split_model
 from djepa_jax.optimizer import decay_mask
-from djepa_jax.stored import MANIFEST_NAME, ORBAX, check_export, find_model, is_export, tensor_file, weights_of
+from djepa_jax.orbax_io import CheckpointError
+from djepa_jax.paths import as_path, check_writable, write_json
+from djepa_jax.stored import ORBAX, check_export, find_model, is_export, tensor_file, weights_of
 from djepa_jax.train_step import init_state
 
 RECORD_NAME = "imported.json"
@@ -54,26 +58,23 @@ def run_import(config, workdir: str, source: str) -> list[str]:
     experiment = configuration.build(config)
     found = _find(config, experiment, pathlib.Path(os.path.expanduser(source)))
     check_writable(workdir)
+    folder = as_path(workdir)
     with lock_workdir(workdir):
-        _check_unused(pathlib.Path(workdir), configuration.resolved(config))
+        _check_unused(folder, configuration.resolved(config))
         parts, step, lines = found.read()
         record = _record(found, step, lines)
-        write_json(pathlib.Path(workdir) / configuration.FILE_NAME, configuration.resolved(config))
-        folder = save_imported(workdir, parts, configuration.resolved(config), step, step * config.batch_size)
-        write_json(pathlib.Path(workdir) / RECORD_NAME, record)
-    return [*lines, f"wrote {folder}"]
+        write_json(folder / configuration.FILE_NAME, configuration.resolved(config))
+        saved = Checkpoints(workdir).save_imported(parts, configuration.resolved(config), step, step * config.batch_size)
+        write_json(folder / RECORD_NAME, record)
+    return [*lines, f"wrote {saved}"]
 
 
-def _check_unused(workdir: pathlib.Path, config: dict) -> None:
+def _check_unused(workdir: epath.Path, config: dict) -> None:
     """Raise CheckpointError if a workdir holds anything that an import would write over, but for its own beginning."""
     written = workdir / configuration.FILE_NAME
     if written.exists() and written.read_text("utf-8") != json.dumps(config, indent=2) + "\n":
         raise CheckpointError(f'--workdir "{workdir}" already holds {written.name}; import into another folder.')
-    checkpoints = Checkpoints(workdir)
-    try:
-        step = checkpoints.step_to_resume()
-    finally:
-        checkpoints.close()
+    step = Checkpoints(workdir).step_to_resume()
     if step is not None:
         raise CheckpointError(f'--workdir "{workdir}" already holds checkpoint {step}; import into another folder.')
 

@@ -179,6 +179,7 @@ def _load_torch(path: pathlib.Path) -> Any:
             f"(CVE-2025-32434): {INSTALL_TORCH}."
         )
     try:
+        _check_unpacked(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
@@ -192,9 +193,18 @@ def _load_torch(path: pathlib.Path) -> Any:
         raise _unreadable(path, reason) from error
 
 
+def _check_unpacked(path: pathlib.Path) -> None:
+    """Raise ValueError for a zip of more bytes than it has itself: PyTorch compresses nothing, a bomb does."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
+
+
 def _torch_set(path: pathlib.Path, loaded: Mapping, name: str | None) -> Tensors:
     content = loaded if name is None else loaded[name]
-    odd = [key for key, value in content.items() if not (isinstance(key, str) and _is_dense(value))]
+    odd = [key for key, value in content.items() if not (isinstance(key, str) and _is_dense(value, path))]
     if odd or not content:
         found = f"{odd[0]} is not a dense tensor" if odd else "it is empty"
         raise SourceError(
@@ -211,9 +221,11 @@ def _torch_set(path: pathlib.Path, loaded: Mapping, name: str | None) -> Tensors
     return Tensors(_check_floats(path, infos), reopen)
 
 
-def _is_dense(value: object) -> bool:
-    """Whether a value is a tensor that has its numbers with it, one after the other."""
-    return hasattr(value, "untyped_storage") and str(value.layout) == "torch.strided" and value.device.type == "cpu"
+def _is_dense(value: object, path: pathlib.Path) -> bool:
+    """Whether a value is a tensor that has its numbers with it, and no more of them than fit into its file."""
+    if not (hasattr(value, "untyped_storage") and str(value.layout) == "torch.strided" and value.device.type == "cpu"):
+        return False
+    return value.nbytes <= path.stat().st_size  # one number can be made to stand for terabytes
 
 
 def _torch_moments(path: pathlib.Path, content: Mapping) -> AdamMoments | None:
@@ -224,7 +236,7 @@ def _torch_moments(path: pathlib.Path, content: Mapping) -> AdamMoments | None:
         steps = {int(moments["step"]) for moments in state.values()}
         (step,) = steps
         stored = _moment_tensors(state).items()
-        if not (0 <= step < 2**31 and all(_is_dense(value) and value.dtype.is_floating_point for _, value in stored)):
+        if not (0 <= step < 2**31 and all(_is_dense(value, path) and value.dtype.is_floating_point for _, value in stored)):
             return None
         infos = {name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in stored}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):

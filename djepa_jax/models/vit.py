@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from djepa_jax.sharding import keep_batch_split
+
 NORM_EPSILON = 1e-6
 REMAT_POLICIES = {
     "none": None,
@@ -240,7 +242,7 @@ class Stack(nnx.Module):
     def _scan(self, graph, params, x, keys, key_mask):
         def body(x, layer):
             block_params, key = layer
-            return nnx.merge(graph, block_params)(x, key_mask, key), None
+            return keep_batch_split(nnx.merge(graph, block_params)(keep_batch_split(x), key_mask, key)), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
