@@ -38,7 +38,6 @@ RECORD_NAME = "last_saved.json"  # names a step that was saved whole, so that lo
 COMMIT_NAME = "commit_success.txt"  # what Orbax writes last into a step in a bucket
 STEP_NAMES = {"state", "meta", "_CHECKPOINT_METADATA", COMMIT_NAME}  # what Orbax writes there at all
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
-COMPLETE_NAME = "commit_success.txt"  # what Orbax writes last into a step
 
 
 class Checkpoints:
@@ -81,8 +80,8 @@ class Checkpoints:
 
     def _cut_off(self, step: int) -> bool:
         """Whether a step without a manifest is one of ours that was being saved; what is not known to be so, is not."""
-        folder = self.folder(step)
-        if step <= (self.recorded_step() or -1):
+        folder, recorded = self.folder(step), self.recorded_step()
+        if recorded is not None and step <= recorded:
             return False
         if is_remote(folder) and not (folder / COMMIT_NAME).exists():
             return {path.name for path in folder.iterdir()} <= STEP_NAMES
@@ -233,6 +232,8 @@ class Checkpoints:
             self._put_away(bad, error, say)
         if unusable and step is None:
             say("no step was saved whole before; training starts from scratch")
+        elif unusable:
+            write_json(self.workdir / RECORD_NAME, {"step": step})  # those after it will be made, and saved, again
         self._remove_leftovers(say)
         return step
 

@@ -37,6 +37,7 @@ def _jitted_sums(mesh: jax.sharding.Mesh | None):
     return jax.jit(lambda arrays: jnp.stack([_device_sum(array) for array in arrays]), out_shardings=everywhere)
 
 
+@jax.jit  # so that arrays of one shape and type are traced once
 def _device_sum(x: jax.Array) -> jax.Array:
     """`[...]` -> scalar uint32."""
     bits = jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)

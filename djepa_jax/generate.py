@@ -25,6 +25,10 @@ from djepa_jax.pictures import label_grid, save_png
 from djepa_jax.sample import SampleSpec, Segment, make_sampler, make_step, plan_segments
 
 MAX_GRID = 100
+# Flags, with underscores for all hyphens, that belong to one start and not to the run.
+OF_ONE_START = tuple(
+    f"__{flag}=" for flag in ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout", "restore_from")
+)
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says then
 
 
@@ -60,8 +64,8 @@ class Generator:
         try:
             for wanted, ids in progress_bar(self._batches(labels), progress):
                 batches.append(np.asarray(sampler(params, wanted, ids, seed, self.scales, temperature)))
-        except jax.errors.JaxRuntimeError as error:
-            if OUT_OF_MEMORY not in str(error) or not self._halve():
+        except jax.errors.JaxRuntimeError as error:  # processes would have to halve together
+            if OUT_OF_MEMORY not in str(error) or jax.process_count() > 1 or not self._halve():
                 raise
             return self(params, labels, seed, progress)
         return np.concatenate(batches)[: len(labels)]
@@ -166,7 +170,8 @@ def command_line(*extra: str) -> str:
     python = sys.executable
     if pathlib.Path(python).is_relative_to(pathlib.Path.cwd()):
         python = str(pathlib.Path(python).relative_to(pathlib.Path.cwd()))
-    return shlex.join([python, "-m", "djepa_jax.main", *sys.argv[1:], *extra])
+    flags = [word for word in sys.argv[1:] if not word.replace("-", "_").startswith(OF_ONE_START)]
+    return shlex.join([python, "-m", "djepa_jax.main", *flags, *extra])
 
 
 def output_paths(out: epath.Path) -> tuple[epath.Path, epath.Path]:

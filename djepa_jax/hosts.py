@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 KINDS = ("none", "tpu", "slurm", "explicit")
 VARIABLE = "DJEPA_DISTRIBUTED"  # what --distributed is when it is not given; the launch scripts set it
 TIMEOUT, HEARTBEAT = 300, 60  # seconds
-COUNTDOWN = 30  # seconds between lines while others are awaited
+COUNTDOWN = 30  # seconds between lines while others are awaited, at most
 SHUTDOWN = 3600  # seconds that a process that is done waits for the others to be
 SHARED_SECONDS = 5.0  # that a file may take to be seen by all processes
 
@@ -87,7 +87,11 @@ def start(place: Rendezvous, saves: bool = True, environment: Mapping[str, str] 
     with _countdown(place.timeout):
         jax.distributed.initialize(**_arguments(place), **limits, shutdown_timeout_seconds=SHUTDOWN)
         multihost_utils.sync_global_devices("start")  # opens the way for collectives while nobody has work that delays it
-    print(f"process {jax.process_index()} of {jax.process_count()} is connected", flush=True)
+    print(f"{_me()} is connected; if one dies, the others end within {place.heartbeat} s", flush=True)
+
+
+def _me() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def _who(place: Rendezvous, environment: Mapping[str, str]) -> str | None:
@@ -123,7 +127,7 @@ def _countdown(seconds: int):
 
     def count():
         deadline = time.monotonic() + seconds
-        while not arrived.wait(min(COUNTDOWN, max(deadline - time.monotonic(), 0.0))):
+        while not arrived.wait(min(COUNTDOWN, seconds / 4, max(deadline - time.monotonic(), 0.0))):
             left = deadline - time.monotonic()
             if left <= 0:
                 print(f"error: not all processes came within {seconds} s; start all of them again.", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """One process at a time in a workdir.
 
 On a disk the operating system holds the lock, which goes with the process. A bucket has no such thing: there the lock is
-a file that its owner renews, and that counts as left behind when it was not renewed for a while.
+a file that its owner renews, and that counts as left behind when it was not renewed for a while. An owner that comes back
+after that, from a suspended machine for example, ends as soon as it sees that another has the lock.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -66,9 +68,9 @@ def _lease(path: epath.Path, workdir, say) -> Iterator[None]:
     _wait_until_free(path, workdir, say)
     _renew(path, own)
     time.sleep(SETTLE_SECONDS)
-    found = _read(path)
-    if found and found.get("token") != own["token"]:
-        raise _in_use(workdir, found.get("owner", "another process"))
+    other = _owner_but(own, path)
+    if other is not None:
+        raise _in_use(workdir, other)
     ended = threading.Event()
     renewer = threading.Thread(target=_keep_renewing, args=(path, own, ended), daemon=True)
     renewer.start()
@@ -77,8 +79,9 @@ def _lease(path: epath.Path, workdir, say) -> Iterator[None]:
     finally:
         ended.set()
         renewer.join()
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(Exception):  # storage that is away; the lock counts as left behind soon
+            if _owner_but(own, path) is None:
+                path.unlink(missing_ok=True)
 
 
 def _wait_until_free(path: epath.Path, workdir, say) -> None:
@@ -104,7 +107,22 @@ def _wait_until_free(path: epath.Path, workdir, say) -> None:
 def _keep_renewing(path: epath.Path, own: dict, ended: threading.Event) -> None:
     while not ended.wait(RENEW_SECONDS):
         with contextlib.suppress(Exception):  # storage that is away for a moment; the next renewal may succeed
+            other = _owner_but(own, path)
+            if other is not None:
+                _give_way(path, other)
             _renew(path, own)
+
+
+def _owner_but(own: dict, path: epath.Path) -> str | None:
+    """Who else has the lock; None if nobody has."""
+    found = _read(path)
+    return None if found is None or found.get("token") == own["token"] else found.get("owner", "another process")
+
+
+def _give_way(path: epath.Path, owner: str) -> None:
+    """End this process at once: another one writes here now."""
+    print(f"\nerror: {path} was not renewed in time and now names {owner}; this process ends.", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _renew(path: epath.Path, own: dict) -> None:

@@ -45,7 +45,13 @@ class MetricWriter:
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write one line; a value that is not finite becomes null, as JSON has no word for it."""
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        self._file.write(json.dumps(line) + "\n")
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            place = self.folder / METRICS_NAME
+            raise OSError(
+                f"{place} cannot be written ({error.strerror}). Make room there, and run the same command again."
+            ) from error
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
         if self._mirror:
@@ -72,7 +78,6 @@ class MetricWriter:
         self._events.close()
         self._file.close()
         if self._mirror:
-            self._mirror.copy()
             self._mirror.close()
 
 
@@ -83,8 +88,8 @@ class Mirror:
     """
 
     def __init__(self, target: epath.Path):
-        self._target, self._temporary = target, tempfile.TemporaryDirectory(prefix="djepa_jax-")
-        self.folder = pathlib.Path(self._temporary.name)
+        self._target, self._complete = target, True
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="djepa_jax-"))
         self._sizes: dict[str, int] = {}  # as copied last
         self._due = time.monotonic() + MIRROR_SECONDS
 
@@ -100,20 +105,25 @@ class Mirror:
 
     def copy(self) -> None:
         """Copy every file that has another size than when it was copied last."""
-        self._due = time.monotonic() + MIRROR_SECONDS
-        for path in sorted(self.folder.rglob("*")):
+        self._due, self._complete = time.monotonic() + MIRROR_SECONDS, True
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             name, size = path.relative_to(self.folder).as_posix(), path.stat().st_size
-            if not path.is_file() or self._sizes.get(name) == size:
+            if self._sizes.get(name) == size:
                 continue
             try:
                 (self._target / name).write_bytes(path.read_bytes())
                 self._sizes[name] = size
             except Exception as error:  # storage services have exceptions of their own
-                print(f"WARNING: {self._target / name} was not written ({error}); it is tried again later", flush=True)
+                self._complete, reason = False, " ".join(str(error).split())
+                print(f"WARNING: {self._target / name} was not written ({reason}); it is tried again later", flush=True)
 
     def close(self) -> None:
-        """Remove the local folder."""
-        self._temporary.cleanup()
+        """Copy for the last time, and remove the local folder unless it holds what could not be copied."""
+        self.copy()
+        if self._complete:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            print(f"WARNING: what could not be written to {self._target} is kept in {self.folder}", flush=True)
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from djepa_jax import hosts, json_config
 from djepa_jax.compilation import use_compilation_cache
 from djepa_jax.config import flatten
-from djepa_jax.generate import command_line
+from djepa_jax.generate import OUT_OF_MEMORY, command_line
 from djepa_jax.paths import as_path
 
 STORAGE_PACKAGES = ("gcsfs", "google", "aiohttp")  # whose exceptions tell what is wrong with a bucket
@@ -297,13 +297,21 @@ def _expected(error: Exception) -> str | None:
     from djepa_jax.orbax_io import CheckpointError
     from djepa_jax.train import TrainingError
 
+    if not hosts.alone() and (reason := _lost(error)):
+        return f"another process has ended or cannot be reached ({reason}); start all of them again to go on from the last save."
     if isinstance(error, (ValueError, OSError, CheckpointError, TrainingError, FloatingPointError)):
         return str(error)
     if type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
         return f"storage: {type(error).__name__}: {error}"
-    if isinstance(error, jax.errors.JaxRuntimeError) and not hosts.alone():
-        reason = str(error).splitlines()[0]
-        return f"another process has ended or cannot be reached ({reason}); start all of them again to go on from the last save."
+    return None
+
+
+def _lost(error: BaseException | None) -> str | None:
+    """What JAX said when another process was gone; None if that is not behind the error."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
     return None
 
 

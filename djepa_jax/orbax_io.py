@@ -245,13 +245,13 @@ def _quiet() -> Iterator[None]:
 @functools.cache
 def hide_repetitions() -> None:
     """From now on, do not print what follows a failed save hundreds of times, or what Orbax raises anyway."""
-    shown = sys.excepthook
+    shown = sys.unraisablehook
 
-    def show(kind, error, trace):
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):  # TensorStore's threads
-            shown(kind, error, trace)
+    def show(told):
+        if not (told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"):  # of TensorStore's threads
+            shown(told)
 
-    sys.excepthook = show
+    sys.unraisablehook = show
     logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 

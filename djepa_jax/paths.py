@@ -4,17 +4,20 @@ An object in a bucket appears whole or not at all, but nothing can be renamed th
 What has to differ for that reason is here, and nowhere else.
 """
 
-import contextlib
+import importlib.util
 import io
 import json
+import logging
 import os
 import pathlib
 import uuid
 
+import fsspec
 import numpy as np
 from etils import epath
 
 BUCKET = "gs://"
+SETTINGS = {"EPATH_USE_TF": "0", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # of etils and gcsfs
 
 
 class PathError(ValueError):
@@ -25,24 +28,31 @@ def as_path(text: str | os.PathLike) -> epath.Path:
     """An absolute path, local or `gs://...`.
 
     Raises:
-        PathError: another kind of address.
+        PathError: another kind of address, or one of a bucket where gcsfs is not installed.
     """
     text = os.fspath(text)
     if text.startswith(BUCKET):
-        _set_up_bucket_access()
+        _set_up_bucket_access(text)
         return epath.Path(text)
     if "://" in text:
         raise PathError(f'"{text}" is neither a local path nor {BUCKET}BUCKET/FOLDER; name one of those.')
     return epath.Path(pathlib.Path(os.path.expanduser(text)).absolute())
 
 
-def _set_up_bucket_access() -> None:
-    """Let paths go through gcsfs, TensorFlow or not, and never answer from a listing that was true some time ago."""
-    os.environ.setdefault("EPATH_USE_TF", "0")
-    with contextlib.suppress(ImportError):  # who writes there will be told
-        import fsspec
+def _set_up_bucket_access(text: str) -> None:
+    """Let paths go through gcsfs, TensorFlow or not, and never answer from a listing that was true some time ago.
 
-        fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    The parts of gcsfs that are called experimental would ask over gRPC, before every access, what kind of bucket it is, if
+    the answer is refused. What gcsfs raises is reported; it would log it, too, with a traceback.
+    """
+    if not text.removeprefix(BUCKET).partition("/")[0]:
+        raise PathError(f'"{text}" names no bucket; write {BUCKET}BUCKET/FOLDER.')
+    if importlib.util.find_spec("gcsfs") is None:
+        raise PathError(f'"{text}" needs the package gcsfs: pip install gcsfs.')
+    for variable, value in SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def is_remote(path: os.PathLike) -> bool:
@@ -92,18 +102,17 @@ def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
         raise PathError(f"{flag} is empty; name a folder.")
     path = as_path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if not is_remote(path):  # there, a bucket that is missing would be made, in a place and for a price that nobody chose
+            path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{uuid.uuid4().hex}"
-        probe.write_bytes(b"")
+        probe.write_bytes(b"\n")
         probe.unlink()
-    except ImportError as error:
-        raise PathError(f'{flag} "{folder}" needs the package gcsfs ({error}): pip install gcsfs.') from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PathError(f'{flag} "{folder}" cannot be written ({reason}); choose another folder.') from error
-    except Exception as error:  # a storage service's own exceptions: no bucket, no permission, no network
-        if not is_remote(path):
+    except Exception as error:  # storage services have exceptions of their own: no bucket, no permission, no network
+        if is_remote(path):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            remedy = "check the bucket's name and your access (roles/storage.objectUser)"
+        elif isinstance(error, OSError):
+            reason, remedy = error.strerror or str(error), "choose another folder"
+        else:
             raise
-        raise PathError(
-            f'{flag} "{folder}" cannot be written ({type(error).__name__}: {error}); check the bucket\'s name and your access.'
-        ) from error
+        raise PathError(f'{flag} "{folder}" cannot be written ({reason}); {remedy}.') from error

@@ -79,12 +79,12 @@ def run_prepare(config, folder: str, measure_scale: bool = False, say: Callable[
         DataError: unusable images, too many broken ones, or a cache with another plan in the folder.
         OSError: the disk is full, or cannot be written.
     """
+    check_local(folder, "--workdir")
     configuration.build(config)
     source = open_raw(config.prepare, config.data.num_classes)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(config.autoencoder, mesh)
     plan = make_plan(config, source, autoencoder)
-    check_local(folder, "--workdir")
     check_writable(folder)
     path = pathlib.Path(folder)
     with lock_workdir(folder, f".lock-{jax.process_index()}"):  # a lock for each process that shares the work

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from djepa_jax.checkpoint import RECORD_NAME, Checkpoints, copy_folder, move_folder
+from djepa_jax.checkpoint import RECORD_NAME, Checkpoints, check_step, copy_folder, move_folder
 from djepa_jax.manifest import MANIFEST_NAME
 from djepa_jax.orbax_io import CheckpointError
 from djepa_jax.paths import is_remote, write_json
@@ -85,7 +85,9 @@ def _copy(folder: epath.Path, own: Checkpoints, step: int) -> None:
 
 def _same_place(one: epath.Path, other: epath.Path) -> bool:
     """Whether two paths name one folder, perhaps through a link or in another spelling."""
-    return one == other or not (is_remote(one) or is_remote(other)) and os.path.realpath(one) == os.path.realpath(other)
+    if is_remote(one) or is_remote(other):
+        return one == other
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _same_manifest(one: epath.Path, other: epath.Path) -> bool:

@@ -116,11 +116,11 @@ is_prepared() {
 
 # prepare PLATFORM [EXTRA]: make .venv and install; does nothing when it already holds exactly this.
 prepare() {
-  local platform=$1 extra_name=${2:-} jax base requirements itself
+  local platform=$1 extra_name=${2:-} jax base requirements itself extras=${2:-}
   case $platform in
     cpu) jax="jax" ;;
     cuda) jax="jax[cuda13]" ;;
-    tpu) jax="jax[tpu]" ;;
+    tpu) jax="jax[tpu]" extras="gcs${extras:+,$extras}" ;; # workdirs there are in buckets
     *) die "unknown platform \"$platform\"; use cpu, cuda or tpu" ;;
   esac
   if is_prepared "$platform" "$extra_name"; then
@@ -128,7 +128,7 @@ prepare() {
   fi
   # setuptools is named because the project itself is installed without build isolation, from this environment.
   requirements=("$PYTHON" -m pip install --quiet --disable-pip-version-check "setuptools>=69" wheel "$jax" -r requirements.txt)
-  itself=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".${extra_name:+[$extra_name]}")
+  itself=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".${extras:+[$extras]}")
   if [ -n "${dry_run:-}" ]; then
     [ -x "$PYTHON" ] || quoted "$( (find_python) 2>/dev/null || echo "${DJEPA_PYTHON:-python3}")" -m venv .venv
     quoted "${requirements[@]}"

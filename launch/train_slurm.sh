@@ -42,9 +42,8 @@ if ! is_prepared "$platform" && [ -z "$dry_run" ]; then
 fi
 [ -n "${SLURM_JOB_ID:-}${dry_run}" ] || die "this is not a Slurm job; submit it: sbatch --nodes=1 launch/train_slurm.sh ..."
 
-# JAX finds addresses and ranks in Slurm's variables by itself when the program asks it to start; DJEPA_DISTRIBUTED=slurm is
-# for the program, to tell it so. (It is not read yet: a later change of the program does that.) Under Slurm JAX would give
-# each process one GPU only, the one of its local rank; JAX_LOCAL_DEVICE_IDS names all that Slurm shows on this node.
+# DJEPA_DISTRIBUTED=slurm tells the program to let JAX find addresses and ranks in Slurm's variables. JAX would give each
+# process one GPU only, the one of its local rank; JAX_LOCAL_DEVICE_IDS names all that Slurm shows on this node.
 # shellcheck disable=SC2016 # expanded on the node
 on_node='gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}; '
 # shellcheck disable=SC2016

@@ -179,7 +179,7 @@ prepare_workers() {
     tpu tpu-vm ssh "$name" --worker=all "--command=$install" </dev/null
 }
 
-# Runs the program on all workers. DJEPA_DISTRIBUTED=tpu is for the program, to start jax.distributed; not read yet.
+# Runs the program on all workers. DJEPA_DISTRIBUTED=tpu tells it to start jax.distributed.
 train() {
   tpu tpu-vm ssh "$name" --worker=all "--command=cd djepa_jax && $(quoted bash launch/train_tpu_vm.sh "--on_worker=$run_id" -- \
     env DJEPA_DISTRIBUTED=tpu JAX_PLATFORMS=tpu,cpu .venv/bin/python -m djepa_jax.main "--config=$config" "--workdir=$workdir" ${extra[@]+"${extra[@]}"})" </dev/null

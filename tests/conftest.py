@@ -5,6 +5,9 @@ import json
 import os
 import pathlib
 
+# Most of the time goes into compiling; without LLVM's optimisations it is half. XLA_FLAGS=" " tests what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -115,4 +118,15 @@ def trained(tmp_path_factory) -> str:
 
     workdir = str(tmp_path_factory.mktemp("trained") / "run")
     assert main(["djepa_jax", f"--config={CONFIG}", f"--workdir={workdir}", *TINY]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory, compilation_cache) -> pathlib.Path:
+    """The workdir of one tiny run with two saved steps, made in a process of its own; to be copied, not changed."""
+    from workdirs import run
+
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    status, output = run(workdir)
+    assert status == 0, output
     return workdir

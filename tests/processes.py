@@ -1,27 +1,34 @@
 """Processes of their own with one CPU device each, which start at once: they are copies of one that has imported everything."""
 
+import dataclasses
 import multiprocessing
 import os
 import pathlib
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 
+import fsspec
 import jax
 import pytest
+from jax._src import cache_key
 from small_autoencoder import registered
 
-from djepa_jax import prepare
+from djepa_jax import lock, prepare, train
 from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.main import main
+from djepa_jax.reporting import Reporter
 from djepa_jax.settings import Settings
+from djepa_jax.train_step import TrainState
 
 FILE_LIMIT = 50_000  # bytes; metrics stay below, arrays do not
+LEASE = 0.5, 6.0, 0.1  # seconds to renew, until it is stale, to settle
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes", "djepa_jax.train"])
+CONTEXT.set_forkserver_preload(["processes", "djepa_jax.train", "sklearn.datasets"])
 
 
 def start(function, *arguments) -> multiprocessing.Process:
@@ -67,11 +74,16 @@ class Training:
         while block := os.read(self._pipe.fileno(), 2**16):
             self._output.extend(block)
 
+    @property
+    def output(self) -> str:
+        """What it has said so far."""
+        return self._output.decode(errors="replace")
+
     def finish(self) -> tuple[int, str]:
         """Wait for its end: exit status, and what it said."""
         self.process.join()
         self._reader.join()
-        return self.process.exitcode, self._output.decode()
+        return self.process.exitcode, self.output
 
     def kill(self) -> tuple[int, str]:
         """End it at once, as `finish`."""
@@ -86,11 +98,20 @@ def _train(compiled: str, arguments: tuple[str, ...], troubles: dict, pipe) -> N
     _command(compiled, arguments)
 
 
-def _trouble(pace: float = 0.0, full_from: int | None = None) -> None:
+def _trouble(
+    pace: float = 0.0,
+    full_from: int | None = None,
+    simple: bool = True,
+    pictures: bool = False,
+    storage: dict[str, str] | None = None,
+) -> None:
     """Make every step last at least `pace` seconds, or the disk full when the step `full_from` is saved.
 
-    With a full disk the next step waits for the save to fail.
+    With a full disk the next step waits for the save to fail. No pictures are made at the end, unless there are to be
+    `pictures`. A `simple` step takes no time to compile. `storage` is the environment of an `ObjectStore`.
     """
+    if storage is not None:
+        reach(storage)
     save, poll = Checkpoints.save, Checkpoints.poll
 
     def limited_save(self, state, *arguments):
@@ -106,6 +127,90 @@ def _trouble(pace: float = 0.0, full_from: int | None = None) -> None:
         return poll(self)
 
     Checkpoints.save, Checkpoints.poll = limited_save, slow_poll
+    if not pictures:
+        Reporter.final_grid = lambda self, step, state: None
+    if simple:
+        train.make_train_step = lambda spec: simple_step
+
+
+def reach(storage: dict[str, str]) -> None:
+    """Let this process use an `ObjectStore`, given its environment, and find out soon whether a lock's owner is alive."""
+    os.environ.update(storage)
+    tempfile.tempdir = None  # it may be among them
+    fsspec.config.set_conf_env(fsspec.config.conf)
+    lock.RENEW_SECONDS, lock.STALE_SECONDS, lock.SETTLE_SECONDS = LEASE
+
+
+def simple_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    """In place of the training step: all arrays depend on all batches and their order, and on the arrays before."""
+    signal = jax.numpy.mean(batch["image"] / 255.0) + jax.numpy.mean(batch["label"])
+
+    def moved(tree, share):
+        return jax.tree.map(lambda x: x * share + signal.astype(x.dtype) if x.ndim else x + 1, tree)
+
+    params, opt_state = moved(state.params, 0.9), moved(state.opt_state, 0.5)
+    ema_params = jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, state.ema_params, params)
+    state = dataclasses.replace(state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
+    return state, {"loss": signal, "bad_streak": state.bad_streak}
+
+
+class Member:
+    """One of several processes that run the command line together, with two devices each, or four if it is alone.
+
+    Args:
+        compiled: folder of compiled programs.
+        log: file that gets what it prints.
+        arguments: of the command line.
+        place: port and index of the process; None for one that is alone.
+        pause: seconds that it waits after every training step.
+    """
+
+    def __init__(self, compiled: str, log: pathlib.Path, arguments: tuple, place: tuple | None = None, pause: float = 0):
+        self._log = log
+        if place is not None:
+            where = (f"--coordinator=127.0.0.1:{place[0]}", "--num_processes=2", f"--process_id={place[1]}")
+            arguments = (*arguments, "--distributed=explicit", *where, "--heartbeat_timeout=10")
+        self.process = start(_member, compiled, str(log), arguments, 4 if place is None else 2, pause)
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far, without what the library below JAX prints."""
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        return "".join(f"{line}\n" for line in lines if "[Gloo]" not in line and not line.startswith("3 is connected"))
+
+    def wait_for(self, text: str, seconds: float = 240) -> None:
+        """Return when it has printed a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log:
+            assert self.process.is_alive() and time.monotonic() < deadline, self.log
+            time.sleep(0.02)
+
+    def status(self, seconds: float = 240) -> int | None:
+        """Its exit status, once it has ended."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+
+def _member(compiled: str, log: str, arguments: tuple[str, ...], devices: int, pause: float) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles sooner
+    jax.config.update("jax_num_cpu_devices", devices)
+    keep_compiled(f"{compiled}/{devices}")  # programs for two times two devices are others than for four
+    _compile_once()
+    between_steps = train._Run._between_steps
+    train._Run._between_steps = lambda *arguments: (time.sleep(pause), between_steps(*arguments))
+    status = main(["djepa_jax", *arguments])
+    jax.distributed.shutdown()  # as JAX does when Python ends
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _compile_once() -> None:
+    """Let process 1 take the programs that process 0 compiles; JAX would have it compile them anew, though they are the same."""
+    cache_key._hash_accelerator_config = lambda *_: None
+    jax.config.update("jax_share_binary_between_hosts", True)
 
 
 class Preparation:

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import pathlib
 import sys
 
 import jax
@@ -29,8 +28,8 @@ from test_parity_forward import FORWARD, replay
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
+from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.generate import load_ema
-from djepa_jax.interop import importing
 from djepa_jax.interop.official import from_official
 from djepa_jax.main import parse
 from djepa_jax.masking import to_order, to_raster
@@ -174,13 +173,13 @@ def test_half_an_import_does_not_stand_in_the_way_of_the_next(gauss, tmp_path, m
     """What a killed process leaves: a config, a folder without steps, an unfinished step."""
     workdir, arguments = tmp_path / "run", (PARITY / "model_gauss.safetensors", tmp_path / "run", flags_of(gauss))
 
-    def killed(workdir, *_):
-        unfinished = pathlib.Path(workdir) / "checkpoints" / "0.orbax-checkpoint-tmp"
+    def killed(checkpoints, *_):
+        unfinished = checkpoints.directory / "0.orbax-checkpoint-tmp"
         (unfinished / "state").mkdir(parents=True)
         raise CheckpointError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "save_imported", killed)
+        patch.setattr(Checkpoints, "save_imported", killed)
         assert run_import(*arguments) == 2
     assert (workdir / "config.json").exists() and not has_checkpoint(workdir)
     assert run_import(*arguments) == 0

@@ -13,7 +13,7 @@ from tiny import load_config
 
 from djepa_jax.config import build
 from djepa_jax.data.latents import DTYPES, LatentCache, check_autoencoder, check_cache, file_sha256, pack, read_metadata, unpack
-from djepa_jax.data.pipeline import example_stream, host_batches
+from djepa_jax.data.pipeline import example_stream, row_batches
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import open_data
 from djepa_jax.modalities import MODALITIES
@@ -61,7 +61,7 @@ def test_examples_come_back_in_any_order(tmp_path, dtype):
 def test_stream_gives_the_image_or_its_mirror_image_as_stored(tmp_path, dtype, random_flip):
     stream = example_stream(LatentCache(str(write_cache(tmp_path / "cache", dtype))), 3, random_flip)
     stored = {both[side].tobytes(): (label, side) for label, _, both in entries(dtype) for side in (0, 1)}
-    batches, mirrored = host_batches(stream, 4, consumed=0), 0
+    batches, mirrored = row_batches(stream, 4, consumed=0), 0
     for start in range(0, 8 * TOTAL, 4):
         batch = next(batches)
         assert batch.keys() == {"image", "label"} and batch["image"].dtype == DTYPES[dtype]
@@ -96,7 +96,7 @@ def test_cache_of_another_config_names_the_flag(tmp_path, key, value):
         DataError, match=rf"cache was made for another config; it needs --config.{key}={FLAGS[key]} \(now {value}\)\.$"
     ):
         check_cache(read_metadata(tmp_path / "cache"), config.data)
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(DataError, match=f"made for another config; it needs --config.{key}="):
         open_data(config, build(config).modality)
 
 

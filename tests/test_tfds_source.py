@@ -16,7 +16,7 @@ from djepa_jax.class_names import imagenet
 from djepa_jax.data import imagenet as preparation
 from djepa_jax.data.imagenet import TRAIN, VALIDATION, prepare_tfds
 from djepa_jax.data.images import center_crop, decode_image
-from djepa_jax.data.pipeline import example_stream, host_batches
+from djepa_jax.data.pipeline import example_stream, row_batches
 from djepa_jax.data.records import MAX_PIXELS, DataError
 from djepa_jax.data.sources import open_source
 from djepa_jax.modalities import MODALITIES
@@ -68,7 +68,7 @@ def test_reading_needs_no_tensorflow_and_pickles(prepared, monkeypatch):
     source = open_prepared(f"imagenet2012@{prepared[0]}")
     copy = pickle.loads(pickle.dumps(source))
     assert all(same(copy[i]["image"], source[i]["image"]) for i in (14, 3, 3, 0))
-    batch = next(host_batches(example_stream(copy, seed=0), 4, consumed=2))
+    batch = next(row_batches(example_stream(copy, seed=0), 4, consumed=2))
     assert batch["image"].shape == (4, 32, 32, 3)
 
 

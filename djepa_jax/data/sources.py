@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from djepa_jax.data.folders import open_folder
-from djepa_jax.data.latents import LatentCache, check_cache
+from djepa_jax.data.latents import LatentCache, check_cache, read_metadata
 from djepa_jax.data.npz import read_npz
 from djepa_jax.data.records import MAX_BROKEN, MAX_PIXELS, DataError, ImageSource, Robust, check_classes
 from djepa_jax.data.tars import open_tars
@@ -136,10 +136,10 @@ def open_data(config, modality) -> Source:
         ValueError: as `open_source`; DataError: a latent cache that was made for another config.
     """
     data = config.data
+    if data.source == "latents":
+        check_cache(read_metadata(pathlib.Path(data.path)), data)  # names every difference, where an array tells of one
     num_classes = ANY_CLASS if data.unconditional else data.num_classes
     source = open_source(data.source, data.path, modality, num_classes, max_broken=data.max_broken)
-    if isinstance(source, LatentCache):
-        check_cache(source.metadata, data)
     return Unlabelled(source) if data.unconditional else source
 
 

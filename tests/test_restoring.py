@@ -1,0 +1,181 @@
+"""--restore_from: a workdir goes on from a certain step, of its own or of another workdir."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from workdirs import EVERY, STEPS, arrays, assert_same_arrays, digest, run, steps_in
+
+from djepa_jax import restoring
+from djepa_jax.checkpoint import Checkpoints, check_step
+from djepa_jax.manifest import MANIFEST_NAME
+from djepa_jax.orbax_io import CheckpointError
+from djepa_jax.restoring import UNFINISHED, go_back
+
+BOTH = [str(EVERY), str(STEPS)]
+
+
+@pytest.fixture
+def other(saved_run, tmp_path) -> pathlib.Path:
+    """Another workdir, with the steps `EVERY` and `STEPS`."""
+    return shutil.copytree(saved_run, tmp_path / "other")
+
+
+@pytest.fixture
+def workdir(saved_run, tmp_path) -> pathlib.Path:
+    """A workdir with the same steps."""
+    return shutil.copytree(saved_run, tmp_path / "run")
+
+
+def restore(workdir: pathlib.Path, restore_from: str) -> str:
+    """What is said by it, and by looking for the step to resume from."""
+    workdir.mkdir(exist_ok=True)
+    said = []
+    go_back(workdir, restore_from, keep=2, say=said.append)
+    Checkpoints(workdir).step_to_resume(said.append)
+    return "\n".join(said)
+
+
+def rename_step(workdir: pathlib.Path, old: int, new: int) -> None:
+    folder = workdir / "checkpoints"
+    (folder / str(old)).rename(folder / str(new))
+    (workdir / "last_saved.json").write_text(json.dumps({"step": new}))
+
+
+def set_aside(workdir: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in (workdir / "set_aside").iterdir()) if (workdir / "set_aside").exists() else []
+
+
+@pytest.mark.parametrize(("number", "step"), [(f"@{EVERY}", EVERY), (f"@{STEPS}", STEPS), ("", STEPS)])
+def test_a_new_workdir_begins_with_a_step_of_another(other, tmp_path, number, step):
+    before, fresh = digest(other), tmp_path / "fresh"
+    assert f"restored step {step} of {other}" in restore(fresh, f"{other}{number}")
+    assert steps_in(fresh) == [str(step)] and Checkpoints(fresh).recorded_step() == step
+    assert digest(fresh / "checkpoints" / str(step)) == digest(other / "checkpoints" / str(step))
+    assert digest(other) == before
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_workdir_goes_back_to_a_step_of_its_own(workdir, tmp_path, link):
+    (tmp_path / "link").symlink_to(workdir)
+    good = digest(workdir / "checkpoints" / str(EVERY))
+    said = restore(workdir, f"{tmp_path / 'link' if link else workdir}@{EVERY}")
+    assert f"step {STEPS} was set aside: {workdir / 'set_aside' / str(STEPS)}" in said
+    assert steps_in(workdir) == [str(EVERY)] and digest(workdir / "checkpoints" / str(EVERY)) == good
+    assert set_aside(workdir) == [str(STEPS)] and Checkpoints(workdir).recorded_step() == EVERY
+
+
+def test_newer_steps_of_the_workdir_are_set_aside(workdir, other):
+    rename_step(workdir, STEPS, 70)
+    assert "step 70 was set aside" in restore(workdir, f"{other}@{STEPS}")
+    assert steps_in(workdir) == BOTH and set_aside(workdir) == ["70"]
+
+
+def test_a_step_of_the_same_number_gives_way(workdir, other):
+    """Unless it is the same one."""
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    rename_step(workdir, EVERY, STEPS)
+    different = digest(workdir / "checkpoints" / str(STEPS))
+    restore(workdir, f"{other}@{STEPS}")
+    assert digest(workdir / "checkpoints") == {
+        name: value for name, value in digest(other / "checkpoints").items() if name.startswith(str(STEPS))
+    }
+    assert digest(workdir / "set_aside" / str(STEPS)) == different
+    (workdir / restoring.NOTE_NAME).unlink()
+    restore(workdir, f"{other}@{STEPS}")
+    assert set_aside(workdir) == [str(STEPS)]
+
+
+def test_a_good_copy_takes_the_place_of_a_damaged_step(workdir, other):
+    for step in BOTH:
+        (workdir / "checkpoints" / step / "meta" / "metadata").unlink()
+    with pytest.raises(CheckpointError, match="--restore_from=PATH@STEP"):
+        Checkpoints(workdir).step_to_resume()
+    restore(workdir, f"{other}@{STEPS}")
+    check_step(workdir / "checkpoints" / str(STEPS))
+    assert set_aside(workdir) == [str(STEPS)]
+
+
+def test_the_same_command_again_goes_on(workdir, other):
+    command = f"{other}@{EVERY}"
+    restore(workdir, command)
+    shutil.copytree(other / "checkpoints" / str(STEPS), workdir / "checkpoints" / str(STEPS))
+    assert f"--restore_from={command} was done before; going on" in restore(workdir, command)
+    assert steps_in(workdir) == BOTH
+    assert f"restored step {EVERY}" in restore(workdir, f"{workdir}@{EVERY}"), "another command goes back again"
+    assert steps_in(workdir) == [str(EVERY)]
+
+
+BAD = {
+    "@7": "holds 20, 40; name one that is there",
+    "@newest": "is not PATH@STEP",
+    "/nothing@20": "holds no step; name one that is there",
+    "/nothing": "holds no step; name one that is there",
+    f"@{STEPS}": f"{STEPS}.*meta.*is missing",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_restored_changes_nothing(workdir, other, name):
+    (other / "checkpoints" / str(STEPS) / "meta" / "metadata").unlink()
+    before = digest(workdir)
+    with pytest.raises(CheckpointError, match=BAD[name]):
+        restore(workdir, f"{other}{name}")
+    assert digest(workdir) == before
+
+
+class Killed(BaseException):
+    """As if the process ended here."""
+
+
+@pytest.mark.parametrize("place", ["copy_folder", "check_step", "move_folder", "set_aside", "write_json"])
+@pytest.mark.parametrize("again", [True, False])
+def test_one_that_was_cut_off_is_repeated(workdir, other, monkeypatch, place, again):
+    """By the same command; without --restore_from the workdir can be used, too."""
+    rename_step(workdir, STEPS, 70)
+    owner = Checkpoints if place == "set_aside" else restoring
+    function = getattr(owner, place)
+
+    def cut_off(*arguments):
+        if place == "copy_folder":
+            function(*arguments)
+            next((arguments[1] / "state").iterdir()).unlink(missing_ok=True)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, place, cut_off)
+        restore(workdir, f"{other}@{STEPS}")
+    if again:
+        restore(workdir, f"{other}@{STEPS}")
+        assert steps_in(workdir) == BOTH and set_aside(workdir) == ["70"]
+        assert digest(workdir / "checkpoints") == digest(other / "checkpoints")
+        return
+    assert Checkpoints(workdir).step_to_resume() in (STEPS, 70)
+    assert not (workdir / "checkpoints" / UNFINISHED).exists()
+
+
+def test_damage_while_copying_is_noticed(workdir, other, monkeypatch):
+    copy = restoring.copy_folder
+
+    def bad_copy(source, target):
+        copy(source, target)
+        (target / MANIFEST_NAME).write_bytes(b"{}")
+
+    rename_step(workdir, STEPS, 70)
+    monkeypatch.setattr(restoring, "copy_folder", bad_copy)
+    with pytest.raises(CheckpointError, match="manifest.json cannot be read"):
+        restore(workdir, f"{other}@{STEPS}")
+    assert Checkpoints(workdir).step_to_resume() == 70 and set_aside(workdir) == []
+
+
+def test_training_goes_on_from_a_restored_step(saved_run, tmp_path):
+    """A stop and the same command again included."""
+    fresh, command = tmp_path / "fresh", f"--restore_from={saved_run}@{EVERY}"
+    status, output = run(fresh, command, "--config.num_steps=30")
+    assert status == 0 and f"going on from step {EVERY} of 30" in output, output
+    status, output = run(fresh, command)
+    assert status == 0 and "was done before" in output and f"going on from step 30 of {STEPS}" in output
+    assert_same_arrays(arrays(saved_run), arrays(fresh))
+    steps = [json.loads(line)["step"] for line in (fresh / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(EVERY + 1, STEPS + 1))
