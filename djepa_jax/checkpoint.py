@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from djepa_jax.fingerprint import fingerprints
-from djepa_jax.manifest import MANIFEST_NAME, ManifestError, check_manifest, write_manifest
+from djepa_jax.manifest import MANIFEST_NAME, ManifestError, check_manifest, move_folder, write_manifest
 from djepa_jax.orbax_io import (
     FORMAT,
     CheckpointError,
@@ -37,6 +37,7 @@ ASIDE_NAME = "set_aside"  # folder of a workdir for steps that are not to be use
 RECORD_NAME = "last_saved.json"  # names a step that was saved whole, so that lost checkpoints are noticed
 COMMIT_NAME = "commit_success.txt"  # what Orbax writes last into a step in a bucket
 STEP_NAMES = {"state", "meta", "_CHECKPOINT_METADATA", COMMIT_NAME}  # what Orbax writes there at all
+SAVE_SECONDS = 6 * 3600  # that processes wait for each other in a save; the first one reads everything back meanwhile
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"
 
 
@@ -118,7 +119,7 @@ class Checkpoints:
         hide_repetitions()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._writer = self._writer or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._writer = self._writer or ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
             self._writer.save(self.folder(step), args=arguments)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -336,22 +337,3 @@ def check_step(folder: epath.Path) -> None:
     except ManifestError as error:
         raise DamagedError(str(error)) from error
     read_meta(folder)
-
-
-def move_folder(source: epath.Path, target: epath.Path) -> None:
-    """Rename a folder; in a bucket, copy its objects and then delete them."""
-    if not is_remote(source):
-        source.rename(target)
-        return
-    copy_folder(source, target)
-    source.rmtree()
-
-
-def copy_folder(source: epath.Path, target: epath.Path) -> None:
-    """Copy a folder file by file, its manifest last."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
-        if path.is_dir():
-            copy_folder(path, target / path.name)
-        else:
-            path.copy(target / path.name)

@@ -23,9 +23,9 @@ UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32"}  # by bytes of an element
 
 def fingerprints(tree) -> dict[str, int]:
     """Fingerprint by path of all arrays on devices; one small program, whatever their sharding."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = [path_name(path) for path, _ in leaves]
-    arrays = [leaf for _, leaf in leaves]
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    names = sorted(leaves)  # one order, and so one program, for what is saved and what is restored
+    arrays = [leaves[name] for name in names]
     sums = np.asarray(_jitted_sums(getattr(arrays[0].sharding, "mesh", None))(arrays))
     return dict(zip(names, sums.tolist(), strict=True))
 

@@ -85,7 +85,10 @@ def start(place: Rendezvous, saves: bool = True, environment: Mapping[str, str] 
     limits = {"initialization_timeout": place.timeout + 60, "heartbeat_timeout_seconds": place.heartbeat}
     jax.config.update("jax_enable_preemption_service", saves)
     with _countdown(place.timeout):
-        jax.distributed.initialize(**_arguments(place), **limits, shutdown_timeout_seconds=SHUTDOWN)
+        try:
+            jax.distributed.initialize(**_arguments(place), **limits, shutdown_timeout_seconds=SHUTDOWN)
+        except ValueError as error:
+            raise HostsError(f"--distributed={place.kind} (or {VARIABLE}) finds no other processes here: {error}") from error
         multihost_utils.sync_global_devices("start")  # opens the way for collectives while nobody has work that delays it
     print(f"{_me()} is connected; if one dies, the others end within {place.heartbeat} s", flush=True)
 
@@ -249,6 +252,8 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._together and self._previous:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would take it, and nobody asks any more
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; with several processes all must ask after every step."""
@@ -262,11 +267,9 @@ class StopSignals:
     def _catch(self, number, frame):
         del frame
         self.caught = True
-        print(
-            f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping; press Ctrl-C again to stop at once.",
-            flush=True,
-        )
-        # One of several processes may be waiting for another, where Python cannot interrupt it.
-        signal.signal(signal.SIGINT, signal.SIG_DFL if self._together else signal.default_int_handler)
+        name = signal.Signals(number).name
+        # Not by print, which may be what the signal has interrupted.
+        os.write(1, f"\n{name}: saving a checkpoint, then stopping; press Ctrl-C again to stop at once.\n".encode())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: not after what Python waits for, a save or another process
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -55,6 +55,10 @@ def _file_lock(path: epath.Path, workdir) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise _in_use(workdir, file.read().strip() or "another process") from None
+        except OSError as error:
+            raise PathError(
+                f"{path} cannot be locked ({error.strerror}): its file system has no locks; choose another."
+            ) from error
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -130,7 +134,11 @@ def _renew(path: epath.Path, own: dict) -> None:
 
 
 def _read(path: epath.Path) -> dict | None:
+    """What the lock says; None if there is none. Storage that does not answer is no free lock: its error is raised."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
         return None
+    except ValueError:  # not written by this program
+        return {}
+    return found if isinstance(found, dict) else {}

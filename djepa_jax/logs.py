@@ -45,40 +45,51 @@ class MetricWriter:
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write one line; a value that is not finite becomes null, as JSON has no word for it."""
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        try:
+        with self._naming_the_place():
             self._file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            place = self.folder / METRICS_NAME
-            raise OSError(
-                f"{place} cannot be written ({error.strerror}). Make room there, and run the same command again."
-            ) from error
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
         if self._mirror:
             self._mirror.copy_if_due()
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Write uint8 pictures `[H, W, 3]`."""
-        for name, image in images.items():
-            self._events.add_image(name, image, step, dataformats="HWC")
+        with self._naming_the_place():
+            for name, image in images.items():
+                self._events.add_image(name, image, step, dataformats="HWC")
 
     def write_texts(self, step: int, texts: dict[str, str]) -> None:
         """Write texts, shown in TensorBoard."""
-        for name, text in texts.items():
-            self._events.add_text(name, text, step)
+        with self._naming_the_place():
+            for name, text in texts.items():
+                self._events.add_text(name, text, step)
 
     def flush(self) -> None:
         """Bring what was written into the workdir."""
-        self._events.flush()
+        with self._naming_the_place():
+            self._events.flush()
         if self._mirror:
             self._mirror.copy()
 
     def close(self) -> None:
         """Flush and close both."""
-        self._events.close()
-        self._file.close()
-        if self._mirror:
-            self._mirror.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever another says
+            if self._mirror:
+                stack.callback(self._mirror.close)
+            stack.enter_context(self._naming_the_place())
+            stack.callback(self._file.close)
+            stack.callback(self._events.close)
+
+    @contextlib.contextmanager
+    def _naming_the_place(self) -> Iterator[None]:
+        """Make an error of the file system, such as a full disk, say where it was, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(
+                f"{self.folder} cannot be written ({reason}). Make room there, and run the same command again."
+            ) from error
 
 
 class Mirror:
@@ -128,7 +139,7 @@ class Mirror:
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
 

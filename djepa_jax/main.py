@@ -14,9 +14,8 @@ from djepa_jax import hosts, json_config
 from djepa_jax.compilation import use_compilation_cache
 from djepa_jax.config import flatten
 from djepa_jax.generate import OUT_OF_MEMORY, command_line
-from djepa_jax.paths import as_path
+from djepa_jax.paths import STORAGE_PACKAGES, as_path
 
-STORAGE_PACKAGES = ("gcsfs", "google", "aiohttp")  # whose exceptions tell what is wrong with a bucket
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 USAGE = (
     "usage: python -m djepa_jax.main --config=configs/digits.py|--config_json=FILE --workdir=DIR "
@@ -53,7 +52,12 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         "restore_from", "", "train: PATH@STEP, go on from that step; newer ones in the workdir are set aside.", flag_values=values
     )
     _define_distributed(values)
-    return read_flags(values, argv, USAGE, required=lambda values: REQUIRED[values.mode])
+    values = read_flags(values, argv, USAGE, required=lambda values: REQUIRED[values.mode])
+    if values.restore_from and values.mode != "train":
+        raise UsageError(f"--restore_from is for --mode=train; to {values.mode}, copy the workdir and go back in the copy.")
+    if values.distributed != "none" and values.mode in ("import", "export"):
+        raise UsageError(f"--mode={values.mode} is for one process; leave out --distributed ({hosts.VARIABLE}).")
+    return values
 
 
 def _define_distributed(values: flags.FlagValues) -> None:

@@ -1,6 +1,7 @@
-"""Checksums of all files of a folder, in a file of their own in it."""
+"""Folders with the checksums of all their files in a file of their own: writing, comparing, copying, moving."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from djepa_jax.paths import write_bytes
+from djepa_jax.paths import is_remote, may_pass, write_bytes
 
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 2**22
@@ -63,9 +64,10 @@ def read_manifest(folder: os.PathLike) -> dict[str, tuple[int, str]]:
     """
     path = epath.Path(folder) / MANIFEST_NAME
     try:
-        entries = json.loads(path.read_text())["files"]
+        with _reading(path):
+            entries = json.loads(path.read_text())["files"]
         return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read ({error})") from error
 
 
@@ -74,6 +76,7 @@ def check_manifest(folder: os.PathLike, names: Iterable[str] | None = None) -> N
 
     Raises:
         ManifestError: a file is missing or differs, or there is no manifest.
+        OSError: storage does not answer, which says nothing about the files.
     """
     folder = epath.Path(folder)
     entries = read_manifest(folder)
@@ -93,12 +96,42 @@ def _check_text(path: epath.Path, entries: dict[str, tuple[int, str]]) -> None:
         raise ManifestError(f"{path} is not as it was written")
 
 
-def _check_file(path: epath.Path, size: int, digest: str) -> None:
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Tell a file that is not there, or broken, from storage that does not answer just now."""
     try:
-        same = path.stat().length == size and file_sha256(path) == digest
+        yield
     except FileNotFoundError:
         raise ManifestError(f"{path} is missing") from None
     except OSError as error:
+        if may_pass(error):
+            raise OSError(
+                f"{path} cannot be read just now ({error}); nothing was changed, run the same command again."
+            ) from error
         raise ManifestError(f"{path} cannot be read ({error})") from error
+
+
+def _check_file(path: epath.Path, size: int, digest: str) -> None:
+    with _reading(path):
+        same = path.stat().length == size and file_sha256(path) == digest
     if not same:
         raise ManifestError(f"{path} differs from its checksum in {MANIFEST_NAME}")
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Rename a folder; in a bucket, copy its objects and then delete them."""
+    if not is_remote(source):
+        source.rename(target)
+        return
+    copy_folder(source, target)
+    source.rmtree()
+
+
+def copy_folder(source: epath.Path, target: epath.Path) -> None:
+    """Copy a folder file by file, its manifest last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            path.copy(target / path.name)

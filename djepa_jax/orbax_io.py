@@ -19,7 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from djepa_jax.fingerprint import fingerprints, host_fingerprint
+from djepa_jax.manifest import MANIFEST_NAME, check_manifest, read_manifest
 from djepa_jax.optimizer import path_name
+from djepa_jax.paths import may_pass
 from djepa_jax.train_step import TrainState
 
 FORMAT = 1
@@ -57,16 +59,18 @@ def read_meta(folder: epath.Path) -> Meta:
     """What is stored beside the arrays of the step in `folder`.
 
     Raises:
-        DamagedError: it cannot be read.
+        DamagedError: it cannot be read, or is not as the step's manifest says.
         CheckpointError: its format is another.
     """
     try:
+        if (folder / MANIFEST_NAME).exists():
+            check_manifest(folder, [name for name in read_manifest(folder) if name.startswith("meta/")])
         with _reader(ocp.JsonCheckpointHandler) as reader:
             stored = reader.restore(folder / "meta")
         if stored["format"] == FORMAT:
             return Meta(**stored | {"parts": tuple(stored.get("parts", STATE_PARTS))})
     except Exception as error:
-        raise damaged(folder, error) from error
+        raise unreadable(folder, error) from error
     raise CheckpointError(f"{folder} has format {stored['format']}, this version reads {FORMAT}.")
 
 
@@ -121,7 +125,7 @@ def _restore(folder: epath.Path, arguments: ocp.args.PyTreeRestore):
         with _reader(ocp.PyTreeCheckpointHandler) as reader:
             return reader.restore(folder, args=arguments)
     except Exception as error:
-        raise damaged(folder, error) from error
+        raise unreadable(folder, error) from error
 
 
 def stored_arrays(folder: epath.Path):
@@ -131,7 +135,7 @@ def stored_arrays(folder: epath.Path):
             tree = reader.metadata(folder).item_metadata.tree
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     except Exception as error:
-        raise damaged(folder, error) from error
+        raise unreadable(folder, error) from error
 
 
 def _by_name(tree) -> dict:
@@ -202,6 +206,8 @@ def save_arrays(folder: epath.Path, arrays: dict) -> None:
 def save_sparingly(folder: epath.Path, parts: dict, config: dict, step: int, examples: int) -> None:
     """Write a new step that holds only some parts of a training state, with little memory beside them.
 
+    The arrays are not read back, which would take more memory; whoever loads the step compares their fingerprints.
+
     Args:
         folder: of the step.
         parts: values of `TrainState` fields by name; `ema_params` must be one.
@@ -216,8 +222,6 @@ def save_sparingly(folder: epath.Path, parts: dict, config: dict, step: int, exa
     handler = ocp.CompositeCheckpointHandler(state=_sparing_handler(parts), meta=ocp.JsonCheckpointHandler())
     with _quiet(), ocp.Checkpointer(handler) as writer:
         writer.save(folder, args=arguments)
-    with _quiet():
-        read_back(folder, marks)
 
 
 def _sparing_handler(arrays: dict) -> ocp.PyTreeCheckpointHandler:
@@ -255,10 +259,11 @@ def hide_repetitions() -> None:
     logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
-def damaged(folder: epath.Path, error: Exception) -> DamagedError:
-    """What to say of a step that cannot be read."""
-    reason = str(error).splitlines()[0] if str(error) else "no details"
+def unreadable(folder: epath.Path, error: Exception) -> CheckpointError:
+    """What to say of a step that cannot be read: that it is damaged, unless it may be read another time."""
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+    if may_pass(error):
+        return CheckpointError(f"{folder} cannot be read just now ({reason}). Nothing was changed; run the same command again.")
     return DamagedError(
-        f"{folder} cannot be restored ({type(error).__name__}: {reason}). "
-        f"Nothing was overwritten. Move that folder away to go on from an older step."
+        f"{folder} cannot be restored ({reason}). Nothing was overwritten. Move that folder away to go on from an older step."
     )

@@ -4,6 +4,7 @@ An object in a bucket appears whole or not at all, but nothing can be renamed th
 What has to differ for that reason is here, and nowhere else.
 """
 
+import errno
 import importlib.util
 import io
 import json
@@ -18,6 +19,12 @@ from etils import epath
 
 BUCKET = "gs://"
 SETTINGS = {"EPATH_USE_TF": "0", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # of etils and gcsfs
+
+
+STORAGE_PACKAGES = ("gcsfs", "google", "aiohttp")  # whose exceptions tell what is wrong with a bucket
+# What TensorStore says of storage that does not answer, or not to this user.
+UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
+PASSING = {errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EMFILE, errno.ENOMEM}
 
 
 class PathError(ValueError):
@@ -37,6 +44,15 @@ def as_path(text: str | os.PathLike) -> epath.Path:
     if "://" in text:
         raise PathError(f'"{text}" is neither a local path nor {BUCKET}BUCKET/FOLDER; name one of those.')
     return epath.Path(pathlib.Path(os.path.expanduser(text)).absolute())
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a failure to read may be gone the next time, and says nothing about what is stored."""
+    if isinstance(error, (TimeoutError, ConnectionError, PermissionError)):
+        return True
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return True
+    return any(word in str(error) for word in UNREACHABLE) or type(error).__module__.partition(".")[0] in STORAGE_PACKAGES
 
 
 def _set_up_bucket_access(text: str) -> None:
@@ -68,7 +84,10 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
         return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -224,7 +224,10 @@ def _make_shard(folder: pathlib.Path, plan: Plan, index: int, source, autoencode
         sum=total,
         sum_of_squares=squares,
     )
-    write_json(_record_path(folder, plan, index), dataclasses.asdict(shard))
+    record = _record_path(folder, plan, index)
+    write_json(record, dataclasses.asdict(shard))
+    for leftover in record.parent.glob(f"{record.name}.*tmp"):  # of a process that was killed while it wrote this one
+        leftover.unlink(missing_ok=True)
     return shard
 
 

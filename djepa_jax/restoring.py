@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from etils import epath
 
-from djepa_jax.checkpoint import RECORD_NAME, Checkpoints, check_step, copy_folder, move_folder
-from djepa_jax.manifest import MANIFEST_NAME
+from djepa_jax.checkpoint import ASIDE_NAME, RECORD_NAME, Checkpoints, check_step
+from djepa_jax.logs import METRICS_NAME
+from djepa_jax.manifest import MANIFEST_NAME, copy_folder, move_folder
 from djepa_jax.orbax_io import CheckpointError
 from djepa_jax.paths import is_remote, write_json
 
@@ -40,11 +41,22 @@ def go_back(workdir: str | os.PathLike, restore_from: str, keep: int, say: Calla
     source.check(step)
     if not _same_place(source.directory, own.directory):
         _copy(source.folder(step), own, step)
-    for newer in [number for number in own.steps() if number > step]:
-        say(f"step {newer} was set aside: {own.set_aside(newer)}")
+    newer = [number for number in own.steps() if number > step]
+    if newer:
+        _keep_metrics(own, newer[-1])
+    for number in newer:
+        say(f"step {number} was set aside: {own.set_aside(number)}")
     write_json(own.workdir / RECORD_NAME, {"step": step})
     write_json(note, {"restored_from": restore_from})
     say(f"restored step {step} of {source.workdir}")
+
+
+def _keep_metrics(own: Checkpoints, step: int) -> None:
+    """Copy the metrics up to a step that is going to be set aside; training drops the lines after where it goes on."""
+    metrics, copy = own.workdir / METRICS_NAME, own.workdir / ASIDE_NAME / f"metrics-{step}.jsonl"
+    if metrics.exists() and not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        metrics.copy(copy)
 
 
 def _noted(note: epath.Path) -> str | None:
@@ -61,6 +73,8 @@ def _find(restore_from: str) -> tuple[Checkpoints, int]:
     elif not number.isdigit():
         raise CheckpointError(f'--restore_from "{restore_from}" is not PATH@STEP, with the number of a step.')
     source = Checkpoints(path)
+    if not source.directory.exists():
+        raise CheckpointError(f'--restore_from "{restore_from}": {source.directory} does not exist; name a workdir.')
     step = int(number) if number else source.latest_step()
     if step is None or step not in source.steps():
         there = ", ".join(map(str, source.steps())) or "no step"

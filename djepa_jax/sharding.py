@@ -8,7 +8,7 @@ import math
 import re
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,7 +45,8 @@ def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
     if len(devices) % known or (-1 not in shape and known != len(devices)):
         raise ValueError(f"mesh {shape} does not fit {len(devices)} devices; write -1 for what is left, for example (-1, 1, 1).")
     shape = tuple(len(devices) // known if n == -1 else n for n in shape)
-    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    placed = mesh_utils.create_device_mesh(shape, devices)  # neighbours on a TPU's network along the last axes
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

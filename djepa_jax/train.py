@@ -1,6 +1,7 @@
 """The training loop: mesh, data, state, one jitted step, and what happens between steps."""
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -20,6 +21,7 @@ from djepa_jax.data.sources import Source, open_data
 from djepa_jax.debugging import ProfileWindow, debug_switches
 from djepa_jax.evaluation.small_images import check_judgeable
 from djepa_jax.feed import device_batches
+from djepa_jax.fingerprint import fingerprints
 from djepa_jax.lock import lock_workdir
 from djepa_jax.manifest import file_sha256
 from djepa_jax.memory import describe, memory_plan
@@ -75,7 +77,8 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
     hosts.on_main(lambda: check_writable(workdir))
     with hosts.held_by_main(lock_workdir(workdir)), debug_switches(config.debug):
         hosts.check_shared(as_path(workdir))
-        hosts.check_same(f"{configuration.resolved(config)} {len(source)}", "the configuration or the data")
+        same = f"{configuration.resolved(config)} {len(source)} {restore_from}"
+        hosts.check_same(same, "the configuration, the data or --restore_from")
         run = _Run(config, experiment, source, mesh, as_path(workdir))
         if restore_from:
             hosts.on_main(lambda: go_back(workdir, restore_from, config.keep_checkpoints, run.report.say))
@@ -113,6 +116,7 @@ class _Run:
         self.report = Reporter(config, experiment, source, mesh, workdir)
         self.start = Start(config, experiment, mesh, self.checkpoints, self.report.say)
         self.saved = 0  # the newest step that is in the workdir, or on its way there
+        self.blocked = 0.0  # seconds that saving it has kept training waiting
 
     def train(self, should_stop) -> Result:
         """Prepare, loop, finish; checkpoints are complete when this returns or raises."""
@@ -121,12 +125,14 @@ class _Run:
             self.saved = int(state.step)
             self.report.open(self.saved)
             with hosts.StopSignals() as signals:
-                return self._train(state, examples, lambda step: signals.requested(step) or should_stop(step))
+                state, done = self._train(state, examples, lambda step: signals.requested(step) or should_stop(step))
+            return self._results(state) if done else Result(int(state.step), False, None, None)
         finally:
-            self.report.close()
-            self.checkpoints.close()
+            with contextlib.closing(self.checkpoints):  # whatever closing the report may say
+                self.report.close()
 
-    def _train(self, state: TrainState, examples: int, should_stop) -> Result:
+    def _train(self, state: TrainState, examples: int, should_stop) -> tuple[TrainState, bool]:
+        """Train and save: the state, and whether it is that of the last step and nobody asked to stop."""
         start, stopped = int(state.step), False
         if start < self.config.num_steps:
             self.report.announce(self.mesh, state)
@@ -135,8 +141,11 @@ class _Run:
         if self.saved != step:
             self._save(step, state, examples)
         self._say_saved(self.checkpoints.wait())
-        if step < self.config.num_steps or stopped:
-            return Result(step, False, None, None)
+        return state, step >= self.config.num_steps and not stopped
+
+    def _results(self, state: TrainState) -> Result:
+        """Grid and evaluation of the last step; a signal ends them at once, for everything is saved."""
+        step = int(state.step)
         return Result(step, True, self.report.final_grid(step, state), self.report.final_evaluation(step, state))
 
     def _loop(self, state: TrainState, examples: int, should_stop) -> tuple[TrainState, int, bool]:
@@ -149,19 +158,19 @@ class _Run:
         pending = collections.deque()
         report.watch = logs.Stopwatch()
         stopped = should_stop(step)
-        while step < config.num_steps and not stopped:
-            profile.before_step()
-            state, metrics = train_step(state, batch)
-            profile.after_step(metrics)
-            step, examples = step + 1, examples + config.batch_size
-            pending.append((step, metrics))
-            if len(pending) > LAG:
-                self._read(*pending.popleft())
-            self._between_steps(step, state, examples)
-            with report.watch.waiting():
-                batch = next(batches)
-            stopped = should_stop(step)
-        profile.close()
+        with contextlib.closing(profile):
+            while step < config.num_steps and not stopped:
+                profile.before_step()
+                state, metrics = train_step(state, batch)
+                profile.after_step(metrics)
+                step, examples = step + 1, examples + config.batch_size
+                pending.append((step, metrics))
+                if len(pending) > LAG:
+                    self._read(*pending.popleft())
+                self._between_steps(step, state, examples)
+                with report.watch.waiting():
+                    batch = next(batches)
+                stopped = should_stop(step)
         while pending:
             self._read(*pending.popleft())
         if step == config.num_steps and int(state.skipped_steps) == step:
@@ -175,6 +184,7 @@ class _Run:
         nans = self.config.debug.nans  # looking for them needs the old state, and runs the step operation by operation
         step = jax.jit(make_train_step(self.experiment.train), donate_argnums=() if nans else 0, out_shardings=(shardings, None))
         compiled = step.lower(state, batch).compile()
+        fingerprints(state)  # so that the first save has nothing to compile
         hosts.wait_for_all("compiled")  # one that is much later than the others at its first step counts as lost
         self.report.say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
         self.report.say(describe(memory_plan(self.start.abstract, shardings, compiled)))
@@ -210,9 +220,9 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, examples: int) -> None:
         """Start a save; metrics up to its step are in the workdir first."""
+        start = time.perf_counter()
         self._say_saved(self.checkpoints.wait())
         self.report.flush()
-        start = time.perf_counter()
         self.checkpoints.save(state, configuration.resolved(self.config), examples)
         self.saved, self.blocked = step, time.perf_counter() - start
 

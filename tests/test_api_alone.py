@@ -11,7 +11,7 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-NEEDED = {"jax", "flax", "optax", "orbax-checkpoint", "einops", "numpy", "pillow"}
+NEEDED = {"jax", "flax", "optax", "orbax-checkpoint", "etils", "einops", "numpy", "pillow"}
 MODULES = {"scikit-learn": "sklearn"}  # of distributions that are imported under another name
 NEVER = {"torch", "tensorflow", "tensorflow_datasets", "pytest"}
 

@@ -35,4 +35,5 @@ def test_yardsticks(digits):
 
 def test_wrong_labels_are_seen(digits):
     record = evaluate_images(digits.images, (digits.labels + 1) % 10, digits.images, digits.labels)
-    assert record["accuracy"] < 0.01 and record["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    # Pixels that are always empty leave eigenvalues of 1e-17 instead of 0, whose roots are 3e-9 each.
+    assert record["accuracy"] < 0.01 and record["frechet_distance"] == pytest.approx(0, abs=1e-6)

@@ -223,8 +223,8 @@ def test_workdirs_that_are_not_shared_are_refused_by_both(start, tmp_path):
 
 
 def test_unlike_commands_are_refused_by_both(start, tmp_path):
-    members = start(arguments(tmp_path / "run"), arguments(tmp_path / "run", "--config.seed=1"))
-    assert_refused(members, *["the configuration or the data of process 1 is not that of process 0"] * 2)
+    other = arguments(tmp_path / "run", f"--restore_from={tmp_path / 'other'}")
+    assert_refused(start(arguments(tmp_path / "run"), other), *["of process 1 is not that of process 0"] * 2)
 
 
 @pytest.mark.parametrize("index", [0, 1])

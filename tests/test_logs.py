@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -72,3 +73,16 @@ def test_stopwatch_leaves_pauses_out(monkeypatch):
         now[0] = 110.0
     seconds, share = watch.lap()
     assert seconds == pytest.approx(4.0) and share == pytest.approx(0.25)
+
+
+def test_a_full_disk_is_told_with_the_place(tmp_path):
+    """Also by `close`, where what is still to be written fails once more."""
+    writer = logs.MetricWriter(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        for action in (lambda: writer.write_scalars(1, {"loss": 1.0, "name" * 50: 2.0}), writer.close):
+            with pytest.raises(OSError, match=f"{tmp_path} cannot be written .File too large.. Make room there"):
+                action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

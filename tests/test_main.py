@@ -52,6 +52,8 @@ BAD_INPUT = {
     "missing data file": (["--config.data.source=npz", "--config.data.path=/no/such.npz"], ["data.path", "/no/such.npz"]),
     "data of another shape": (["--config.data.image_size=16"], ["(8, 8, 1)", "(16, 16, 1)"]),
     "too few classes": (["--config.data.num_classes=5"], ["class 9", "num_classes", "5"]),
+    "going back in sampling": (["--mode=sample", "--restore_from=x@1"], ["--restore_from", "--mode=train"]),
+    "export by many": (["--mode=export", "--out=x", "--distributed=tpu"], ["--mode=export", "one process", "--distributed"]),
     "mesh does not fit": (["--config.mesh=(3,1,1)"], ["mesh", "3", "-1"]),
     "batch does not split": (["--config.batch_size=12"], ["batch_size", "12", "8"]),
 }

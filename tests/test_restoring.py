@@ -44,7 +44,9 @@ def rename_step(workdir: pathlib.Path, old: int, new: int) -> None:
 
 
 def set_aside(workdir: pathlib.Path) -> list[str]:
-    return sorted(path.name for path in (workdir / "set_aside").iterdir()) if (workdir / "set_aside").exists() else []
+    """Names of the steps that were set aside; beside them are copies of the metrics."""
+    folder = workdir / "set_aside"
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
 
 
 @pytest.mark.parametrize(("number", "step"), [(f"@{EVERY}", EVERY), (f"@{STEPS}", STEPS), ("", STEPS)])
@@ -110,8 +112,8 @@ def test_the_same_command_again_goes_on(workdir, other):
 BAD = {
     "@7": "holds 20, 40; name one that is there",
     "@newest": "is not PATH@STEP",
-    "/nothing@20": "holds no step; name one that is there",
-    "/nothing": "holds no step; name one that is there",
+    "/nothing@20": "checkpoints does not exist; name a workdir",
+    "/nothing": "checkpoints does not exist; name a workdir",
     f"@{STEPS}": f"{STEPS}.*meta.*is missing",
 }
 
@@ -123,6 +125,12 @@ def test_what_cannot_be_restored_changes_nothing(workdir, other, name):
     with pytest.raises(CheckpointError, match=BAD[name]):
         restore(workdir, f"{other}{name}")
     assert digest(workdir) == before
+
+
+def test_metrics_of_the_steps_that_are_set_aside_are_kept(workdir):
+    metrics = (workdir / "metrics.jsonl").read_text()
+    restore(workdir, f"{workdir}@{EVERY}")
+    assert (workdir / "set_aside" / f"metrics-{STEPS}.jsonl").read_text() == metrics
 
 
 class Killed(BaseException):

@@ -209,6 +209,7 @@ def test_configurations_from_before_a_key_are_completed(changed):
             (record["config"][group] if group else record["config"]).pop(key, None)
         path.write_text(json.dumps(record))
     seal(folder)
+    seal(workdir / "checkpoints" / "3")
     for path in (folder, workdir):
         config = find_model(path).config
         assert config.data.class_names == "" and configuration.LATER_KEYS.items() <= configuration.flatten(config).items()

@@ -230,11 +230,6 @@ def split_autoencoder(config: AutoencoderConfig, dtype=jnp.float32):
     return graph, nnx.to_pure_dict(state)
 
 
-def init_autoencoder(config: AutoencoderConfig, key: jax.Array) -> dict:
-    """Fresh float32 parameters as a nested dict; for tests and dry runs, as real ones are imported."""
-    return nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(params=key))))
-
-
 def decode_tiled(decode: Callable[[jax.Array], jax.Array], latents: jax.Array, tile: int, overlap: int) -> jax.Array:
     """Decode large maps in overlapping square tiles, blended linearly where they overlap, to bound the memory.
 
