@@ -117,6 +117,7 @@ class _Run:
         self.start = Start(config, experiment, mesh, self.checkpoints, self.report.say)
         self.saved = 0  # the newest step that is in the workdir, or on its way there
         self.blocked = 0.0  # seconds that saving it has kept training waiting
+        self.unread = collections.deque()  # steps and their metrics, still on the device
 
     def train(self, should_stop) -> Result:
         """Prepare, loop, finish; checkpoints are complete when this returns or raises."""
@@ -155,7 +156,6 @@ class _Run:
         batch = next(batches)
         train_step = self._compile(state, batch)
         profile = ProfileWindow(report.local_folder, config.debug.profile_start, config.debug.profile_steps)
-        pending = collections.deque()
         report.watch = logs.Stopwatch()
         stopped = should_stop(step)
         with contextlib.closing(profile):
@@ -164,15 +164,13 @@ class _Run:
                 state, metrics = train_step(state, batch)
                 profile.after_step(metrics)
                 step, examples = step + 1, examples + config.batch_size
-                pending.append((step, metrics))
-                if len(pending) > LAG:
-                    self._read(*pending.popleft())
+                self.unread.append((step, metrics))
+                self._read_metrics(LAG)
                 self._between_steps(step, state, examples)
                 with report.watch.waiting():
                     batch = next(batches)
                 stopped = should_stop(step)
-        while pending:
-            self._read(*pending.popleft())
+        self._read_metrics()
         if step == config.num_steps and int(state.skipped_steps) == step:
             raise self._gone_bad(int(state.bad_streak), step)
         return state, examples, stopped
@@ -190,12 +188,14 @@ class _Run:
         self.report.say(describe(memory_plan(self.start.abstract, shardings, compiled)))
         return step if nans else compiled
 
-    def _read(self, step: int, metrics: dict) -> None:
-        """Read the metrics of a step that is over, log them, and stop a run that has gone bad."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if values["bad_streak"] >= self.config.max_bad_steps:
-            raise self._gone_bad(int(values["bad_streak"]), step)
-        self.report.metrics(step, values)
+    def _read_metrics(self, lag: int = 0) -> None:
+        """Read the metrics of all but the last `lag` steps, log them, and stop a run that has gone bad."""
+        while len(self.unread) > lag:
+            step, metrics = self.unread.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if values["bad_streak"] >= self.config.max_bad_steps:
+                raise self._gone_bad(int(values["bad_streak"]), step)
+            self.report.metrics(step, values)
 
     def _gone_bad(self, streak: int, step: int) -> TrainingError:
         self.checkpoints.wait()
@@ -222,6 +222,7 @@ class _Run:
         """Start a save; metrics up to its step are in the workdir first."""
         start = time.perf_counter()
         self._say_saved(self.checkpoints.wait())
+        self._read_metrics()
         self.report.flush()
         self.checkpoints.save(state, configuration.resolved(self.config), examples)
         self.saved, self.blocked = step, time.perf_counter() - start
