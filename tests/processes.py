@@ -36,6 +36,8 @@ def start(function, *arguments) -> multiprocessing.Process:
     process = CONTEXT.Process(target=function, args=arguments, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the process that is copied
+        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+            patch.delenv(name)  # JAX warns of them; an `ObjectStore` that this process uses has one
         process.start()
     return process
 

@@ -127,7 +127,7 @@ def summarise(lives: list[Life]) -> None:
 
 
 def test_killed_runs_end_at_the_same_bits(saved_run, tmp_path):
-    survive(tmp_path, arrays(saved_run), kills=8, simple=True)
+    survive(tmp_path, arrays(saved_run), kills=6, simple=True)
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_closed_form_on_the_tiny_model(tiny):
     assert 1 / FACTOR < estimated.step / planned.step < FACTOR
 
 
+@pytest.mark.slow
 def test_closed_form_on_a_middle_size():
     spec, abstract, shardings = spec_and_state(tiny_config(*MIDDLE))
     planned = memory_plan(abstract, shardings, compile_step(spec, abstract))
