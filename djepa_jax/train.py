@@ -177,15 +177,16 @@ class _Run:
 
     def _compile(self, state: TrainState, batch: dict) -> Callable:
         """The training step, compiled for these arguments; the old state's memory is reused for the new one."""
+        start, shardings, spec = time.perf_counter(), self.start.shardings, self.experiment.train
+        self.report.say(describe(memory_plan(self.start.abstract, shardings, spec=spec)))  # should compiling run out of memory
         self.report.say("compiling the training step")
-        start, shardings = time.perf_counter(), self.start.shardings
         nans = self.config.debug.nans  # looking for them needs the old state, and runs the step operation by operation
-        step = jax.jit(make_train_step(self.experiment.train), donate_argnums=() if nans else 0, out_shardings=(shardings, None))
+        step = jax.jit(make_train_step(spec), donate_argnums=() if nans else 0, out_shardings=(shardings, None))
         compiled = step.lower(state, batch).compile()
         fingerprints(state)  # so that the first save has nothing to compile
         hosts.wait_for_all("compiled")  # one that is much later than the others at its first step counts as lost
         self.report.say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
-        self.report.say(describe(memory_plan(self.start.abstract, shardings, compiled)))
+        self.report.say(describe(memory_plan(self.start.abstract, shardings, compiled, spec)))
         return step if nans else compiled
 
     def _read_metrics(self, lag: int = 0) -> None:
