@@ -18,7 +18,7 @@ RUN = (f"--config={CONFIG}", *TINY, f"--config.num_steps={STEPS}", "--config.eva
 
 
 def compiled() -> str:
-    """The folder of compiled programs that this session's processes share."""
+    """The folder of compiled programs that all processes of a test run share."""
     return jax.config.jax_compilation_cache_dir
 
 
