@@ -2,11 +2,14 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
+from djepa_jax import sharding
 from djepa_jax.data.pipeline import example_stream, row_batches
 from djepa_jax.data.sources import ArraySource, load_digits, load_npz, open_source
+from djepa_jax.feed import local_rows, place_rows
 from djepa_jax.modalities import MODALITIES
 
 
@@ -121,3 +124,14 @@ def test_npz_images_without_channel_axis_get_one(tmp_path):
     modality = MODALITIES["image_pixels"](4, 1, 2)
     source = open_source("npz", str(tmp_path / "data.npz"), modality, num_classes=5)
     assert source[2]["image"].shape == (4, 4, 1) and source[2]["label"] == 2
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_rows_come_to_their_devices_in_any_order_of_them(shape):
+    """On a TPU neighbours of a mesh need not be in the order in which JAX counts devices, nor a process's rows together."""
+    mesh = sharding.make_mesh(shape, jax.devices()[::-1])
+    place, values = sharding.batch_sharding(mesh), np.arange(16 * 3).reshape(16, 3)
+    assert local_rows(place, 16).tolist() == list(range(16))
+    batch = place_rows(values, np.arange(16), place, 16)
+    np.testing.assert_array_equal(batch, values)
+    assert batch.sharding == place
