@@ -18,7 +18,7 @@ from djepa_jax.train_step import TrainSpec
 # What a layer keeps for its backward pass, per token: numbers of its width, and copies of the attention weights.
 # Fitted to XLA's plans on the CPU; tests/test_memory.py holds the result to a factor of 2.
 KEPT_PER_LAYER = {"none": (36, 5), "dots": (9, 0), "full": (1, 0)}
-KEPT_PER_BLOCK = 7  # a block of the denoiser, per row; it keeps everything
+KEPT_PER_BLOCK = {"none": 12, "dots": 7, "full": 3}  # of a block of the denoiser, per row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def estimate_activations(spec: TrainSpec, devices: int) -> int:
     if model.remat != "none":
         kept += layer(predictor, "none")
     rows = plan.packed_rows / plan.chunk_size * spec.token_loss.noise_multiplicity
-    kept += rows * (model.denoiser_depth + 1) * KEPT_PER_BLOCK * model.denoiser_width
+    kept += rows * (model.denoiser_depth + 1) * KEPT_PER_BLOCK[model.remat] * model.denoiser_width
     images = plan.batch_size / spec.microbatches / devices
     return int(images * kept * jnp.dtype(model.compute_dtype).itemsize)
 

@@ -120,14 +120,15 @@ def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token
     """
     x0, order, num_visible = examples["x0"], examples["order"], examples["num_visible"]
     model = nnx.merge(graph, params)
+    model.denoiser.keep_batch_split = True
     drops = spec.model.dropout or spec.model.attention_dropout
     keys = tuple(jax.random.split(dropout_key)) if drops else (None, None)
     cond = predict_features(model, x0, order, examples["seen_labels"], num_visible, spec.plan.max_visible, keys)
 
     pack = masking.pack_masked(num_visible, spec.plan)
-    weights, cond = pack(examples["weights"]), pack(cond)  # [chunks, K], [chunks, K, D]
-    token_losses = jax.vmap(lambda *chunk: spec.token_loss.loss(model.denoiser, *chunk))(pack(x0), cond, token_keys)
-    token_loss = (weights * token_losses).sum()
+    x0_masked, weights, cond = pack(x0), pack(examples["weights"]), pack(cond)  # [chunks, K, C], [chunks, K], [chunks, K, D]
+    draws = jax.vmap(lambda key: spec.token_loss.draw(key, x0_masked.shape[1:]))(token_keys)
+    token_loss = (weights * spec.token_loss.loss(model.denoiser, x0_masked, cond, *draws)).sum()
     if not spec.model.jepa_head:
         return spec.token_weight * token_loss, {"token_loss": token_loss}
     target = pack(nnx.merge(graph, ema_params).encode_all(x0, order, examples["labels"]))  # [chunks, K, D]

@@ -5,8 +5,8 @@ import json
 import os
 import pathlib
 
-# Most of the time goes into compiling; without LLVM's optimisations it is half. XLA_FLAGS=" " tests what users run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time goes into compiling; without optimisations it is a third. XLA_FLAGS=" " tests what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 

@@ -197,7 +197,7 @@ def _member(compiled: str, log: str, arguments: tuple[str, ...], devices: int, p
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles sooner
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles sooner
     jax.config.update("jax_num_cpu_devices", devices)
     keep_compiled(f"{compiled}/{devices}")  # programs for two times two devices are others than for four
     _compile_once()

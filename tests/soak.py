@@ -29,6 +29,7 @@ ENDINGS = ("kill", "kill", "kill", "term", "interrupt", "full disk", "damage")  
 TRAINING = ("num_steps=1000000", "batch_size=32", "checkpoint_every=20", "log_every=1", "sample_every=0", "evaluation.kind=none")
 MODEL = ("width=32", "encoder_depth=1", "predictor_depth=1", "denoiser_depth=1", "denoiser_width=32", "scan_unroll=1")
 FLAGS = [*(f"--config.{flag}" for flag in TRAINING), *(f"--config.model.{flag}" for flag in MODEL)]
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles sooner
 ROOM = 30_000  # bytes by which the log may grow when the disk is about to be full; less than a checkpoint has
 
 
@@ -54,7 +55,7 @@ class Child:
 
     def __init__(self, folder: pathlib.Path, ending: str, devices: int):
         self.life, self._begin = Life(ending, devices), time.monotonic()
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
         settings = {
             "XLA_FLAGS": flags,
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),

@@ -304,7 +304,7 @@ def slurm_job() -> str:
 def test_slurm_tells_where_to_meet(together, compiled, tmp_path):
     """The command line as `launch/train_slurm.sh` runs it."""
     job = {"SLURM_JOB_ID": slurm_job(), "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0"}
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     where = {
         "XLA_FLAGS": flags,
         "JAX_COMPILATION_CACHE_DIR": f"{compiled}/slurm",

@@ -74,7 +74,8 @@ def test_one_loss_per_token(name):
     """The result has the tokens' leading axes, and a token's loss depends on that token alone."""
     token_loss = TOKEN_LOSSES[name](noise_multiplicity=2)
     x0, cond = (jax.random.normal(jax.random.key(i), (2, 5, CHANNELS)) for i in range(2))
-    loss = jax.jit(lambda x0, cond: token_loss.loss(mixed_field(token_loss), x0, cond, jax.random.key(3)))
+    draws = token_loss.draw(jax.random.key(3), x0.shape)
+    loss = jax.jit(lambda x0, cond: token_loss.loss(mixed_field(token_loss), x0, cond, *draws))
     before, after = loss(x0, cond), loss(x0.at[1, 2].add(1.0), cond.at[0, 4].add(1.0))
     assert before.shape == (2, 5) and before.dtype == jnp.float32 and jnp.isfinite(before).all()
     changed = np.zeros((2, 5), bool)
@@ -90,7 +91,7 @@ def test_more_draws_only_calm_the_loss(name):
     @jax.jit
     def draw():
         losses = [TOKEN_LOSSES[name](noise_multiplicity=count) for count in (1, 8)]
-        return [loss.loss(mixed_field(loss), zeros, zeros, jax.random.key(0)) for loss in losses]
+        return [loss.loss(mixed_field(loss), zeros, zeros, *loss.draw(jax.random.key(0), zeros.shape)) for loss in losses]
 
     few, many = map(np.asarray, draw())
     assert abs(few.mean() - many.mean()) < 4 * few.std() / math.sqrt(len(few)) + 4 * many.std() / math.sqrt(len(many))
@@ -118,7 +119,8 @@ def test_ideal_denoiser_of_a_point_has_no_error(name):
     t = jax.random.uniform(jax.random.key(0), (64, 4), maxval=0.9)
     noise = jax.random.normal(jax.random.key(1), (64, 4, CHANNELS))
     t = (1000 * t).astype(int) if name == "diffusion" else t
-    squared_error = jax.tree.leaves(jax.jit(functools.partial(token_loss.terms, IDEAL[name]))(x0, x0, t, noise))[0]
+    error = token_loss.terms if name == "diffusion" else token_loss.loss
+    squared_error = jax.tree.leaves(jax.jit(functools.partial(error, IDEAL[name]))(x0, x0, t, noise))[0]
     assert float(squared_error.max()) < 1e-6
 
 

@@ -18,12 +18,14 @@ from djepa_jax.optimizer import path_name
 from djepa_jax.train_step import init_state, make_train_step
 
 WIDTH, HEADS, BATCH, TOKENS, PREFIX = 256, 4, 256, 16, 4  # 8 chunks of 32 images, so that each device can have its own
+DENOISER, DRAWS = 64, 2  # width, and draws of noise per token
 MODEL = (
     f"--config.batch_size={BATCH}",
     f"--config.model.width={WIDTH}",
     f"--config.model.num_heads={HEADS}",
     f"--config.model.num_prefix_tokens={PREFIX}",
-    "--config.model.denoiser_width=64",
+    f"--config.model.denoiser_width={DENOISER}",
+    f"--config.loss.noise_multiplicity={DRAWS}",
 )
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # machine code is not looked at
 
@@ -42,6 +44,7 @@ class Program:
 
     def __init__(self, mesh_shape):
         spec = configuration.build(tiny_config(*MODEL)).train
+        self.rows = spec.plan.packed_rows  # of the denoiser, per chunk
         mesh = sharding.make_mesh(mesh_shape)
         self.abstract = jax.eval_shape(lambda: init_state(spec))
         self.shardings = sharding.state_shardings(self.abstract, mesh)
@@ -124,6 +127,14 @@ def test_fsdp_splits_activations_as_data_parallel_does(fsdp, data_parallel):
     assert fsdp.memory.temp_size_in_bytes < 1.5 * data_parallel.memory.temp_size_in_bytes
     tokens = TOKENS + PREFIX
     assert fsdp.holds(BATCH // 8 * tokens, 4 * WIDTH) and not fsdp.holds(BATCH * tokens, 4 * WIDTH)
+
+
+@pytest.mark.parametrize("operation", ["all-gather", "all-reduce", "all-to-all", "reduce-scatter"])
+def test_fsdp_exchanges_no_rows_of_the_denoiser(fsdp, operation):
+    """They are many, its kernels are small; yet the compiler splits rows by width where it may."""
+    rows = {fsdp.rows, DRAWS * fsdp.rows}
+    assert fsdp.holds(1, fsdp.rows, DRAWS, DENOISER), "a chunk for each device, at full width"
+    assert [shape for _, shape in fsdp.results(operation) if rows & set(shape)] == []
 
 
 def test_tensor_parallel_splits_heads_and_mlp(tensor_parallel):

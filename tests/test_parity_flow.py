@@ -38,7 +38,7 @@ def training_terms(data, denoiser):
     @jax.jit
     def run(x1, cond, t, noise):
         spy = Spy(denoiser)
-        loss = FlowMatching().terms(spy, x1, cond, t[:, None], noise[:, None])
+        loss = FlowMatching().loss(spy, x1, cond, t[:, None], noise[:, None])
         return dict(xt=spy.xt[:, 0], model_output=spy.output[:, 0], loss=loss)
 
     return run(*(jnp.asarray(data[f"train_{name}"]) for name in ("x1", "z", "t", "x0")))
@@ -58,7 +58,7 @@ def test_velocity_target(data):
         def __call__(self, xt, time, condition):
             return jnp.asarray(data["train_velocity_target"])[:, None]
 
-    loss = FlowMatching().terms(Answer(), *(jnp.asarray(data[f"train_{name}"]) for name in ("x1", "z")), *recorded_draws(data))
+    loss = FlowMatching().loss(Answer(), *(jnp.asarray(data[f"train_{name}"]) for name in ("x1", "z")), *recorded_draws(data))
     assert float(loss.max()) < 1e-12
 
 

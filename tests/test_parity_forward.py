@@ -114,7 +114,7 @@ def recorded_token_loss(parity, model, x0, cond):
 
     t = per_token(data["diffusion_t"])
     if parity.variant == "flow":
-        return FlowMatching().terms(model.denoiser, x0, cond, t, per_token(data["diffusion_x0"]))
+        return FlowMatching().loss(model.denoiser, x0, cond, t, per_token(data["diffusion_x0"]))
     mse, bound = Diffusion().terms(model.denoiser, x0, cond, t, per_token(data["diffusion_noise"]))
     return (mse + bound).mean(-1)
 

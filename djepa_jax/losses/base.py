@@ -42,8 +42,11 @@ class TokenLoss(Protocol):
     def time_table_size(self) -> int:
         """Rows of the table of time embeddings that a training step looks up; 0 where times are continuous."""
 
-    def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, key: jax.Array) -> jax.Array:
-        """Loss of clean tokens `[..., C]` under conditions `[..., D]`: `[...]` float32."""
+    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Times `[..., K]` and noise `[..., K, C]` to train tokens of the shape `[..., C]` with, K = `noise_multiplicity`."""
+
+    def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """Loss of clean tokens `[..., C]` under conditions `[..., D]` and draws, of which it takes the mean: `[...]` float32."""
 
     def sample(self, denoiser: Denoiser, cond: jax.Array, noise: jax.Array, cfg_scale: jax.Array, temperature: jax.Array):
         """Draw tokens.

@@ -117,12 +117,15 @@ class Diffusion:
         """The start, and one for every ancestral step."""
         return 1 if self.sampler == "ddim" else 1 + self.num_denoise_steps
 
-    def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, key: jax.Array) -> jax.Array:
-        """Squared noise error plus variational term per token, averaged over the draws: `[...]`."""
+    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Steps `[..., K]` and noise `[..., K, C]` for tokens of the shape `[..., C]`."""
         time_key, noise_key = jax.random.split(key)
-        shape = (*x0.shape[:-1], self.noise_multiplicity)
-        t = jax.random.randint(time_key, shape, 0, NUM_TRAIN_STEPS)  # [..., K]
-        noise = jax.random.normal(noise_key, (*shape, x0.shape[-1]))  # [..., K, C]
+        rows = (*shape[:-1], self.noise_multiplicity)
+        t = jax.random.randint(time_key, rows, 0, NUM_TRAIN_STEPS)  # [..., K]
+        return t, jax.random.normal(noise_key, (*rows, shape[-1]))  # [..., K, C]
+
+    def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """Squared noise error plus variational term per token, averaged over the draws: `[...]`."""
         mse, bound = self.terms(denoiser, x0, cond, t, noise)
         return (mse + bound).mean(-1)
 

@@ -34,16 +34,14 @@ class FlowMatching:
         """One per step of the grid, two with Heun."""
         return (self.num_denoise_steps - 1) * (2 if self.sampler == "heun" else 1)
 
-    def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, key: jax.Array) -> jax.Array:
-        """Mean squared velocity error per token, averaged over the draws: `[...]`. `x0` is the clean token."""
+    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Times `[..., K]` and noise `[..., K, C]` for tokens of the shape `[..., C]`."""
         time_key, noise_key = jax.random.split(key)
-        shape = (*x0.shape[:-1], self.noise_multiplicity)
-        t = jax.random.uniform(time_key, shape)  # [..., K]
-        noise = jax.random.normal(noise_key, (*shape, x0.shape[-1]))  # [..., K, C]
-        return self.terms(denoiser, x0, cond, t, noise)
+        rows = (*shape[:-1], self.noise_multiplicity)
+        return jax.random.uniform(time_key, rows), jax.random.normal(noise_key, (*rows, shape[-1]))
 
-    def terms(self, denoiser: Denoiser, x0, cond, t, noise) -> jax.Array:
-        """The loss for given times `[..., K]` and noise `[..., K, C]`: `[...]`."""
+    def loss(self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """Mean squared velocity error per token, averaged over the draws: `[...]`. `x0` is the clean token."""
         clean = x0.astype(jnp.float32)[..., None, :]  # [..., 1, C]
         xt = t[..., None] * clean + (1 - t[..., None]) * noise
         velocity = denoiser(xt, denoiser.time(t), denoiser.condition(cond)[..., None, :])

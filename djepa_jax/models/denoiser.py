@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from djepa_jax.models.embedding import TimeEmbedding
-from djepa_jax.models.vit import LayerNorm, Linear, zeros_init
+from djepa_jax.models.vit import LayerNorm, Linear, remat_layer, zeros_init
+from djepa_jax.sharding import keep_batch_split
 
 
 class DenoiserBlock(nnx.Module):
@@ -30,12 +31,19 @@ class DenoiserBlock(nnx.Module):
 
 
 class Denoiser(nnx.Module):
-    """adaLN MLP: noisy token `[..., C]`, time and condition -> `[..., out]` in float32."""
+    """adaLN MLP: noisy token `[..., C]`, time and condition -> `[..., out]` in float32.
+
+    Attributes:
+        keep_batch_split: set in training, where rows are many and their first axis is the batch's. Sampling has so few that
+            gathering kernels split over `fsdp` may cost more than splitting the rows' width.
+    """
+
+    keep_batch_split = False
 
     def __init__(
-        self, token_dim: int, out_dim: int, cond_dim: int, width: int, depth: int, *, unroll: int = 1, dtype, rngs: nnx.Rngs
+        self, token_dim: int, out_dim: int, cond_dim: int, width: int, depth: int, *, remat="none", unroll=1, dtype, rngs
     ):
-        self.dtype, self.unroll = dtype, unroll
+        self.dtype, self.remat, self.unroll = dtype, remat, unroll
         self.time_embedding = TimeEmbedding(width, rngs=rngs)
         self.cond_proj = Linear(cond_dim, width, rngs=rngs, dtype=dtype)
         self.input_proj = Linear(token_dim, width, rngs=rngs, dtype=dtype)
@@ -71,7 +79,16 @@ class Denoiser(nnx.Module):
         x = self.input_proj(xt)
         x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, activated.shape))
         activated = jnp.broadcast_to(activated, x.shape)
-        graph, params = nnx.split(self.blocks)
-        x = jax.lax.scan(lambda x, p: (nnx.merge(graph, p)(x, activated), None), x, params, unroll=self.unroll)[0]
+        x = self._scan(x, activated)
         shift, scale = jnp.moveaxis(self.final_modulation(activated), -2, 0)
         return self.out(self.final_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+
+    def _scan(self, x: jax.Array, activated: jax.Array) -> jax.Array:
+        """All blocks on `[..., w]`."""
+        keep = keep_batch_split if self.keep_batch_split else lambda x: x
+        graph, params = nnx.split(self.blocks)
+
+        def body(x, block_params):
+            return keep(nnx.merge(graph, block_params)(keep(x), activated)), None
+
+        return jax.lax.scan(remat_layer(body, self.remat), x, params, unroll=self.unroll)[0]

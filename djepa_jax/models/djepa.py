@@ -176,6 +176,7 @@ class DJepa(nnx.Module):
             config.width,
             config.denoiser_width,
             config.denoiser_depth,
+            remat=config.remat,
             unroll=config.scan_unroll,
             dtype=dtype,
             rngs=rngs,

@@ -244,9 +244,7 @@ class Stack(nnx.Module):
             block_params, key = layer
             return keep_batch_split(nnx.merge(graph, block_params)(keep_batch_split(x), key_mask, key)), None
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, x, (params, keys), unroll=self.unroll)[0]
+        return jax.lax.scan(remat_layer(body, self.remat), x, (params, keys), unroll=self.unroll)[0]
 
     def _scan_indexed(self, graph, params, x, key_mask):
         """All layers but the last, reading parameters by index so that no slice of the stack is copied."""
@@ -259,3 +257,10 @@ class Stack(nnx.Module):
 
 def _layer(params, index):
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params)
+
+
+def remat_layer(body: Callable, policy: str) -> Callable:
+    """A scan's body that keeps for its backward pass what `REMAT_POLICIES[policy]` says, and computes the rest again."""
+    if policy == "none":
+        return body
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
