@@ -9,6 +9,9 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
+import resource
+import shutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -17,16 +20,22 @@ from typing import BinaryIO
 from djepa_jax.class_names import imagenet
 from djepa_jax.data.records import MAX_FILE_BYTES, DataError
 from djepa_jax.data.tar_index import Member, walk_tar
+from djepa_jax.lock import lock_workdir
+from djepa_jax.paths import PathError, check_writable
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+NAME, LOCK = "imagenet2012", ".imagenet2012.lock"
+# What TensorFlow Datasets writes to before it is complete; it removes it after an error, but nothing does after a kill.
+INCOMPLETE = re.compile(r"incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+")
 
 
 def prepare_tfds(manual_dir: str, data_dir: str) -> dict[str, dict[str, int] | int]:
     """Make `imagenet2012` in `data_dir`, for the source "tfds"; does nothing if it is there already.
 
-    The real data needs TensorFlow (`pip install tensorflow-cpu`) here, not for training: 23 of its images, 22 CMYK files
-    and a PNG file called JPEG, are encoded anew by it. Without them, as in a part of ImageNet, the same files come out
-    without TensorFlow, which then only opens files.
+    One process at a time does so in a folder; it first removes what one that was killed has left behind. The real data
+    needs TensorFlow (`pip install tensorflow-cpu`) here, not for training: 23 of its images, 22 CMYK files and a PNG file
+    called JPEG, are encoded anew by it. Without them, as in a part of ImageNet, the same files come out without
+    TensorFlow, which then only opens files.
 
     Args:
         manual_dir: holds ILSVRC2012_img_train.tar, a tar file of one tar file per class, and ILSVRC2012_img_val.tar.
@@ -36,12 +45,17 @@ def prepare_tfds(manual_dir: str, data_dir: str) -> dict[str, dict[str, int] | i
         how many images there are: `{"train": {WordNet id: count}, "validation": count}`.
 
     Raises:
-        DataError: a tar file is missing, damaged or of another layout, TensorFlow is needed, or what was prepared
-            does not have as many images.
+        DataError: a tar file is missing, damaged or of another layout, TensorFlow or room on the disk is needed, another
+            process is at it, or what was prepared does not have as many images.
+        PathError: `data_dir` cannot be written.
     """
     from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as recipe
 
-    files = _find_tars(manual_dir)
+    data_dir = os.path.expanduser(data_dir)
+    files, root = _find_tars(manual_dir), pathlib.Path(data_dir) / NAME
+    is_there = (root / str(recipe.Builder.VERSION)).exists()
+    if not is_there:
+        _check_room(files, root)
     train, special = _count_train(files[TRAIN], {*recipe.CMYK_IMAGES, *recipe.PNG_IMAGES})
     counts = {"train": train, "validation": _count_validation(files[VALIDATION])}
     has_tensorflow = importlib.util.find_spec("tensorflow") is not None
@@ -50,7 +64,12 @@ def prepare_tfds(manual_dir: str, data_dir: str) -> dict[str, dict[str, int] | i
             f'"{files[TRAIN]}" holds {len(special)} images that TensorFlow must encode anew, such as {special[0]}; '
             "pip install tensorflow-cpu, which training does not need."
         )
-    with contextlib.nullcontext() if has_tensorflow else _without_tensorflow(recipe):
+    with contextlib.ExitStack() as stack:
+        if not is_there:
+            stack.enter_context(_alone(data_dir))
+            _remove_leftovers(root)
+        if not has_tensorflow:
+            stack.enter_context(_without_tensorflow(recipe))
         prepared = _prepare(recipe, manual_dir, data_dir)
     _compare(counts, prepared, data_dir)
     return counts
@@ -65,6 +84,43 @@ def _find_tars(manual_dir: str) -> dict[str, pathlib.Path]:
             "them from https://image-net.org/download-images (an account is needed) and leave them packed."
         )
     return files
+
+
+def _leftovers(root: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of runs that were killed, or of one that runs now: only who holds the lock can tell."""
+    entries = root.iterdir() if root.is_dir() else ()
+    return sorted(entry for entry in entries if INCOMPLETE.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink())
+
+
+def _check_room(files: dict[str, pathlib.Path], root: pathlib.Path) -> None:
+    """Raise DataError unless the disk has room for what the archives hold, leftovers counted as free."""
+    needed = sum(file.stat().st_size for file in files.values())
+    present = next(folder for folder in root.absolute().parents if folder.exists())
+    old = sum(file.stat().st_size for folder in _leftovers(root) for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(present).free + old
+    if free < needed:
+        raise DataError(
+            f'the disk of "{root.parent}" has {free / 1e9:.1f} GB free, the data set takes {needed / 1e9:.1f} GB, as much as '
+            "its two archives; make room, or name another --data_dir."
+        )
+
+
+@contextlib.contextmanager
+def _alone(data_dir: str) -> Iterator[None]:
+    """Hold the folder for this process; raises DataError if another one prepares ImageNet there."""
+    check_writable(data_dir, "--data_dir")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_workdir(data_dir, LOCK))
+        except PathError as error:
+            raise DataError(str(error).replace("--workdir", "--data_dir")) from error
+        yield
+
+
+def _remove_leftovers(root: pathlib.Path) -> None:
+    for folder in _leftovers(root):
+        print(f"removing {folder}, which a run that was killed has left behind", flush=True)
+        shutil.rmtree(folder)
 
 
 def _count_train(file: pathlib.Path, wanted: set[str]) -> tuple[dict[str, int], list[str]]:
@@ -107,27 +163,42 @@ def _prepare(recipe: types.ModuleType, manual_dir: str, data_dir: str) -> dict[s
     """Let TensorFlow Datasets write its files; the number of images in each split."""
     import tensorflow_datasets as tfds
 
-    builder = recipe.Builder(data_dir=os.path.expanduser(data_dir), file_format="array_record")
+    builder = recipe.Builder(data_dir=data_dir, file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=os.path.expanduser(manual_dir), try_download_gcs=False)
-    builder.download_and_prepare(download_config=config)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except Exception as error:
+        # What it, array_record and TensorFlow make of failed system calls; others are mistakes, and their traceback helps.
+        if not isinstance(error, (OSError, RuntimeError)) and not type(error).__module__.startswith("tensorflow"):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f'"{data_dir}/{NAME}" could not be written ({reason[:300]}). The disk may be full, or a limit on the size of files '
+            "be reached. What was written is removed: make room or name another --data_dir, and run the same command again."
+        ) from error
     return {name: split.num_examples for name, split in builder.info.splits.items()}
 
 
 @contextlib.contextmanager
 def _without_tensorflow(recipe: types.ModuleType) -> Iterator[None]:
-    """Let the recipe open files with Python; TensorFlow does nothing else for it but encode some images anew."""
+    """Let the recipe open and remove files with Python; TensorFlow does nothing else for it but encode some images anew."""
+    from tensorflow_datasets.core import shuffle
     from tensorflow_datasets.core.download import extractor
     from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
-    gfile = types.SimpleNamespace(exists=os.path.exists, GFile=open)
-    stand_in = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
-    modules = (imagenet_common, recipe, extractor)
+    gfile = types.SimpleNamespace(exists=os.path.exists, GFile=open, remove=os.remove)
+    errors = types.SimpleNamespace(ResourceExhaustedError=())  # none of Python's
+    stand_in = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile), errors=errors)
+    modules = (imagenet_common, recipe, extractor, shuffle)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     originals = [module.tf for module in modules]
     try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))  # above 1 GB a thousand are open at a time
         for module in modules:
             module.tf = stand_in
         yield
     finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for module, original in zip(modules, originals, strict=True):
             module.tf = original
 
@@ -137,7 +208,7 @@ def _compare(counts: dict, prepared: dict[str, int], data_dir: str) -> None:
     found = {name: prepared.get(name, 0) for name in expected}
     if found != expected:
         raise DataError(
-            f'the tar files hold {expected} images, "{data_dir}/imagenet2012" was prepared with {found}; remove that '
+            f'the tar files hold {expected} images, "{data_dir}/{NAME}" was prepared with {found}; remove that '
             "folder and prepare it again."
         )
 
