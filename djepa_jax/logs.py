@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -14,12 +15,15 @@ from collections.abc import Iterator
 import numpy as np
 from clu import parameter_overview
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 
 from djepa_jax.paths import as_path, is_remote, write_bytes
 
 METRICS_NAME = "metrics.jsonl"
 MIRROR_SECONDS = 120.0  # between copies of the metrics to a bucket
+EVENT_SECONDS = 30.0  # for which events may wait in memory
 
 
 class MetricWriter:
@@ -38,9 +42,10 @@ class MetricWriter:
         path = self.folder / METRICS_NAME
         if self._mirror:
             self._mirror.fetch(METRICS_NAME)
-        _drop_lines_after(path, step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
-        self._events = SummaryWriter(str(self.folder), flush_secs=30)
+        with self._naming_the_place():
+            _drop_lines_after(path, step)
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
+            self._events = EventFile(self.folder)
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write one line; a value that is not finite becomes null, as JSON has no word for it."""
@@ -48,7 +53,7 @@ class MetricWriter:
         with self._naming_the_place():
             self._file.write(json.dumps(line) + "\n")
             for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+                self._events.add(step, summary.scalar(name, value))
         if self._mirror:
             self._mirror.copy_if_due()
 
@@ -56,16 +61,16 @@ class MetricWriter:
         """Write uint8 pictures `[H, W, 3]`."""
         with self._naming_the_place():
             for name, image in images.items():
-                self._events.add_image(name, image, step, dataformats="HWC")
+                self._events.add(step, summary.image(name, image, dataformats="HWC"))
 
     def write_texts(self, step: int, texts: dict[str, str]) -> None:
         """Write texts, shown in TensorBoard."""
         with self._naming_the_place():
             for name, text in texts.items():
-                self._events.add_text(name, text, step)
+                self._events.add(step, summary.text(name, text))
 
     def flush(self) -> None:
-        """Bring what was written into the workdir."""
+        """Bring everything that was written into the workdir."""
         with self._naming_the_place():
             self._events.flush()
         if self._mirror:
@@ -90,6 +95,41 @@ class MetricWriter:
             raise OSError(
                 f"{self.folder} cannot be written ({reason}). Make room there, and run the same command again."
             ) from error
+
+
+class EventFile:
+    """A file of TensorBoard events, written by whoever calls.
+
+    tensorboardX's own `SummaryWriter` leaves it to a thread. On a full disk the thread ends without a word, and the caller
+    waits for ever once the queue between the two is full.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._file = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"))
+        self._due = time.monotonic()  # so that the first event is on the disk at once
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, step: int, what: summary.Summary) -> None:
+        """Write a summary of a step.
+
+        Raises:
+            OSError: this, or what waited in memory before, cannot be written.
+        """
+        self._write(Event(wall_time=time.time(), step=step, summary=what))
+        if time.monotonic() >= self._due:
+            self.flush()
+
+    def _write(self, event: Event) -> None:
+        self._file.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Bring everything that was added to the disk."""
+        self._due = time.monotonic() + EVENT_SECONDS
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush, and close even if that fails."""
+        self._file.close()
 
 
 class Mirror:
@@ -146,7 +186,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # a line cut short by a crash
 
 
