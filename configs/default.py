@@ -13,9 +13,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.num_steps = 875_000  # optimiser steps of the whole training
     config.batch_size = 2048  # examples per step, over all devices
-    config.microbatches = 1  # parts of a batch that follow one another, when memory is short; same result
+    config.microbatches = 0  # parts of a batch that follow one another (same result); 0 = as few as fit the memory
     config.seed = 0  # initial values, masks, noise, order of the data
-    config.compute_dtype = "bfloat16"  # of the matrix products: bfloat16 or float32
+    config.compute_dtype = "bfloat16"  # of the matrix products: bfloat16, or float32 (true float32, slow on accelerators)
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = what is left
     config.checkpoint_every = 5000  # steps; one is always written at the end
     config.keep_checkpoints = 2  # the newest that stay
@@ -67,7 +67,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data = config.data = ConfigDict()
     # digits, npz, folder, tar, tfds, synthetic, or latents: a cache that --mode=prepare made
     data.source = "latents"
-    data.path = ""  # of the source
+    data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
+    data.staging = ""  # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
@@ -75,10 +76,11 @@ def get_config(variant: str = "") -> ConfigDict:
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1
-    data.latent_scale = 0.2325  # image_latents: the network sees (latents - shift) * scale
+    # image_latents: the network sees (latents - shift) * scale. 0.2325 is for kl16; the published one for kl8 is 0.18215
+    data.latent_scale = 0.2325
     data.latent_shift = 0.0
     data.num_classes = 1000
-    data.class_names = "imagenet"  # imagenet, a text file with one name per line, or "" to use the numbers
+    data.class_names = "imagenet"  # imagenet (told by WordNet ids), a text file with one name per line, or "" for numbers
     data.random_flip = False
     data.num_threads = 4  # of each process, that read examples; their number changes nothing but the speed
 
@@ -91,8 +93,9 @@ def get_config(variant: str = "") -> ConfigDict:
     prepare.max_broken = 100  # images that may be skipped because they cannot be read
 
     autoencoder = config.autoencoder = ConfigDict()  # between pictures and latents
-    autoencoder.name = "kl16"  # kl16 or kl8
+    autoencoder.name = "kl16"  # kl16, or kl8 (needs data.channels 4, data.image_size 32, another data.latent_scale)
     autoencoder.path = ""  # its weights; needed for preparing, and for pictures from latents
+    autoencoder.sha256 = ""  # of these weights; training takes it from the latent cache, and others are refused
     autoencoder.batch_size = 32  # pictures per call
     autoencoder.dtype = "bfloat16"  # of decoding; encoding is always float32
 

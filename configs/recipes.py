@@ -1,4 +1,11 @@
-"""What the three ImageNet configurations share: the paper's recipe, and variations of it."""
+"""What the three ImageNet configurations share: the paper's recipe, and variations of it.
+
+    python -m djepa_jax.main --config=configs/djepa_b.py:no_jepa+flow --workdir=DIR --config.data.path=CACHE
+    python -m djepa_jax.main --config=configs/djepa_b.py:pixels --workdir=DIR --config.data.path=IMAGENET/train
+    python -m djepa_jax.main --config=configs/djepa_b.py:debug --workdir=DIR
+
+Variants are joined with "+" in any order. `:512` needs latents of its own, so it goes to `--mode=prepare` as well.
+"""
 
 from collections.abc import Callable
 
@@ -30,14 +37,8 @@ def unconditional(config: ConfigDict) -> None:
     config.sample.temperature = 0.94
 
 
-def size_512(config: ConfigDict) -> None:
-    """Images of 512 x 512 pixels: 32 x 32 latents, 1024 tokens."""
-    config.data.image_size = 32
-    config.prepare.image_size = 512
-
-
 def pixels(config: ConfigDict) -> None:
-    """Raw pixels in patches of 16 x 16: 256 tokens of 768 values, no autoencoder."""
+    """Raw pixels in patches of 16 x 16: 256 tokens of 768 values, no autoencoder. Images are decoded while training."""
     config.data.modality = "image_pixels"
     config.data.source = "folder"
     config.data.image_size = 256
@@ -46,8 +47,14 @@ def pixels(config: ConfigDict) -> None:
     config.sample.clip_x0 = 1.0
 
 
+def size_512(config: ConfigDict) -> None:
+    """Images of 512 x 512 pixels, 1024 tokens: 32 x 32 latents, or patches of 16 x 16 pixels."""
+    config.data.image_size *= 2
+    config.prepare.image_size = 512
+
+
 def debug(config: ConfigDict) -> None:
-    """The same code, tiny, on made-up latents: a minute on a CPU, to see that everything runs."""
+    """The same code, tiny, on made-up examples (latents with their posterior): under a minute on two cores, to see it run."""
     config.data.source = "synthetic"
     config.model.size = "custom"
     config.model.width, config.model.num_heads = 32, 2
@@ -62,28 +69,49 @@ def debug(config: ConfigDict) -> None:
     config.sample.num_ar_steps, config.sample.num_denoise_steps, config.sample.num_segments = 4, 5, 1
 
 
+# In the order in which they are applied, whatever the order typed: a later one may build on those before it.
 VARIANTS: dict[str, Callable[[ConfigDict], None]] = {
     "diffusion": lambda config: None,
     "flow": flow,
     "no_jepa": no_jepa,
     "unconditional": unconditional,
-    "512": size_512,
     "pixels": pixels,
+    "512": size_512,
     "debug": debug,
 }
+LOSSES = ("diffusion", "flow")  # of which a training has one
 
 
 def imagenet(size: str, epochs: int, cfg_scale: float, variant: str) -> ConfigDict:
-    """The paper's row for a size, varied by one of `VARIANTS`, or by several joined with "+"."""
+    """The paper's row for a size, varied by one of `VARIANTS`, or by several joined with "+".
+
+    Raises:
+        ValueError: a variant that there is not, one named twice, or two that exclude each other.
+    """
+    chosen = parse_variants(f"djepa_{size.lower()}.py", variant)
     config = default.get_config()
     config.model.size = size
     config.num_steps = epochs * STEPS_PER_EPOCH
     config.optimizer.warmup_steps = 100 * STEPS_PER_EPOCH
     config.data.random_flip = True
     config.sample.cfg_scale = cfg_scale
-    for name in variant.split("+"):
-        if name not in VARIANTS:
-            known = ", ".join(VARIANTS)
-            raise ValueError(f'djepa_{size.lower()}.py has no variant "{name}"; it has {known}, also joined with "+".')
+    for name in chosen:
         VARIANTS[name](config)
     return config
+
+
+def parse_variants(file: str, variant: str) -> list[str]:
+    """The names in a `variant` such as "flow+debug", in the order in which they are applied.
+
+    Raises:
+        ValueError: as `imagenet`, naming the file.
+    """
+    names = variant.split("+")
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f'{file} has no variant "{name}"; it has {", ".join(VARIANTS)}, also joined with "+".')
+        if names.count(name) > 1:
+            raise ValueError(f'{file}:{variant} names the variant "{name}" twice; name it once.')
+    if set(LOSSES) <= set(names):
+        raise ValueError(f"{file}:{variant} asks for two token losses, {' and '.join(LOSSES)}; name one of them.")
+    return [name for name in VARIANTS if name in names]

@@ -13,7 +13,7 @@ from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.class_names import find_class
 from djepa_jax.compilation import use_compilation_cache
-from djepa_jax.decoder import Autoencoder
+from djepa_jax.decoder import Autoencoder, has_autoencoder, weights_sha256
 from djepa_jax.generate import Generator, placed_params
 from djepa_jax.modalities.base import Modality
 from djepa_jax.models.djepa import ModelConfig, split_model
@@ -41,7 +41,7 @@ def load(
 
     Raises:
         CheckpointError: there is no model at `path`, or it is damaged.
-        ConfigError, ValueError: its configuration or the mesh cannot work here.
+        ConfigError, ValueError: its configuration or the mesh cannot work here, or `autoencoder` is not the one of its latents.
     """
     use_compilation_cache()
     return Model(path, mesh, autoencoder)
@@ -61,6 +61,8 @@ class Model:
         stored = find_model(path)
         changes = {} if autoencoder is None else {"autoencoder.path": str(autoencoder)}
         self.path, self.config, self.step = stored.path, stored.config.updated(changes), stored.step
+        if autoencoder is not None and has_autoencoder(self.config):
+            weights_sha256(self.config)  # compared now, for reading it can wait until there are pictures to make
         self._mesh = sharding.make_mesh(mesh)
         self._experiment = configuration.build(self.config)
         self.labels = self._experiment.class_names
@@ -165,16 +167,12 @@ class Model:
                 raise ValueError(f"{name} is {value!r}; it must be {remedy}, such as {stored!r}.")
             changes[f"sample.{name}"] = type(stored)(value)  # one type, or temperature=1 would compile what 1.0 has compiled
         config = self.config.updated(changes)
-        decoder = self._autoencoder if self._has_autoencoder else None
+        decoder = self._autoencoder if has_autoencoder(config) else None
         return Generator(config, configuration.build(config), self._mesh, decoder)
-
-    @property
-    def _has_autoencoder(self) -> bool:
-        return self.config.data.modality == "image_latents" and bool(self.config.autoencoder.path)
 
     @functools.cached_property
     def _autoencoder(self) -> Autoencoder:
-        return Autoencoder(self.config.autoencoder, self._mesh)
+        return Autoencoder(self.config.autoencoder, self._mesh, self.config.data.staging)
 
     def _batch_size(self, count: int) -> int:
         """The next power of two, so that few shapes are compiled; at most the configured batch size."""
@@ -186,7 +184,7 @@ class Model:
         modality = self._experiment.modality
         tokens = jax.ShapeDtypeStruct((1, modality.num_tokens, modality.token_dim), jnp.float32)
         made = jax.eval_shape(modality.export, tokens)
-        if "images" not in made and not self._has_autoencoder:
+        if "images" not in made and not has_autoencoder(self.config):
             raise TypeError(
                 f"this model makes {', '.join(made)}, not pictures; name its autoencoder in load(..., autoencoder=PATH), or "
                 "use sample_arrays."

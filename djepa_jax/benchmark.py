@@ -37,6 +37,7 @@ from absl import flags
 
 from djepa_jax import config as configuration
 from djepa_jax import flops, sharding
+from djepa_jax.benchmark_table import MAX_UNROLLED_DEPTH, report
 from djepa_jax.config import ConfigError, Experiment
 from djepa_jax.generate import Generator
 from djepa_jax.main import HelpRequest, UsageError, read_flags
@@ -44,6 +45,7 @@ from djepa_jax.models.djepa import init_params
 from djepa_jax.orbax_io import CheckpointError
 from djepa_jax.paths import check_writable
 from djepa_jax.sample import SampleSpec, make_sampler, plan_segments
+from djepa_jax.step_program import StepProgram
 from djepa_jax.train_step import TrainSpec, init_state, make_train_step
 
 USAGE = (
@@ -51,7 +53,6 @@ USAGE = (
     "[--config.KEY=VALUE ...]"
 )
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-MAX_UNROLLED_DEPTH = 12  # lowering that many layers one by one takes seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Work:
     calls: int  # calls of the function in one repeat
     batch_size: int
     flops: dict[str, float | None]  # of one call: ideal, padded, unrolled
+    microbatches: int = 1  # parts in which a batch is taken
 
 
 def benchmark(config, parts: Sequence[str], timing: Timing) -> dict:
@@ -111,14 +113,27 @@ def describe(config, experiment: Experiment, mesh) -> dict:
 
 
 def prepare_training(config, experiment: Experiment, mesh, timing: Timing) -> Work:
-    """The donated training step, a fresh state and one random batch."""
+    """The donated training step, a fresh state and one random batch; in parts by the estimate, as in training."""
     spec = experiment.train
-    shardings = sharding.state_shardings(jax.eval_shape(lambda: init_state(spec)), mesh)
+    abstract = jax.eval_shape(lambda: init_state(spec))
+    shardings = sharding.state_shardings(abstract, mesh)
+    program = StepProgram(spec, abstract, shardings)
+    if not config.microbatches:
+        program = next(program.in_parts())
+    spec = program.spec
     state = jax.jit(lambda: init_state(spec), out_shardings=shardings)()
     batch = random_batch(config, experiment.modality, mesh)
-    step = jax.jit(make_train_step(spec), donate_argnums=0, out_shardings=(shardings, None))
     counts = train_flops(spec) | {"unrolled": unrolled_flops(spec, state, batch)}
-    return Work("step", step, (state, batch), lambda _, result: (result[0], batch), timing.steps, config.batch_size, counts)
+    return Work(
+        unit="step",
+        function=program.jitted(donate=True),
+        arguments=(state, batch),
+        following=lambda _, result: (result[0], batch),
+        calls=timing.steps,
+        batch_size=config.batch_size,
+        flops=counts,
+        microbatches=spec.microbatches,
+    )
 
 
 def prepare_sampling(config, experiment: Experiment, mesh, timing: Timing) -> Work:
@@ -211,7 +226,8 @@ def measure(work: Work, mesh, timing: Timing) -> dict:
     counts = work.flops | {"traced": flops.count_products(traced.jaxpr), "compiled": xla_flops(compiled)}
     if counts["compiled"] is not None:
         counts["compiled"] *= mesh.size
-    record = {"unit": work.unit, "batch_size": work.batch_size, "calls_per_repeat": work.calls}
+    record = {"unit": work.unit, "batch_size": work.batch_size, "microbatches": work.microbatches}
+    record |= {"calls_per_repeat": work.calls}
     record |= {"lower_seconds": middle - start, "compile_seconds": end - middle, "programs_compiled": len(compilations)}
     return record | {"flops": counts, "memory_bytes": memory(compiled)} | rates(seconds, work, mesh)
 
@@ -253,72 +269,6 @@ def rates(seconds: list[float], work: Work, mesh) -> dict:
     }
 
 
-def report(results: dict) -> str:
-    """The results as a table for people."""
-    config = results["config"]
-
-    def pairs(values: dict) -> str:
-        return ", ".join(f"{name} {value}" for name, value in values.items())
-
-    cuts = (f"{s['start']}-{s['stop']} ({s['visible']} + {s['new']})" for s in results["segments"])
-    rows = [
-        ("device", f"{results['devices']} x {results['device']} ({results['platform']}), mesh {pairs(results['mesh'])}"),
-        ("versions", pairs(results["versions"])),
-        ("XLA_FLAGS", results["XLA_FLAGS"] or "none"),
-        ("compilation cache", results["compilation_cache"]),
-        ("precision", f"{config['compute_dtype']}, matrix products {results['matmul_precision']}"),
-        ("model", pairs(config["model"])),
-        ("loss", pairs(config["loss"])),
-        ("sample", pairs(config["sample"])),
-        ("segments", f"{', '.join(cuts)}: steps (visible + new tokens)"),
-    ]
-    for part in PARTS:
-        if part in results:
-            rows += [("", ""), *part_rows(part, results[part])]
-    return "\n".join(f"{name:<20}{text}".rstrip() for name, text in rows)
-
-
-def part_rows(part: str, record: dict) -> list[tuple[str, str]]:
-    """Rows of the table for one part."""
-    ms, used, unit, mfu = record["milliseconds"], record["memory_bytes"], record["unit"], record["useful_mfu"]
-    runs = f"{len(record['seconds'])} repeats of {record['calls_per_repeat']}"
-    spread = f"10 % {ms['p10']:.1f}, 90 % {ms['p90']:.1f}, least {ms['min']:.1f}; {runs}"
-    planned, peak = (f"{used[key] / 2**20:,.0f} MiB" if used[key] else "not known" for key in ("xla_plan", "device_peak"))
-    return [
-        (part, f"batch {record['batch_size']}"),
-        ("compile", f"{record['compile_seconds']:.1f} s, after {record['lower_seconds']:.1f} s of tracing and lowering"),
-        ("programs compiled", str(record["programs_compiled"])),
-        ("time", f"{ms['median']:.1f} ms a {unit} ({spread}); {record['milliseconds_per_image']:.2f} ms an image"),
-        ("images/s", f"{record['images_per_second']:.1f}"),
-        ("memory a device", f"{planned} planned by XLA; peak of the process so far {peak}"),
-        *flop_rows(record["flops"], unit),
-        ("useful FLOP/s", readable(record["useful_flops_per_second"])),
-        ("useful MFU", f"{mfu:.1%} of the bfloat16 peak" if mfu is not None else "peak not known for this device"),
-    ]
-
-
-def readable(value: float) -> str:
-    """Four digits and a decimal prefix."""
-    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G")) if value >= s), (1e6, "M"))
-    return f"{value / scale:.4g} {prefix}"
-
-
-def flop_rows(counts: dict, unit: str) -> list[tuple[str, str]]:
-    """The five counts, each beside the one that it ought to be near."""
-
-    def row(name: str, other: str, missing: str = "not known", remark: str = "") -> str:
-        value = counts[name]
-        return missing if value is None else f"{readable(value)}, {value / counts[other]:.3f} x {other}{remark}"
-
-    return [
-        (f"FLOPs a {unit}", f"{readable(counts['ideal'])} ideal"),
-        ("  padded", row("padded", "ideal")),
-        ("  traced", row("traced", "padded")),
-        ("  XLA, unrolled", row("unrolled", "padded", f"not made (for training up to depth {MAX_UNROLLED_DEPTH})")),
-        ("  XLA, compiled", row("compiled", "padded", remark="; may count a loop's body once")),
-    ]
-
-
 def parse(argv: Sequence[str]) -> flags.FlagValues:
     """Read the command line.
 
@@ -345,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if values.out:
             check_writable(pathlib.Path(values.out).parent, "--out")
         results = benchmark(values.config, values.parts, Timing(values.steps, values.repeats, values.warmup))
-        print(report(results))
+        print(report(results, [part for part in PARTS if part in results]))
         if values.out:
             out = pathlib.Path(values.out)
             out.write_text(json.dumps(results, indent=2) + "\n")

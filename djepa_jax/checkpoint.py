@@ -70,7 +70,7 @@ class Checkpoints:
             return []
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder; move it away, or choose another --workdir.")
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        return sorted(step for path in self.directory.iterdir() if (step := step_number(path.name)) is not None)
 
     def latest_step(self) -> int | None:
         """The newest step that is finished; None where there is none."""
@@ -92,12 +92,15 @@ class Checkpoints:
             return False
 
     def recorded_step(self) -> int | None:
-        """The step that was last reported saved."""
+        """The step that was last reported saved; None if none was. CheckpointError: the record does not tell."""
         try:
-            return json.loads((self.workdir / RECORD_NAME).read_text())["step"]
+            step = json.loads((self.workdir / RECORD_NAME).read_text())["step"]
+            if type(step) is not int or step < 0:
+                raise ValueError(f"its step is {json.dumps(step)[:50]}, not a number")
+            return step
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.workdir / RECORD_NAME} cannot be read ({error}); remove it.") from error
 
     # ------------------------------------------------------------------ saving
@@ -320,6 +323,11 @@ class _Save(threading.Thread):
             self._finish()
         except BaseException as error:
             self.error = error
+
+
+def step_number(name: str) -> int | None:
+    """The step whose folder has a name; None if it is no step's, such as "007", or digits that are raised or Arabic."""
+    return int(name) if name.isascii() and name.isdigit() and str(int(name)) == name else None
 
 
 def check_step(folder: epath.Path) -> None:

@@ -44,6 +44,7 @@ LATER_KEYS = {  # that older stored configs lack, with the value that means what
     "prepare.max_broken": 100,
     "autoencoder.name": "kl16",
     "autoencoder.path": "",
+    "autoencoder.sha256": "",
     "autoencoder.batch_size": 32,
     "autoencoder.dtype": "bfloat16",
     "data.num_threads": 2,
@@ -51,6 +52,7 @@ LATER_KEYS = {  # that older stored configs lack, with the value that means what
     "debug.log_compiles": False,
     "debug.profile_steps": 0,
     "debug.profile_start": 10,
+    "data.staging": "",
 }
 FILE_NAME = "config.json"  # in a workdir: the resolved configuration
 
@@ -115,7 +117,7 @@ def _assemble(config) -> Experiment:
         token_weight=config.loss.token_weight,
         jepa_weight=config.loss.jepa_weight,
         label_drop_prob=config.loss.label_drop_prob,
-        microbatches=config.microbatches,
+        microbatches=config.microbatches or 1,  # 0: see step_program.py
     )
     sample = SampleSpec(model, token_loss, config.sample.num_ar_steps, config.sample.cfg_scale != 1, config.sample.num_segments)
     names = class_names.resolve(config.data.class_names, config.data.num_classes)
@@ -150,17 +152,20 @@ ABOVE_ZERO = (0, math.inf, "it must be above 0")
 AT_LEAST_ZERO = (0, math.inf, "it must be a finite number, at least 0")
 AT_LEAST_ONE = (1, math.inf, "it must be at least 1")
 FINITE = (-math.inf, math.inf, "it must be a finite number")
+MODERATE = (0, 1e6, "it must be a finite number, at least 0 and at most a million")
 SHARE = (0, 1, "it must be at least 0 and below 1")
 SEED = (0, MAX_SEED, f"it must be between 0 and {MAX_SEED}")
 BOUNDS = {
-    AT_LEAST_ONE: "num_steps batch_size microbatches checkpoint_every keep_checkpoints log_every max_bad_steps "
+    AT_LEAST_ONE: "num_steps batch_size checkpoint_every keep_checkpoints log_every max_bad_steps "
     "model.num_prefix_tokens model.scan_unroll loss.noise_multiplicity data.image_size data.channels data.patch_size "
     "data.num_classes sample.count sample.batch_size sample.num_segments evaluation.count prepare.image_size "
     "prepare.shard_size autoencoder.batch_size data.num_threads",
-    AT_LEAST_ZERO: "data.max_broken prepare.max_broken sample_every evaluate_every debug.profile_steps debug.profile_start "
+    AT_LEAST_ZERO: "microbatches data.max_broken prepare.max_broken sample_every evaluate_every debug.profile_steps "
+    "debug.profile_start "
     "model.width model.encoder_depth model.predictor_depth model.num_heads model.denoiser_depth model.denoiser_width "
     "loss.token_weight loss.jepa_weight loss.mask_group optimizer.warmup_steps optimizer.min_learning_rate "
-    "optimizer.weight_decay sample.cfg_scale sample.temperature sample.clip_x0",
+    "optimizer.weight_decay sample.clip_x0",
+    MODERATE: "sample.cfg_scale sample.temperature",
     ABOVE_ZERO: "model.mlp_ratio loss.mask_ratio_std optimizer.learning_rate optimizer.epsilon optimizer.clip_norm "
     "data.latent_scale sample.time_shift",
     SHARE: "model.dropout model.attention_dropout loss.label_drop_prob optimizer.beta1 optimizer.beta2 optimizer.ema_decay",
@@ -197,6 +202,9 @@ def _check_numbers(config) -> None:
     least, most = (1, 1000) if config.loss.name == "diffusion" else (2, math.inf)
     steps = config.sample.num_denoise_steps
     _require(least <= steps <= most, "sample.num_denoise_steps", steps, f"it must be between {least} and {most}")
+    sha256 = config.autoencoder.sha256
+    hexadecimal = sha256 == "" or (len(sha256) == 64 and set(sha256) <= set("0123456789abcdef"))
+    _require(hexadecimal, "autoencoder.sha256", sha256, "it must be empty, or 64 hexadecimal digits in lower case")
     if config.evaluation.kind == "small_images":
         _require(
             config.data.modality == "image_pixels",

@@ -1,6 +1,5 @@
 """An autoencoder with its weights, jitted on a mesh: pictures to moments, latents to pictures."""
 
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -12,10 +11,11 @@ from flax import nnx
 from djepa_jax import sharding
 from djepa_jax.config import ConfigError
 from djepa_jax.interop.autoencoder import from_tensors
-from djepa_jax.interop.tensor_files import SourceError, open_tensors
+from djepa_jax.interop.tensor_files import open_tensors
 from djepa_jax.manifest import file_sha256
 from djepa_jax.modalities.image_pixels import to_pixels, to_range
 from djepa_jax.models.autoencoder_kl import AUTOENCODERS, decode_tiled, split_autoencoder
+from djepa_jax.staging import local_copy
 
 TILE, OVERLAP = 64, 16  # latents; maps up to 64 x 64 (1024 pixels with KL-16) are decoded whole
 
@@ -29,17 +29,17 @@ class Autoencoder:
         batch_size: images per call of a jitted function.
 
     Raises:
-        ConfigError: no file is named.
+        ConfigError: no file is named, or its sha256 is not the one that is asked for.
         SourceError, MismatchError: the file cannot be read, or is of another autoencoder.
     """
 
-    def __init__(self, settings, mesh):
+    def __init__(self, settings, mesh, staging: str = ""):
         if not settings.path:
             raise ConfigError("config.autoencoder.path is empty; name the weights (kl16.ckpt, or a .safetensors file).")
-        path = pathlib.Path(os.path.expanduser(settings.path))
+        path = local_copy(settings.path, staging, "config.autoencoder.path")
         self.config, self._mesh = AUTOENCODERS[settings.name], mesh
+        self.sha256 = check_sha256(settings, path)
         params = read_autoencoder(path, settings.name)
-        self.sha256 = file_sha256(path)
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-settings.batch_size // divisor) * divisor
         self._params = jax.device_put(params, sharding.replicated(mesh))
@@ -63,6 +63,52 @@ class Autoencoder:
         return np.concatenate(results)[: len(arrays)]
 
 
+def makes_latents(config) -> bool:
+    """Whether a model makes latents, of which an autoencoder makes pictures."""
+    return config.data.modality == "image_latents"
+
+
+def has_autoencoder(config) -> bool:
+    """Whether a model makes latents, and the config names what makes pictures of them."""
+    return makes_latents(config) and bool(config.autoencoder.path)
+
+
+def check_sha256(settings, path: pathlib.Path) -> str:
+    """The sha256 of the weights in `path`, which `config.autoencoder` names; empty if there is no such file.
+
+    Raises:
+        ConfigError: it is not the one that `config.autoencoder` asks for.
+    """
+    found = file_sha256(path) if path.is_file() else ""  # without one, reading it says what is wrong
+    if found and settings.sha256 and found != settings.sha256:
+        raise ConfigError(
+            f'config.autoencoder.path "{settings.path}" has sha256 {found}, but the latents are those of the autoencoder with '
+            f"sha256 {settings.sha256} (config.autoencoder.sha256): another one makes wrong pictures of them. Name that file."
+        )
+    return found
+
+
+def weights_sha256(config) -> str:
+    """As `check_sha256`, of the file that a config names; one in a bucket is copied first."""
+    return check_sha256(config.autoencoder, local_copy(config.autoencoder.path, config.data.staging, "config.autoencoder.path"))
+
+
+def stored_sha256(stored: dict) -> str:
+    """Of the autoencoder whose latents a stored configuration's model learned; empty where that is not known."""
+    return stored.get("autoencoder", {}).get("sha256", "")
+
+
+def with_autoencoder(config, sha256: str):
+    """A copy of a config in which the latents are those of the autoencoder with a certain sha256; the config if that is empty."""
+    if not sha256:
+        return config
+    if hasattr(config, "updated"):  # Settings
+        return config.updated({"autoencoder.sha256": sha256})
+    copy = config.copy_and_resolve_references()
+    copy.autoencoder.sha256 = sha256
+    return copy
+
+
 def read_autoencoder(path: pathlib.Path, name: str) -> dict:
     """Parameters of the autoencoder called `name` in `AUTOENCODERS`, from a file in either known layout.
 
@@ -70,11 +116,7 @@ def read_autoencoder(path: pathlib.Path, name: str) -> dict:
         SourceError, MismatchError: the file cannot be read, or is of another autoencoder.
     """
     flag = "--config.autoencoder.path"
-    try:
-        file = open_tensors(path)
-    except SourceError as error:
-        raise SourceError(str(error).replace("--source", flag, 1)) from error
-    tensors = next(iter(file.weights.values()))
+    tensors = next(iter(open_tensors(path, flag).weights.values()))
     return from_tensors(tensors, AUTOENCODERS[name], f'{flag} "{path}"')
 
 

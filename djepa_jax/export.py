@@ -18,6 +18,7 @@ from djepa_jax import __version__, sharding
 from djepa_jax import config as configuration
 from djepa_jax.ahead_of_time import arguments, compile_sampler
 from djepa_jax.config import Experiment
+from djepa_jax.decoder import stored_sha256, with_autoencoder
 from djepa_jax.generate import check_same_model, placed_params
 from djepa_jax.interop.official import to_official
 from djepa_jax.interop.reading import LAYOUT
@@ -42,7 +43,8 @@ from djepa_jax.stored import (
 )
 
 STABLEHLO = "stablehlo"
-PRIVATE = {"data.path": "", "prepare.path": "", "autoencoder.path": ""}  # places on this machine are nobody's business
+# Places on this machine are nobody's business.
+PRIVATE = {"data.path": "", "data.staging": "", "prepare.path": "", "autoencoder.path": ""}
 FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
 
 
@@ -76,6 +78,7 @@ def run_export(config, workdir: str, out: str, form: str, overwrite: bool = Fals
     if config is not None:
         check_same_model(model.config, config)
     config = Settings(configuration.resolved(config)) if config is not None else model.config
+    config = with_autoencoder(config, stored_sha256(model.config))
     experiment = configuration.build(config)
     target = _check_target(out, overwrite)
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])

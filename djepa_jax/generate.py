@@ -1,26 +1,27 @@
-"""From a trained model to pictures on disk: batches of samples, grids, npz files."""
+"""From a trained model to pictures: batches of samples, grids, npz files."""
 
-import dataclasses
+import contextlib
 import functools
 import json
 import pathlib
 import shlex
 import sys
+import types
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
 
 from djepa_jax import config as configuration
-from djepa_jax import hosts, sharding
+from djepa_jax import sharding
 from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.config import ConfigError, Experiment
-from djepa_jax.decoder import Autoencoder
+from djepa_jax.decoder import Autoencoder, has_autoencoder, makes_latents, stored_sha256, weights_sha256
 from djepa_jax.models.djepa import split_model
-from djepa_jax.orbax_io import CheckpointError
-from djepa_jax.paths import as_path, check_writable, write_npz
+from djepa_jax.orbax_io import Meta
+from djepa_jax.paths import write_npz
 from djepa_jax.pictures import label_grid, save_png
 from djepa_jax.sample import SampleSpec, Segment, make_sampler, make_step, plan_segments
 
@@ -30,6 +31,15 @@ OF_ONE_START = tuple(
     f"__{flag}=" for flag in ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout", "restore_from")
 )
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says then
+
+
+class Stopped(Exception):
+    """Sampling was asked to stop, and has stopped after a batch."""
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,30 +55,79 @@ def jitted_step(spec: SampleSpec, segment: Segment) -> Callable:
 
 
 class Generator:
-    """The jitted sampler on a mesh; one compilation serves every call, whatever the count."""
+    """The jitted sampler on a mesh; one compilation serves every call, whatever the count.
 
-    def __init__(self, config, experiment: Experiment, mesh, autoencoder: Autoencoder | None = None):
+    Sample i depends on (seed, i) alone: neither how many there are nor where a batch begins changes it.
+
+    Args:
+        config: `sample` and `autoencoder` of it are used.
+        experiment: built from it.
+        mesh: of the devices.
+        autoencoder: in place of the one that the config names.
+        decode: whether to make pictures of latents, where there is an autoencoder.
+    """
+
+    def __init__(self, config, experiment: Experiment, mesh, autoencoder: Autoencoder | None = None, decode: bool = True):
         self.config, self.experiment, self.mesh = config, experiment, mesh
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-config.sample.batch_size // divisor) * divisor
+        self.decodes = decode and has_autoencoder(config)
         self._autoencoder = autoencoder
         self.scales = configuration.step_scales(config, experiment.modality.num_tokens)  # [T]
 
-    def __call__(self, params, labels, seed: int, progress: bool = False) -> np.ndarray:
-        """Sample one token map per label: `[n, N, C]` float32.
+    def __call__(self, params, labels, seed: int) -> np.ndarray:
+        """Sample one token map per label: `[n, N, C]` float32."""
+        return np.concatenate([tokens[:count] for tokens, count in self._sampled(params, labels, seed)])
 
-        Sample i depends on (seed, i) alone, so the last, padded batch changes nothing.
+    def images(
+        self, params, labels, seed: int, progress: bool = False, should_stop: Callable[[], bool] = never
+    ) -> dict[str, np.ndarray]:
+        """All samples of `batches`, in memory."""
+        parts = list(self.batches(params, labels, seed, 0, progress, should_stop))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def batches(
+        self, params, labels, seed: int, first: int = 0, progress: bool = False, should_stop: Callable[[], bool] = never
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Samples from number `first` on, batch by batch, as `export` gives them.
+
+        Args:
+            params: the model's parameters, on the mesh.
+            labels: one for each sample, from number 0 on.
+            seed: of everything random.
+            first: number of the first sample.
+            progress: show a bar where a terminal is watching.
+            should_stop: asked before every batch; with several processes all must be told the same.
+
+        Raises:
+            Stopped: it was asked to.
         """
+        for tokens, count in self._sampled(params, labels, seed, first, progress, should_stop):
+            yield self.export(tokens, count)
+
+    def _sampled(self, params, labels, seed, first=0, progress=False, should_stop=never) -> Iterator[tuple[np.ndarray, int]]:
+        """Tokens `[B, N, C]` and how many of them count, for the last batch is padded."""
+        start = first
+        with progress_bar(len(labels), first, progress) as bar:
+            while start < len(labels):
+                if should_stop():
+                    raise Stopped
+                tokens = self._sample_batch(params, labels, start, seed)
+                count = min(len(tokens), len(labels) - start)
+                yield tokens, count
+                start += count
+                bar.update(count)
+
+    def _sample_batch(self, params, labels, start: int, seed: int) -> np.ndarray:
+        """The batch that begins with a sample; a smaller one if memory is short, which changes no sample."""
         sampler = jitted_sampler(self.experiment.sample, self.mesh)
-        temperature, batches = self.config.sample.temperature, []
-        try:
-            for wanted, ids in progress_bar(self._batches(labels), progress):
-                batches.append(np.asarray(sampler(params, wanted, ids, seed, self.scales, temperature)))
-        except jax.errors.JaxRuntimeError as error:  # processes would have to halve together
-            if OUT_OF_MEMORY not in str(error) or jax.process_count() > 1 or not self._halve():
-                raise
-            return self(params, labels, seed, progress)
-        return np.concatenate(batches)[: len(labels)]
+        while True:
+            try:
+                wanted, ids = self._batch(labels, start)
+                return np.asarray(sampler(params, wanted, ids, seed, self.scales, self.config.sample.temperature))
+            except jax.errors.JaxRuntimeError as error:  # processes would have to halve together
+                if OUT_OF_MEMORY not in str(error) or jax.process_count() > 1 or not self._halve():
+                    raise
 
     def _halve(self) -> bool:
         """Make batches half as large after running out of memory; False where they cannot be. It changes no sample."""
@@ -80,31 +139,31 @@ class Generator:
         self.batch_size = half
         return True
 
-    def _batches(self, labels) -> list[tuple[jax.Array, jax.Array]]:
-        """Labels and sample numbers on the devices, batch by batch; the last one is padded."""
-        labels, place, batches = np.asarray(labels, np.int32), sharding.batch_sharding(self.mesh), []
-        for start in range(0, len(labels), self.batch_size):
-            ids = np.arange(start, start + self.batch_size, dtype=np.int32)
-            batches.append(jax.device_put((labels[ids % len(labels)], ids), place))
-        return batches
+    def _batch(self, labels, start: int) -> tuple[jax.Array, jax.Array]:
+        """Labels and numbers of the samples from `start` on, on the devices, padded to a whole batch."""
+        ids = np.arange(start, start + self.batch_size, dtype=np.int32)
+        wanted = np.asarray([labels[i % len(labels)] for i in ids], np.int32)
+        return jax.device_put((wanted, ids), sharding.batch_sharding(self.mesh))
 
-    def images(self, params, labels, seed: int, progress: bool = False) -> dict[str, np.ndarray]:
-        """Sampled examples as `export` gives them."""
-        return self.export(self(params, labels, seed, progress))
-
-    def export(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """What the modality makes of tokens `[n, N, C]`; latents with their pictures, if there is an autoencoder."""
-        arrays = {name: np.asarray(array) for name, array in self.experiment.modality.export(tokens).items()}
-        if "latents" not in arrays or not self.config.autoencoder.path:
-            return arrays
-        return arrays | {"images": self.autoencoder.decode(arrays["latents"])}
+    def export(self, tokens: np.ndarray, count: int | None = None) -> dict[str, np.ndarray]:
+        """What the modality makes of the first `count` of tokens `[n, N, C]`; latents with their pictures, if it `decodes`."""
+        exported = self.experiment.modality.export(tokens)  # of all, so that a padded batch compiles nothing anew
+        arrays = {name: np.asarray(array)[:count] for name, array in exported.items()}
+        return arrays | ({"images": self.autoencoder.decode(arrays["latents"])} if self.decodes else {})
 
     @property
     def autoencoder(self) -> Autoencoder:
         """The configured autoencoder, read when it is first needed."""
         if self._autoencoder is None:
-            self._autoencoder = Autoencoder(self.config.autoencoder, self.mesh)
+            self._autoencoder = Autoencoder(self.config.autoencoder, self.mesh, self.config.data.staging)
         return self._autoencoder
+
+    @functools.cached_property
+    def autoencoder_sha256(self) -> str:
+        """Of the autoencoder that makes the pictures; empty where there is none."""
+        if not self.decodes:
+            return ""
+        return self._autoencoder.sha256 if self._autoencoder is not None else weights_sha256(self.config)
 
     def stream(self, params, labels, seed: int) -> Iterator[np.ndarray]:
         """The tokens `[n, N, C]` after each autoregressive step, zero where not yet revealed.
@@ -112,7 +171,7 @@ class Generator:
         The last ones are what a call gives. All samples are held at once.
         """
         spec = self.experiment.sample
-        batches = self._batches(labels)
+        batches = [self._batch(labels, start) for start in range(0, len(labels), self.batch_size)]
         states = [spec.start(len(ids)) for _, ids in batches]
         for segment in plan_segments(spec):
             for number in range(segment.start, segment.stop):
@@ -125,26 +184,38 @@ class Generator:
                 yield np.concatenate(tokens)[: len(labels)]
 
 
-def progress_bar(batches: list, show: bool) -> Iterable:
-    """The batches, with a bar where a terminal is watching."""
+@contextlib.contextmanager
+def progress_bar(total: int, first: int, show: bool) -> Iterator:
+    """A bar of samples, of which `first` are there already; it shows where a terminal is watching."""
     if not show:
-        return batches
+        yield types.SimpleNamespace(update=lambda count: None)
+        return
     from tqdm import tqdm  # the command line's dependency, not the Python interface's
 
-    return tqdm(batches, "sampling", unit="batch", disable=None)
+    with tqdm(total=total, initial=first, desc="sampling", unit="sample", disable=None) as bar:
+        yield bar
+
+
+def stored_meta(config, workdir) -> Meta:
+    """What the latest checkpoint says of itself, found to be of the model that a config describes.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: it is of another model.
+    """
+    meta = Checkpoints(workdir).read_meta()
+    check_same_model(meta.config, config)
+    return meta
 
 
 def load_ema(config, experiment: Experiment, workdir, mesh):
     """Moving-average parameters of the latest checkpoint, placed on the mesh, and their step.
 
     Raises:
-        CheckpointError: nothing to load, or it is damaged.
-        ConfigError: the checkpoint is of another model than the config describes.
+        CheckpointError, ConfigError: as `stored_meta`.
     """
-    checkpoints = Checkpoints(workdir)
-    meta = checkpoints.read_meta()
-    check_same_model(meta.config, config)
-    return checkpoints.restore_ema(placed_params(experiment, mesh), meta.step), meta.step
+    meta = stored_meta(config, workdir)
+    return Checkpoints(workdir).restore_ema(placed_params(experiment, mesh), meta.step), meta.step
 
 
 def placed_params(experiment: Experiment, mesh) -> dict:
@@ -157,6 +228,12 @@ def placed_params(experiment: Experiment, mesh) -> dict:
 def check_same_model(stored: dict, config) -> None:
     """Raise ConfigError, with every difference, unless a checkpoint's model is the one the config describes."""
     stored = configuration.upgraded(stored)
+    theirs, ours = stored_sha256(stored), config.autoencoder.sha256
+    if makes_latents(config) and theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"the checkpoint's model learned latents of the autoencoder with sha256 {theirs}, the config (or the latent cache it "
+            f"names) is for the one with sha256 {ours}; name the cache of that autoencoder, or another --workdir."
+        )
     changed = configuration.differences(stored, configuration.resolved(config), configuration.MODEL_KEYS)
     if changed:
         lines = "\n  ".join(changed)
@@ -185,20 +262,27 @@ def make_grid(images: np.ndarray, labels, names) -> np.ndarray:
     return label_grid(images[:MAX_GRID], [names[label] for label in labels[:MAX_GRID]])
 
 
-def save_samples(out: epath.Path, arrays: dict, labels, names, settings: dict) -> list[epath.Path]:
-    """Write `OUT.npz` and, where there are pictures, a labelled grid `OUT.png`; return the paths.
+def npz_members(arrays: dict, labels, text: str) -> dict[str, np.ndarray]:
+    """What goes into an npz file: `arr_0` the images, if any, and `arr_1` the labels, as in ADM's files; beside them the rest."""
+    images = {"arr_0": arrays["images"]} if "images" in arrays else {}
+    others = {name: array for name, array in arrays.items() if name != "images"}
+    return images | {"arr_1": np.asarray(labels, np.int32), "settings": np.asarray(text)} | others
 
-    The arrays are called as in ADM's files, `arr_0` the images and `arr_1` the labels; settings and the rest stand beside.
-    """
+
+def save_grid(png: epath.Path, images: np.ndarray, labels, names, text: str) -> None:
+    """Write a labelled grid of the first pictures, with the command and the settings in it."""
+    save_png(png, make_grid(images, labels, names), {"command": command_line(), "settings": text})
+
+
+def save_samples(out: epath.Path, arrays: dict, labels, names, settings: dict) -> list[epath.Path]:
+    """Write a few samples into `OUT.npz` and, where there are pictures, a labelled grid `OUT.png`; return the paths."""
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings)
     png, npz = output_paths(out)
-    images = {"arr_0": arrays["images"]} if "images" in arrays else {}
-    others = {name: array for name, array in arrays.items() if name != "images"}
-    write_npz(npz, images | {"arr_1": np.asarray(labels, np.int32), "settings": np.asarray(text)} | others)
+    write_npz(npz, npz_members(arrays, labels, text))
     if "images" not in arrays:
         return [npz]
-    save_png(png, make_grid(arrays["images"], labels, names), {"command": command_line(), "settings": text})
+    save_grid(png, arrays["images"], labels, names, text)
     return [png, npz]
 
 
@@ -209,20 +293,3 @@ def stored_settings(npz: epath.Path) -> dict | None:
             return json.loads(str(arrays["settings"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def run_sample(config, workdir: str, out: str) -> list[epath.Path]:
-    """The `--mode=sample` command: sample the moving average of the latest checkpoint into files."""
-    experiment = configuration.build(config)
-    mesh = sharding.make_mesh(config.mesh)
-    params, step = load_ema(config, experiment, workdir, mesh)
-    target = as_path(out or as_path(workdir) / "samples" / "sample.png")
-    if any(path.is_dir() for path in (target, *output_paths(target))):
-        raise CheckpointError(f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}.')
-    hosts.on_main(lambda: check_writable(target.parent, "--out"))
-    labels = experiment.sample_labels
-    arrays = Generator(config, experiment, mesh).images(params, labels, config.sample.seed, progress=True)
-    if not hosts.is_main():
-        return []
-    settings = {"step": step, "model": dataclasses.asdict(experiment.train.model), "sample": config.sample.to_dict()}
-    return save_samples(target, arrays, labels, experiment.class_names, settings)

@@ -1,149 +1,26 @@
-"""Processes that train together: how they find each other, what one of them does for all, and when they stop."""
+"""Processes that train together: what one of them does for all, and when they stop (`meeting`: how they find each other)."""
 
 import contextlib
-import dataclasses
 import os
 import signal
-import sys
-import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-KINDS = ("none", "tpu", "slurm", "explicit")
-VARIABLE = "DJEPA_DISTRIBUTED"  # what --distributed is when it is not given; the launch scripts set it
-TIMEOUT, HEARTBEAT = 300, 60  # seconds
-COUNTDOWN = 30  # seconds between lines while others are awaited, at most
-SHUTDOWN = 3600  # seconds that a process that is done waits for the others to be
+# What a signal leads to, while a training reads its checkpoint; while it trains; when the last step is saved.
+STARTING = "stopping as soon as the checkpoint is read"
+SAVING = "saving a checkpoint, then stopping"
+SAVED = "everything is saved; leaving out samples and evaluation that are not made yet"
 SHARED_SECONDS = 5.0  # that a file may take to be seen by all processes
 
 
 class HostsError(ValueError):
     """Processes that cannot work together; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendezvous:
-    """Where processes meet.
-
-    Attributes:
-        kind: one of `KINDS`: alone; found through a TPU's metadata; through Slurm; told by the next three.
-        coordinator: HOST:PORT of process 0.
-        num_processes: how many there are.
-        process_id: which one this is.
-        timeout: seconds to wait for the others.
-        heartbeat: seconds after which a silent process counts as dead.
-    """
-
-    kind: str = "none"
-    coordinator: str = ""
-    num_processes: int = 0
-    process_id: int = -1
-    timeout: int = TIMEOUT
-    heartbeat: int = HEARTBEAT
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise HostsError(f'--distributed (or {VARIABLE}) is "{self.kind}"; it must be one of {", ".join(KINDS)}.')
-        told = {"--coordinator": self.coordinator, "--num_processes": self.num_processes, "--process_id": self.process_id >= 0}
-        if self.kind == "explicit" and not all(told.values()):
-            missing = next(name for name, value in told.items() if not value)
-            raise HostsError(f"--distributed=explicit needs {missing}.")
-        if self.kind != "explicit" and any(told.values()):
-            given = next(name for name, value in told.items() if value)
-            raise HostsError(f"{given} is only for --distributed=explicit.")
-        if self.kind == "explicit" and not self.coordinator.rpartition(":")[2].isdigit():
-            raise HostsError(f'--coordinator is "{self.coordinator}"; it must be HOST:PORT.')
-        if self.kind == "explicit" and self.process_id >= self.num_processes:
-            raise HostsError(f"--process_id is {self.process_id}; it must be below --num_processes, {self.num_processes}.")
-        if self.timeout < 1 or self.heartbeat < 1:
-            raise HostsError("--rendezvous_timeout and --heartbeat_timeout must be at least 1 (seconds).")
-
-
-def start(place: Rendezvous, saves: bool = True, environment: Mapping[str, str] = os.environ) -> None:
-    """Meet the other processes, if there are to be others; before JAX looks for devices.
-
-    Says first who is awaited, where, and for how long: what JAX does when nobody comes is to end the process.
-
-    Args:
-        place: where to meet.
-        saves: whether SIGTERM is to be a request to save and stop (`StopSignals`); otherwise it ends the process.
-        environment: variables, of which Slurm sets some.
-
-    Raises:
-        HostsError: the environment has not what `place.kind` needs.
-    """
-    who = _who(place, environment)
-    if who is None:
-        return
-    print(f"{who}: waiting up to {place.timeout} s for the others", flush=True)
-    limits = {"initialization_timeout": place.timeout + 60, "heartbeat_timeout_seconds": place.heartbeat}
-    jax.config.update("jax_enable_preemption_service", saves)
-    with _countdown(place.timeout):
-        try:
-            jax.distributed.initialize(**_arguments(place), **limits, shutdown_timeout_seconds=SHUTDOWN)
-        except ValueError as error:
-            raise HostsError(f"--distributed={place.kind} (or {VARIABLE}) finds no other processes here: {error}") from error
-        multihost_utils.sync_global_devices("start")  # opens the way for collectives while nobody has work that delays it
-    print(f"{_me()} is connected; if one dies, the others end within {place.heartbeat} s", flush=True)
-
-
-def _me() -> str:
-    return f"process {jax.process_index()} of {jax.process_count()}"
-
-
-def _who(place: Rendezvous, environment: Mapping[str, str]) -> str | None:
-    """This process, and where it meets others; None if there are no others."""
-    if place.kind == "tpu":
-        return "worker of a TPU slice (found through its metadata)"
-    if place.kind == "explicit":
-        return f"process {place.process_id} of {place.num_processes}, coordinator {place.coordinator}"
-    if place.kind == "none":
-        return None
-    number, index, job = (_needed(environment, f"SLURM_{name}") for name in ("NTASKS", "PROCID", "JOB_ID"))
-    nodes = environment.get("SLURM_JOB_NODELIST", "its nodes")
-    return None if number == "1" else f"process {index} of {number} in Slurm job {job} on {nodes}"
-
-
-def _needed(environment: Mapping[str, str], name: str) -> str:
-    if not environment.get(name, "").isdigit():
-        raise HostsError(f"--distributed=slurm, but {name} is not set: start the processes with srun.")
-    return environment[name]
-
-
-def _arguments(place: Rendezvous) -> dict:
-    if place.kind != "explicit":
-        return {"cluster_detection_method": "slurm"} if place.kind == "slurm" else {}
-    told = {"num_processes": place.num_processes, "process_id": place.process_id}
-    return {"coordinator_address": place.coordinator, **told, "cluster_detection_method": "deactivate"}
-
-
-@contextlib.contextmanager
-def _countdown(seconds: int):
-    """Say now and then how long is left; end the process when nothing is."""
-    arrived = threading.Event()
-
-    def count():
-        deadline = time.monotonic() + seconds
-        while not arrived.wait(min(COUNTDOWN, seconds / 4, max(deadline - time.monotonic(), 0.0))):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                print(f"error: not all processes came within {seconds} s; start all of them again.", file=sys.stderr, flush=True)
-                os._exit(2)
-            print(f"still waiting for the others, {left:.0f} s left", flush=True)
-
-    thread = threading.Thread(target=count, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        arrived.set()
-        thread.join()
 
 
 def alone() -> bool:
@@ -232,12 +109,19 @@ def wait_for_all(name: str) -> None:
 class StopSignals:
     """Turns the first SIGINT or SIGTERM into a request to save and stop; a second SIGINT ends the process at once.
 
-    With several processes, a signal to any of them stops all of them after the same step.
+    With several processes, a signal to any of them stops all of them after the same question (`requested`), which is why
+    all of them have to ask the same questions in the same order.
+
+    Attributes:
+        caught: whether this process has seen a signal; with several processes, SIGINT only.
+        answer: what is going to be done about it, for people.
     """
 
     def __init__(self):
-        self.caught = False
+        self.caught, self.answer = False, SAVING
         self._together = jax.process_count() > 1
+        self._questions = 0
+        self._agreed = False
         self._previous: dict = {}
 
     def __enter__(self):
@@ -250,26 +134,27 @@ class StopSignals:
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._previous.items():
+        for number, handler in self._previous.items():  # with several, JAX keeps SIGTERM: one that is done waits for the others
             signal.signal(number, handler)
-        if self._together and self._previous:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would take it, and nobody asks any more
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; with several processes all must ask after every step."""
+        """Whether to stop now, with `step` steps made; once it was so, it stays so."""
         if not self._together:
             return self.caught
-        reached = multihost_utils.reached_preemption_sync_point(step)
-        if reached and is_main():
-            print(f"a process was asked to stop: saving step {step}, then stopping all of them", flush=True)
-        return reached
+        self._questions += 1  # not the step: JAX stops at the question after the last one, and a step may be the last
+        if not self._agreed and multihost_utils.reached_preemption_sync_point(self._questions):
+            self._agreed = True
+            if is_main():
+                print(f"a process was asked to stop, at step {step}: {self.answer}", flush=True)
+        return self._agreed
 
     def _catch(self, number, frame):
+        """What must not fail comes first; nothing raises, for it would be raised wherever the training is."""
         del frame
         self.caught = True
-        name = signal.Signals(number).name
-        # Not by print, which may be what the signal has interrupted.
-        os.write(1, f"\n{name}: saving a checkpoint, then stopping; press Ctrl-C again to stop at once.\n".encode())
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: not after what Python waits for, a save or another process
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
+        text = f"\n{signal.Signals(number).name}: {self.answer}; press Ctrl-C again to stop at once.\n"
+        with contextlib.suppress(OSError):  # nobody may be listening any more
+            os.write(1, text.encode())  # not by print, which may be what the signal has interrupted

@@ -16,14 +16,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
+import fsspec
 from etils import epath
 
-from djepa_jax.paths import PathError, as_path, is_remote, write_json
+from djepa_jax.paths import BUCKET, PathError, as_path, is_remote
 
 LOCK_NAME = ".lock"
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 90.0
-SETTLE_SECONDS = 2.0  # for two that wrote at the same time: whoever is read afterwards has it
+MISSING = "0"  # what a bucket takes for the version of an object that is not there
 
 
 def lock_workdir(
@@ -69,14 +70,12 @@ def _file_lock(path: epath.Path, workdir) -> Iterator[None]:
 @contextlib.contextmanager
 def _lease(path: epath.Path, workdir, say) -> Iterator[None]:
     own = {"owner": f"process {os.getpid()} on {socket.gethostname()}", "token": uuid.uuid4().hex}
-    _wait_until_free(path, workdir, say)
-    _renew(path, own)
-    time.sleep(SETTLE_SECONDS)
-    other = _owner_but(own, path)
-    if other is not None:
-        raise _in_use(workdir, other)
+    lease = _Lease(path, own)
+    lease.replace(_free_version(lease, workdir, say))
+    if lease.lost_to is not None:
+        raise _in_use(workdir, lease.lost_to)
     ended = threading.Event()
-    renewer = threading.Thread(target=_keep_renewing, args=(path, own, ended), daemon=True)
+    renewer = threading.Thread(target=_keep_renewing, args=(lease, ended), daemon=True)
     renewer.start()
     try:
         yield
@@ -84,61 +83,92 @@ def _lease(path: epath.Path, workdir, say) -> Iterator[None]:
         ended.set()
         renewer.join()
         with contextlib.suppress(Exception):  # storage that is away; the lock counts as left behind soon
-            if _owner_but(own, path) is None:
-                path.unlink(missing_ok=True)
+            lease.remove()
 
 
-def _wait_until_free(path: epath.Path, workdir, say) -> None:
-    """Return when nobody holds the lock; an owner that renews it meanwhile is alive.
+def _free_version(lease: "_Lease", workdir, say) -> str:
+    """Return, when nobody holds the lock, the version of it that may be replaced; an owner that renews it is alive.
 
-    Clocks of two machines are never compared: what counts is whether the file changes while it is watched.
+    Clocks of two machines are never compared: what counts is whether the object changes while it is watched.
     """
-    first = _read(path)
-    if first is None:
-        return
-    owner = first.get("owner", "another process")
-    say(f"{path} names {owner}; waiting up to {STALE_SECONDS:.0f} s to see whether it is alive")
+    first, content = lease.read()
+    if first == MISSING:
+        return first
+    owner = _owner(content)
+    say(f"{lease.path} names {owner}; waiting up to {STALE_SECONDS:.0f} s to see whether it is alive")
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(min(RENEW_SECONDS / 4, STALE_SECONDS / 4))
-        found = _read(path)
-        if found is None:
-            return
-        if found != first:
+        version, _ = lease.read()
+        if version == MISSING:
+            return version
+        if version != first:
             raise _in_use(workdir, owner)
+    return first
 
 
-def _keep_renewing(path: epath.Path, own: dict, ended: threading.Event) -> None:
+def _keep_renewing(lease: "_Lease", ended: threading.Event) -> None:
     while not ended.wait(RENEW_SECONDS):
         with contextlib.suppress(Exception):  # storage that is away for a moment; the next renewal may succeed
-            other = _owner_but(own, path)
-            if other is not None:
-                _give_way(path, other)
-            _renew(path, own)
-
-
-def _owner_but(own: dict, path: epath.Path) -> str | None:
-    """Who else has the lock; None if nobody has."""
-    found = _read(path)
-    return None if found is None or found.get("token") == own["token"] else found.get("owner", "another process")
+            lease.replace(lease.version)
+            if lease.lost_to is not None:
+                _give_way(lease.path, lease.lost_to)
 
 
 def _give_way(path: epath.Path, owner: str) -> None:
-    """End this process at once: another one writes here now."""
+    """End this process at once: another one writes here now, or has written."""
     print(f"\nerror: {path} was not renewed in time and now names {owner}; this process ends.", file=sys.stderr, flush=True)
     os._exit(2)
 
 
-def _renew(path: epath.Path, own: dict) -> None:
-    write_json(path, own | {"renewed": uuid.uuid4().hex})
+def _owner(content: bytes) -> str:
+    return _parsed(content).get("owner", "another process")
 
 
-def _read(path: epath.Path) -> dict | None:
-    """What the lock says; None if there is none. Storage that does not answer is no free lock: its error is raised."""
+def _parsed(content: bytes) -> dict:
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:  # not written by this program
+        found = json.loads(content)
+    except (ValueError, RecursionError):  # not written by this program
         return {}
     return found if isinstance(found, dict) else {}
+
+
+class _Lease:
+    """The lock's object in a bucket. The service itself refuses a change of another version than the one that was seen.
+
+    So of several processes that find the lock free, or left behind, at any times, one gets it.
+
+    Attributes:
+        version: the generation, in Google's words, that this process wrote last.
+        lost_to: who has the lock instead; None while this process may have it.
+    """
+
+    def __init__(self, path: epath.Path, own: dict):
+        self.path, self.version, self.lost_to, self._own = path, MISSING, None, own
+        self._storage = fsspec.filesystem("gcs")  # as `as_path` has set it up
+        self._bucket, _, self._name = os.fspath(path).removeprefix(BUCKET).partition("/")
+
+    def read(self) -> tuple[str, bytes]:
+        """Version and content. Storage that does not answer is no free lock: its error is raised."""
+        try:
+            headers, content = self._storage.call("GET", self._storage.url(os.fspath(self.path)))
+        except FileNotFoundError:
+            return MISSING, b""
+        return headers["X-Goog-Generation"], content
+
+    def replace(self, version: str) -> None:
+        """Make this process the owner, unless the object is no longer the given version: `lost_to` tells of whom it is."""
+        data = json.dumps(self._own | {"renewed": uuid.uuid4().hex}).encode()
+        url = f"{self._storage._location}/upload/storage/v1/b/{self._bucket}/o"
+        query = {"uploadType": "media", "name": self._name, "ifGenerationMatch": version}
+        try:
+            self.version = self._storage.call("POST", url, data=data, json_out=True, **query)["generation"]
+        except FileExistsError:  # also where the answer to a change of our own was lost, and it was sent again
+            self.version, content = self.read()
+            if _parsed(content).get("token") != self._own["token"]:
+                self.lost_to = "nobody" if self.version == MISSING else _owner(content)
+
+    def remove(self) -> None:
+        """Give the lock back, if it is still that of this process."""
+        if self.lost_to is None:
+            self._storage.call("DELETE", "b/{}/o/{}", self._bucket, self._name, ifGenerationMatch=self.version)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,16 +11,24 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from djepa_jax import hosts, json_config
+from djepa_jax import hosts, json_config, meeting
 from djepa_jax.compilation import use_compilation_cache
 from djepa_jax.config import flatten
-from djepa_jax.generate import OUT_OF_MEMORY, command_line
+from djepa_jax.decoder import has_autoencoder, makes_latents
+from djepa_jax.generate import command_line
 from djepa_jax.paths import STORAGE_PACKAGES, as_path
 
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 USAGE = (
     "usage: python -m djepa_jax.main --config=configs/digits.py|--config_json=FILE --workdir=DIR "
     "[--mode=train|sample|evaluate|import|export|prepare] [--config.KEY=VALUE ...]"
+)
+
+
+# What XLA, the service that connects processes, Gloo and NCCL say when another process is gone.
+LOST = re.compile(
+    r"\A(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b|heartbeat|Connection (closed|reset|refused)|Broken pipe|remote process exited",
+    re.IGNORECASE,
 )
 
 
@@ -43,6 +52,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "out", "", "sample: where to write; the .png and .npz go side by side. export: the folder to write.", flag_values=values
     )
+    flags.DEFINE_bool("latents_only", False, "sample: write latents and no pictures.", flag_values=values)
     flags.DEFINE_string("source", "", "import: a .pth or .safetensors file, or an export folder.", flag_values=values)
     flags.DEFINE_enum("format", "orbax", EXPORT_FORMATS, "export: how the weights are written.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "export: replace an export that is there.", flag_values=values)
@@ -55,21 +65,23 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     values = read_flags(values, argv, USAGE, required=lambda values: REQUIRED[values.mode])
     if values.restore_from and values.mode != "train":
         raise UsageError(f"--restore_from is for --mode=train; to {values.mode}, copy the workdir and go back in the copy.")
+    if values.latents_only and values.mode != "sample":
+        raise UsageError(f"--latents_only is for --mode=sample; to {values.mode}, leave it out.")
     if values.distributed != "none" and values.mode in ("import", "export"):
-        raise UsageError(f"--mode={values.mode} is for one process; leave out --distributed ({hosts.VARIABLE}).")
+        raise UsageError(f"--mode={values.mode} is for one process; leave out --distributed ({meeting.VARIABLE}).")
     return values
 
 
 def _define_distributed(values: flags.FlagValues) -> None:
-    """The flags that tell where several processes meet (`hosts.Rendezvous`)."""
-    default = os.environ.get(hosts.VARIABLE, "none")
+    """The flags that tell where several processes meet (`meeting.Rendezvous`)."""
+    default = os.environ.get(meeting.VARIABLE, "none")
     kinds = "none: alone; tpu, slurm: as these tell; explicit: as the next three flags tell."
     flags.DEFINE_string("distributed", default, kinds, flag_values=values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", 0, "How many there are.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Which one this is, from 0.", flag_values=values)
-    flags.DEFINE_integer("rendezvous_timeout", hosts.TIMEOUT, "Seconds to wait for the others.", flag_values=values)
-    flags.DEFINE_integer("heartbeat_timeout", hosts.HEARTBEAT, "Seconds after which a silent one is dead.", flag_values=values)
+    flags.DEFINE_integer("rendezvous_timeout", meeting.TIMEOUT, "Seconds to wait for the others.", flag_values=values)
+    flags.DEFINE_integer("heartbeat_timeout", meeting.HEARTBEAT, "Seconds after which a silent one is dead.", flag_values=values)
 
 
 def read_flags(
@@ -180,9 +192,9 @@ def run_training(values: flags.FlagValues) -> None:
 
 def run_sampling(values: flags.FlagValues) -> None:
     """Draw samples from the latest checkpoint into files."""
-    from djepa_jax.generate import run_sample
+    from djepa_jax.sampling import run_sample
 
-    for path in run_sample(values.config, values.workdir, values.out):
+    for path in run_sample(values.config, values.workdir, values.out, values.latents_only):
         print(f"wrote {path}")
 
 
@@ -239,7 +251,8 @@ REQUIRED = {mode: ("config", "workdir") for mode in COMMANDS} | {
 def summarise(result, config, workdir: str) -> None:
     """Say how training ended, where the pictures are and what to try next."""
     if not result.finished:
-        print(f"stopped at step {result.step} of {config.num_steps}; the same command goes on from there.")
+        rest = "goes on from there" if result.step < config.num_steps else "makes the samples and the evaluation"
+        print(f"stopped at step {result.step} of {config.num_steps}; the same command {rest}.")
         return
     print(f"\nTraining is complete ({result.step} steps); to start afresh, name another --workdir or remove {workdir}.")
     if result.grid:
@@ -255,11 +268,13 @@ def summarise(result, config, workdir: str) -> None:
 def next_steps(config) -> list[tuple[str, ...]]:
     """Flags worth adding to the command of a finished run."""
     last, few = config.data.num_classes - 1, max(1, config.sample.num_ar_steps // 2)
-    sample = "--mode=sample"
+    sample, ending = ("--mode=sample",), "png"
+    if makes_latents(config) and not has_autoencoder(config):  # of which no picture can be made
+        sample, ending = ("--mode=sample", "--latents_only"), "npz"
     return [
-        (sample, "--out=one_class.png", f"--config.sample.labels={min(3, last)}", "--config.sample.count=25"),
-        (sample, "--out=fewer_steps.png", f"--config.sample.num_ar_steps={few}"),
-        (sample, "--out=strong_guidance.png", "--config.sample.cfg_scale=4.0"),
+        (*sample, f"--out=one_class.{ending}", f"--config.sample.labels={min(3, last)}", "--config.sample.count=25"),
+        (*sample, f"--out=fewer_steps.{ending}", f"--config.sample.num_ar_steps={few}"),
+        (*sample, f"--out=strong_guidance.{ending}", "--config.sample.cfg_scale=4.0"),
     ]
 
 
@@ -271,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = parse(sys.argv if argv is None else argv)
         names = ("coordinator", "num_processes", "process_id")
         place = {name: values[name].value for name in names}
-        hosts.start(hosts.Rendezvous(values.distributed, **place, **_timeouts(values)), saves=values.mode == "train")
+        meeting.start(meeting.Rendezvous(values.distributed, **place, **_timeouts(values)), saves=values.mode == "train")
         use_compilation_cache()
         COMMANDS[values.mode](values)
         return 0
@@ -313,7 +328,7 @@ def _expected(error: Exception) -> str | None:
 def _lost(error: BaseException | None) -> str | None:
     """What JAX said when another process was gone; None if that is not behind the error."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
+        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
             return str(error).splitlines()[0]
         error = error.__cause__ or error.__context__
     return None

@@ -155,5 +155,6 @@ def _limits(config: Settings, experiment: Experiment) -> str:
         "biases, and nothing else; it may reproduce training examples. It was not judged beyond what stands above."
     )
     if config.data.modality == "image_latents":
-        text += f" It makes latents (divided by {config.data.latent_scale}); an autoencoder has to turn them into pictures."
+        which = f"the autoencoder with sha256 `{config.autoencoder.sha256}`" if config.autoencoder.sha256 else "an autoencoder"
+        text += f" It makes latents (divided by {config.data.latent_scale}); {which} has to turn them into pictures."
     return text

@@ -80,8 +80,24 @@ def restore_state(folder: epath.Path, abstract: TrainState, meta: Meta) -> dict:
     Raises:
         CheckpointError: the step does not hold exactly these arrays.
     """
-    wanted = {name: getattr(abstract, name) for name in meta.parts}
-    return _checked(folder, restore_arrays(folder / "state", wanted), meta)
+    return _checked(folder, restore_arrays(folder / "state", _parts(abstract, meta)), meta)
+
+
+def _parts(abstract: TrainState, meta: Meta) -> dict:
+    return {name: getattr(abstract, name) for name in meta.parts}
+
+
+def check_restorable(folder: epath.Path, abstract: TrainState, meta: Meta) -> None:
+    """As far as can be told without reading arrays, make sure that `restore_state` will succeed.
+
+    Raises:
+        CheckpointError: the step does not hold exactly these arrays, or lacks a fingerprint.
+    """
+    wanted = _parts(abstract, meta)
+    check_arrays(folder / "state", wanted)
+    unknown = [] if meta.fingerprints is None else sorted(_by_name(wanted).keys() - meta.fingerprints.keys())
+    if unknown:
+        raise DamagedError(f"{folder} has no fingerprint of the array {unknown[0]}. Nothing was overwritten.")
 
 
 def restore_ema(folder: epath.Path, abstract: dict, meta: Meta) -> dict:
@@ -206,7 +222,7 @@ def save_arrays(folder: epath.Path, arrays: dict) -> None:
 def save_sparingly(folder: epath.Path, parts: dict, config: dict, step: int, examples: int) -> None:
     """Write a new step that holds only some parts of a training state, with little memory beside them.
 
-    The arrays are not read back, which would take more memory; whoever loads the step compares their fingerprints.
+    The arrays are not read back: that takes a few hundred MB more. Whoever loads the step compares their fingerprints.
 
     Args:
         folder: of the step.

@@ -105,10 +105,15 @@ def write_npz(path: os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def check_local(path: str | os.PathLike, flag: str) -> None:
+def check_local(path: str | os.PathLike, flag: str, remedy: str = "name one") -> None:
     """Raise PathError if a flag that needs a local folder names another."""
     if not os.fspath(path) or "://" in os.fspath(path):
-        raise PathError(f'{flag} "{path}" is not a local path; name one.')
+        raise PathError(f'{flag} "{path}" is not a local path; {remedy}.')
+
+
+def bucket_reason(error: Exception) -> str:
+    """What storage said, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
@@ -128,8 +133,7 @@ def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
         probe.unlink()
     except Exception as error:  # storage services have exceptions of their own: no bucket, no permission, no network
         if is_remote(path):
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            remedy = "check the bucket's name and your access (roles/storage.objectUser)"
+            reason, remedy = bucket_reason(error), "check the bucket's name and your access (roles/storage.objectUser)"
         elif isinstance(error, OSError):
             reason, remedy = error.strerror or str(error), "choose another folder"
         else:

@@ -2,67 +2,35 @@
 
 Shards are independent: each covers a fixed range of the source and is written under a temporary name, read back and
 renamed; a small JSON file beside it then says that it is whole. A second run makes only what is missing. Several
-processes share the shards between them. `metadata.json` is written last.
+processes share the shards between them. `metadata.json` is written last. `shards.py` makes the shards.
 """
 
 import dataclasses
-import errno
 import json
 import math
 import pathlib
-import re
-import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from djepa_jax import __version__, class_names, sharding
+from djepa_jax import __version__, class_names, hosts, sharding
 from djepa_jax import config as configuration
 from djepa_jax.config import ConfigError
 from djepa_jax.data import latents
-from djepa_jax.data.images import BrokenImage
 from djepa_jax.data.latents import METADATA_NAME, SHARDS_NAME, Metadata, Shard
-from djepa_jax.data.records import DataError, Robust
-from djepa_jax.data.sources import open_source
+from djepa_jax.data.records import ANY_CLASS, DataError, Robust
+from djepa_jax.data.sources import Unlabelled, open_source
 from djepa_jax.decoder import Autoencoder
 from djepa_jax.lock import lock_workdir
-from djepa_jax.logs import format_seconds
-from djepa_jax.manifest import file_sha256
 from djepa_jax.modalities.image_pixels import ImagePixels
-from djepa_jax.models.autoencoder_kl import LOG_VARIANCE_RANGE
-from djepa_jax.paths import check_local, check_writable, write_json
+from djepa_jax.paths import as_path, check_local, check_writable, write_json
+from djepa_jax.shards import Plan, make_shards, too_many_broken
+from djepa_jax.shares import Shares
 
 PLAN_NAME = "plan.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a cache is made of; the same command on an unfinished cache must have the same plan."""
-
-    source: str
-    path: str
-    examples: int
-    shard_size: int
-    image_size: int
-    num_classes: int
-    dtype: str
-    autoencoder: str
-    autoencoder_sha256: str
-
-    @property
-    def num_shards(self) -> int:
-        """How many shards there are."""
-        return -(-self.examples // self.shard_size)
-
-    def shard_name(self, index: int) -> str:
-        """File name of a shard."""
-        return f"{index:05d}-of-{self.num_shards:05d}.array_record"
-
-    def examples_of(self, index: int) -> range:
-        """Which examples of the source go into a shard."""
-        return range(index * self.shard_size, min((index + 1) * self.shard_size, self.examples))
+SOURCES = ("folder", "tar", "tfds", "npz")  # that hold images
+PUBLISH = "prepare into a local folder and copy it with gcloud storage cp -r CACHE gs://BUCKET/CACHE"
 
 
 def run_prepare(config, folder: str, measure_scale: bool = False, say: Callable[[str], None] = print) -> Metadata:
@@ -77,39 +45,62 @@ def run_prepare(config, folder: str, measure_scale: bool = False, say: Callable[
     Raises:
         ConfigError: settings that cannot work.
         DataError: unusable images, too many broken ones, or a cache with another plan in the folder.
+        HostsError: several processes do not see the same folder or images, or another of them has failed.
         OSError: the disk is full, or cannot be written.
     """
-    check_local(folder, "--workdir")
+    check_local(folder, "--workdir", PUBLISH)
     configuration.build(config)
-    source = open_raw(config.prepare, config.data.num_classes)
+    source = open_raw(config)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
-    autoencoder = Autoencoder(config.autoencoder, mesh)
+    autoencoder = Autoencoder(config.autoencoder, mesh, config.data.staging)
     plan = make_plan(config, source, autoencoder)
-    check_writable(folder)
+    hosts.on_main(lambda: check_writable(folder))
     path = pathlib.Path(folder)
-    with lock_workdir(folder, f".lock-{jax.process_index()}"):  # a lock for each process that shares the work
-        _begin(path, plan)
-        _make_shards(path, plan, source, autoencoder, config.prepare.max_broken, say)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("shards are finished")
-        if jax.process_index() == 0:
-            _finish(path, plan, config, source, measure_scale)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("metadata is written")
+    with hosts.held_by_main(lock_workdir(folder)):
+        hosts.check_shared(as_path(folder))
+        hosts.check_same(repr(plan), "the configuration, the images or the autoencoder")
+        hosts.on_main(lambda: _begin(path, plan))
+        with Shares(path) as shares:
+            make_shards(path, plan, source, autoencoder, config, shares, say)
+        hosts.on_main(lambda: _finish(path, plan, config, source, measure_scale, say))
     metadata = latents.read_metadata(path)
     say(f"{metadata.count:,} images of {metadata.num_classes} classes in {len(metadata.shards)} shards; {_describe(metadata)}")
     return metadata
 
 
-def open_raw(settings, num_classes: int):
-    """The images to encode, where a broken one is an error of its own."""
-    modality = ImagePixels(settings.image_size, 3, 1)
-    try:
-        source = open_source(settings.source, settings.path, modality, num_classes, max_broken=settings.max_broken)
-    except ValueError as error:
-        message = re.sub(r"\bdata\.(path|source|image_size)\b", r"prepare.\1", str(error))  # sources speak of training
-        raise DataError(message) from error
-    return source.source if isinstance(source, Robust) else source
+class RawImages(ImagePixels):
+    """RGB images to encode."""
+
+    def check_example(self, example: np.ndarray) -> None:
+        """Raise DataError unless an example has this shape, uint8."""
+        if tuple(example.shape) != self.example_shape or example.dtype != self.example_dtype:
+            raise DataError(
+                f"prepare.path holds {example.dtype} examples of shape {tuple(example.shape)}; with prepare.image_size "
+                f"{self.size} they must be uint8 of shape {self.example_shape}: crop them to that, or set prepare.image_size."
+            )
+
+
+def open_raw(config):
+    """The images to encode, where a broken one is an error of its own.
+
+    Raises:
+        ConfigError: `prepare.source` holds no images.
+        ValueError: as `open_source`.
+    """
+    settings, data = config.prepare, config.data
+    if settings.source not in SOURCES:
+        raise ConfigError(f'config.prepare.source is "{settings.source}"; it must be one of {", ".join(sorted(SOURCES))}.')
+    source = open_source(
+        settings.source,
+        settings.path,
+        RawImages(settings.image_size, 3, 1),
+        ANY_CLASS if data.unconditional else data.num_classes,
+        class_names=data.class_names,
+        max_broken=settings.max_broken,
+        group="prepare",
+    )
+    source = source.source if isinstance(source, Robust) else source
+    return Unlabelled(source) if data.unconditional else source
 
 
 def make_plan(config, source, autoencoder: Autoencoder) -> Plan:
@@ -129,7 +120,7 @@ def make_plan(config, source, autoencoder: Autoencoder) -> Plan:
         raise ConfigError(f'config.data.modality is "{config.data.modality}"; a latent cache is for "image_latents".')
     return Plan(
         source=config.prepare.source,
-        path=config.prepare.path,
+        contents=source.digest(),
         examples=len(source),
         shard_size=config.prepare.shard_size,
         image_size=size,
@@ -150,132 +141,37 @@ def _begin(folder: pathlib.Path, plan: Plan) -> None:
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        (folder / SHARDS_NAME).mkdir(exist_ok=True)
-        own = folder / f".{PLAN_NAME}-{jax.process_index()}"  # several processes may be here at once
-        write_json(own, wanted)
-        own.replace(path)
-        return
+        write_json(path, wanted)
+        found = wanted
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); name another --workdir.") from error
     changed = configuration.differences(found, wanted)
     if changed:
         lines = "\n  ".join(changed)
-        raise DataError(f"{folder} holds a latent cache of something else (cache -> now):\n  {lines}\nName another --workdir.")
-
-
-def _make_shards(folder: pathlib.Path, plan: Plan, source, autoencoder: Autoencoder, max_broken: int, say) -> None:
-    """Make this process's share of the shards that are not finished."""
-    mine = range(jax.process_index(), plan.num_shards, jax.process_count())
-    found = {index: _finished(folder, plan, index) for index in mine}
-    missing = [index for index, shard in found.items() if shard is None]
-    max_broken -= sum(len(shard.skipped) for shard in found.values() if shard is not None)
-    if len(missing) < len(mine):
-        say(f"{len(mine) - len(missing)} of {len(mine)} shards are finished already")
-    start, done, total = time.perf_counter(), 0, sum(len(plan.examples_of(index)) for index in missing)
-    for index in missing:
-        try:
-            max_broken -= len(_make_shard(folder, plan, index, source, autoencoder, max_broken).skipped)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "disk" in str(error)
-            advice = "free some space" if full else "repair it"
-            raise OSError(
-                f"shard {index} of {plan.num_shards} cannot be written to {folder} ({error}); finished shards are kept: {advice} "
-                "and run the same command again."
-            ) from error
-        done += len(plan.examples_of(index))
-        rate = done / (time.perf_counter() - start)
-        say(f"{done:,} of {total:,} images, {rate:.0f} images/s, {format_seconds((total - done) / rate)} left")
-
-
-def _record_path(folder: pathlib.Path, plan: Plan, index: int) -> pathlib.Path:
-    return folder / SHARDS_NAME / f"{plan.shard_name(index)}.json"
-
-
-def _finished(folder: pathlib.Path, plan: Plan, index: int) -> Shard | None:
-    """The record of a shard that is whole, by its checksum; None if it has to be made."""
-    shard = latents.read_shard_record(_record_path(folder, plan, index))
-    if shard is None or shard.file != plan.shard_name(index):
-        return None
-    try:
-        latents.check_shard(folder, shard, verify=True)
-    except DataError:
-        return None
-    return shard
-
-
-def _make_shard(folder: pathlib.Path, plan: Plan, index: int, source, autoencoder: Autoencoder, max_broken: int) -> Shard:
-    """Encode and write one shard, then its record."""
-    images, labels, keys, skipped = _read_examples(plan.examples_of(index), source, max_broken)
-    moments = autoencoder.encode(images) if len(images) else np.zeros((0, 1), np.float32)  # [n, 2, h, w, 2c]
-    if not np.isfinite(moments).all():
-        raise DataError(f"the autoencoder gives values that are not finite in shard {index}; is its weight file the right one?")
-    dtype, path = latents.DTYPES[plan.dtype], folder / SHARDS_NAME / plan.shard_name(index)
-    records = [latents.pack(*entry) for entry in zip(labels, keys, moments.astype(dtype), strict=True)]
-    latents.write_shard(path, records)
-    total, squares = moment_sums(moments) if len(images) else (0.0, 0.0)
-    names, counts = np.unique(labels, return_counts=True)
-    shard = Shard(
-        file=path.name,
-        count=len(records),
-        bytes=path.stat().st_size,
-        sha256=file_sha256(path),
-        class_counts={str(name): int(count) for name, count in zip(names, counts, strict=True)},
-        skipped=skipped,
-        sum=total,
-        sum_of_squares=squares,
-    )
-    record = _record_path(folder, plan, index)
-    write_json(record, dataclasses.asdict(shard))
-    for leftover in record.parent.glob(f"{record.name}.*tmp"):  # of a process that was killed while it wrote this one
-        leftover.unlink(missing_ok=True)
-    return shard
-
-
-def _read_examples(indices: range, source, max_broken: int) -> tuple[np.ndarray, list[int], list[str], dict[str, str]]:
-    """Images `[n, H, W, 3]`, labels and keys of some examples; those that cannot be read are named with the reason.
-
-    Raises:
-        DataError: more than `max_broken`, what is left of the limit, of them are broken.
-    """
-    images, labels, keys, skipped = [], [], [], {}
-    for index in indices:
-        key = source.key(index) if hasattr(source, "key") else str(index)
-        try:
-            example = source[index]
-        except BrokenImage as error:
-            skipped[key] = str(error)
-            continue
-        images.append(example["image"])
-        labels.append(int(example["label"]))
-        keys.append(key)
-    if len(skipped) > max_broken:
-        shown = "; ".join(f"{key}: {reason}" for key, reason in list(skipped.items())[:3])
+        restore = ""
+        if found.get("contents", plan.contents) != plan.contents:
+            restore = "The images, their names or their classes have changed since: put back what was there, or else: "
         raise DataError(
-            f"too many images cannot be read: {len(skipped)} of the latest {len(indices)}, and prepare.max_broken allows only "
-            f"{max(max_broken, 0)} more: {shown}. Repair them, or raise the limit; finished shards are kept."
+            f"{folder} holds a latent cache of something else (cache -> now):\n  {lines}\n{restore}Name another --workdir."
         )
-    return np.array(images), labels, keys, skipped
+    (folder / SHARDS_NAME).mkdir(exist_ok=True)
 
 
-def moment_sums(moments: np.ndarray) -> tuple[float, float]:
-    """Sums of x and of x squared that samples of these posteriors `[..., 2c]` have on average."""
-    mean, log_variance = np.split(moments.astype(np.float64), 2, axis=-1)
-    variance = np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE))
-    return float(mean.sum()), float((np.square(mean) + variance).sum())
-
-
-def _finish(folder: pathlib.Path, plan: Plan, config, source, measure_scale: bool) -> None:
+def _finish(folder: pathlib.Path, plan: Plan, config, source, measure_scale: bool, say: Callable[[str], None]) -> None:
     """Check that every shard is there and write `metadata.json`."""
-    shards = [latents.read_shard_record(_record_path(folder, plan, index)) for index in range(plan.num_shards)]
+    shards = [plan.record(folder, index) for index in range(plan.num_shards)]
     for index, shard in enumerate(shards):
         if shard is None:
             raise DataError(f"shard {plan.shard_name(index)} of {folder} is missing; run the same command again.")
         latents.check_shard(folder, shard, verify=False)
+    skipped = {key: reason for shard in shards for key, reason in shard.skipped.items()}
+    if len(skipped) > config.prepare.max_broken:  # which no process has seen alone
+        raise too_many_broken(skipped, f"of {plan.examples}", f"is {config.prepare.max_broken}")
     count = sum(shard.count for shard in shards)
     if not count:
-        raise DataError(f"none of the {plan.examples} images in {plan.path} can be read.")
+        raise DataError(f"none of the {plan.examples} images in {config.prepare.path} can be read.")
     mean, std = measure(shards, count * 2 * config.data.image_size**2 * config.data.channels)
-    scale, shift = (1 / std, mean) if measure_scale else (config.data.latent_scale, config.data.latent_shift)
+    scale, shift = (1 / std, mean) if measure_scale else _scale(folder, config.data, say)
     metadata = Metadata(
         format=latents.FORMAT,
         count=count,
@@ -290,7 +186,7 @@ def _finish(folder: pathlib.Path, plan: Plan, config, source, measure_scale: boo
         shift=shift,
         measured_mean=mean,
         measured_std=std,
-        source={"name": plan.source, "path": plan.path, "crop": "adm_center", "djepa_jax": __version__},
+        source={"name": plan.source, "path": config.prepare.path, "crop": "adm_center", "djepa_jax": __version__},
         shards=tuple(shards),
     )
     write_json(folder / METADATA_NAME, dataclasses.asdict(metadata))
@@ -302,10 +198,26 @@ def measure(shards: list[Shard], values: int) -> tuple[float, float]:
     return mean, math.sqrt(max(math.fsum(shard.sum_of_squares for shard in shards) / values - mean**2, 1e-12))
 
 
+def _scale(folder: pathlib.Path, data, say: Callable[[str], None]) -> tuple[float, float]:
+    """Scale and shift of the finished cache, which trainings may be using already, or else those of the config."""
+    given = (data.latent_scale, data.latent_shift)
+    try:
+        finished = latents.read_metadata(folder)
+    except DataError:
+        return given
+    stored = (finished.scale, finished.shift)
+    if stored != given:
+        say(
+            f"the finished cache keeps its scale {stored[0]!r} and shift {stored[1]!r} (the config has {given[0]!r} and "
+            f"{given[1]!r}, which a run takes when {folder / METADATA_NAME} is removed)"
+        )
+    return stored
+
+
 def _names(config, source) -> tuple[str, ...]:
-    """The data's own class names where it has them, else those of the config."""
+    """The class names of the config, or the data's own where the config has none."""
     own = getattr(source, "class_names", None)
-    if own is not None and len(own) == config.data.num_classes and config.data.class_names != class_names.IMAGENET:
+    if config.data.class_names == "" and own is not None:
         return tuple(own)
     return class_names.resolve(config.data.class_names, config.data.num_classes)
 

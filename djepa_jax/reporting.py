@@ -1,8 +1,10 @@
 """What people see of a training: lines, metrics, sample grids, evaluations. Process 0 writes them."""
 
+import functools
 import json
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -10,8 +12,9 @@ from etils import epath
 from djepa_jax import config as configuration
 from djepa_jax import hosts, logs
 from djepa_jax.config import Experiment
+from djepa_jax.decoder import has_autoencoder, makes_latents
 from djepa_jax.evaluation.runner import evaluate, identity, read_evaluation
-from djepa_jax.generate import Generator, make_grid, output_paths, save_samples, stored_settings
+from djepa_jax.generate import Generator, Stopped, make_grid, output_paths, save_samples, stored_settings
 from djepa_jax.train_step import TrainState
 
 
@@ -19,6 +22,9 @@ class Reporter:
     """The reports of one training run.
 
     All processes call the methods that sample, since all of them take part in that.
+
+    Attributes:
+        stop_requested: step -> whether the run was asked to stop; grids and evaluations are given up then.
     """
 
     def __init__(self, config, experiment: Experiment, source, mesh, workdir: epath.Path):
@@ -28,6 +34,7 @@ class Reporter:
         self.watch = logs.Stopwatch()
         self.last_logged, self.rate = 0, 0.0  # step, and steps per second up to it
         self.writer: logs.MetricWriter | None = None
+        self.stop_requested: Callable[[int], bool] = lambda step: False
 
     def open(self, step: int) -> None:
         """Begin to write metrics of the steps after `step`."""
@@ -59,6 +66,11 @@ class Reporter:
             if self.writer is not None:
                 self.writer.write_texts(0, {"config": json.dumps(configuration.resolved(self.config), indent=2)})
         self.say(f"training on {devices}, mesh {shape}; {len(self.source)} examples, batches of {self.config.batch_size}")
+        if makes_latents(self.config) and not has_autoencoder(self.config):
+            self.say(
+                "WARNING: sample grids will hold latents (.npz) and no pictures, for config.autoencoder.path is empty; name "
+                "the autoencoder's weights there to see pictures"
+            )
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Log the metrics of a step that is over, when they are due."""
@@ -79,12 +91,12 @@ class Reporter:
             self.writer.flush()
 
     def final_grid(self, step: int, state: TrainState) -> epath.Path | None:
-        """The last grid's path; a grid of these very weights and settings is not made again."""
+        """The last grid's path, of its arrays if it has no pictures; one of these very weights and settings is not made again."""
         png, npz = output_paths(self._grid_path(step))
-        wanted = identity(state.ema_params, self.config, step)
+        wanted = self._identity(step, state)
         if not hosts.on_main(lambda: int(stored_settings(npz) == wanted)):
             self.sample_grid(step, state)
-        return png if png.exists() else None
+        return next((path for path in (png, npz) if path.exists()), None)
 
     def final_evaluation(self, step: int, state: TrainState) -> dict | None:
         """The evaluation of the last step; one of these very weights and settings is not made again."""
@@ -96,14 +108,22 @@ class Reporter:
             record = self.evaluate(step, state)
         return record
 
+    def _identity(self, step: int, state: TrainState) -> dict:
+        return identity(state.ema_params, self.config, step, self.generator.autoencoder_sha256)
+
     def _grid_path(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
 
     def sample_grid(self, step: int, state: TrainState) -> None:
-        """Sample the moving average and write a labelled grid."""
+        """Sample the moving average and write a labelled grid, unless the run is asked to stop meanwhile."""
         labels, names = self.experiment.sample_labels, self.experiment.class_names
-        arrays = self.generator.images(state.ema_params, labels, self.config.sample.seed)
-        settings = identity(state.ema_params, self.config, step)
+        try:
+            stop = functools.partial(self.stop_requested, step)
+            arrays = self.generator.images(state.ema_params, labels, self.config.sample.seed, should_stop=stop)
+        except Stopped:
+            self.say(f"step {step}: no sample grid, for the run was asked to stop")
+            return
+        settings = self._identity(step, state)
         if self.writer is None:
             return
         save_samples(self._grid_path(step), arrays, labels, names, settings)
@@ -111,8 +131,13 @@ class Reporter:
             self.writer.write_images(step, {"samples": make_grid(arrays["images"], labels, names)})
 
     def evaluate(self, step: int, state: TrainState) -> dict | None:
-        """Judge samples of the moving average; the record, in process 0."""
-        record = evaluate(self.config, self.generator, state.ema_params, self.source, step, self.workdir, progress=True)
+        """Judge samples of the moving average; the record, in process 0, unless the run is asked to stop meanwhile."""
+        params, stop = state.ema_params, functools.partial(self.stop_requested, step)
+        try:
+            record = evaluate(self.config, self.generator, params, self.source, step, self.workdir, stop)
+        except Stopped:
+            self.say(f"step {step}: no evaluation, for the run was asked to stop")
+            return None
         if self.writer is None:
             return None
         figures = {name: record[name] for name in ("accuracy", "frechet_distance")}

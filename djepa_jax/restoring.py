@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from etils import epath
 
-from djepa_jax.checkpoint import ASIDE_NAME, RECORD_NAME, Checkpoints, check_step
+from djepa_jax.checkpoint import ASIDE_NAME, RECORD_NAME, Checkpoints, check_step, step_number
+from djepa_jax.config import ConfigError
 from djepa_jax.logs import METRICS_NAME
 from djepa_jax.manifest import MANIFEST_NAME, copy_folder, move_folder
 from djepa_jax.orbax_io import CheckpointError
@@ -20,17 +21,25 @@ NOTE_NAME = "restored_from.json"
 UNFINISHED = "restoring.orbax-checkpoint-tmp"  # as Orbax's own leftovers: removed at the next start
 
 
-def go_back(workdir: str | os.PathLike, restore_from: str, keep: int, say: Callable[[str], None] = print) -> None:
+def go_back(
+    workdir: str | os.PathLike,
+    restore_from: str,
+    keep: int,
+    check_fits: Callable[[epath.Path], None],
+    say: Callable[[str], None] = print,
+) -> None:
     """Put the step that `PATH@STEP` names at the top of a workdir's checkpoints, unless that was done before.
 
     Args:
         workdir: the workdir of the training; the caller holds its lock.
         restore_from: a workdir and the number of one of its steps; without "@STEP" its latest one.
         keep: as for `Checkpoints`.
+        check_fits: raises an error if training cannot go on from the step in a folder (`Start.check_fits`).
         say: is told what was done.
 
     Raises:
         CheckpointError: there is no such step, or it is damaged; nothing was changed.
+        ConfigError: it is of another model than is to be trained; nothing was changed.
     """
     own = Checkpoints(workdir, keep)
     note = own.workdir / NOTE_NAME
@@ -39,6 +48,10 @@ def go_back(workdir: str | os.PathLike, restore_from: str, keep: int, say: Calla
         return
     source, step = _find(restore_from)
     source.check(step)
+    try:
+        check_fits(source.folder(step))
+    except ConfigError as error:
+        raise ConfigError(f'--restore_from "{restore_from}": {error}') from error
     if not _same_place(source.directory, own.directory):
         _copy(source.folder(step), own, step)
     newer = [number for number in own.steps() if number > step]
@@ -62,7 +75,7 @@ def _keep_metrics(own: Checkpoints, step: int) -> None:
 def _noted(note: epath.Path) -> str | None:
     try:
         return json.loads(note.read_text())["restored_from"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -70,7 +83,7 @@ def _find(restore_from: str) -> tuple[Checkpoints, int]:
     path, at, number = restore_from.rpartition("@")
     if not at:
         path, number = restore_from, ""
-    elif not number.isdigit():
+    elif step_number(number) is None:
         raise CheckpointError(f'--restore_from "{restore_from}" is not PATH@STEP, with the number of a step.')
     source = Checkpoints(path)
     if not source.directory.exists():

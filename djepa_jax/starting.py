@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from djepa_jax import config as configuration
 from djepa_jax import hosts, sharding
 from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.config import Experiment
 from djepa_jax.generate import check_same_model
+from djepa_jax.orbax_io import check_restorable, read_meta
 from djepa_jax.paths import write_json
 from djepa_jax.train_step import TrainState, init_state
 
@@ -52,6 +54,17 @@ class Start:
             self._write_config()
             self._say(f"going on from step {step} of {config.num_steps} ({self._checkpoints.directory})")
         return state, meta.examples
+
+    def check_fits(self, folder: epath.Path) -> None:
+        """Make sure that training can go on from the step in a folder, which may be of another workdir; reads no array.
+
+        Raises:
+            CheckpointError: it lacks arrays, or says too little about them.
+            ConfigError: it is of another model.
+        """
+        meta = read_meta(folder)
+        check_same_model(meta.config, self._config)
+        check_restorable(folder, self.abstract, meta)
 
     def _write_config(self) -> None:
         if hosts.is_main():

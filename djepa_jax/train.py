@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,17 +18,19 @@ from djepa_jax.data.latents import LatentCache, check_autoencoder
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import Source, open_data
 from djepa_jax.debugging import ProfileWindow, debug_switches
+from djepa_jax.decoder import check_sha256, with_autoencoder
 from djepa_jax.evaluation.small_images import check_judgeable
 from djepa_jax.feed import device_batches
 from djepa_jax.fingerprint import fingerprints
 from djepa_jax.lock import lock_workdir
 from djepa_jax.manifest import file_sha256
-from djepa_jax.memory import describe, memory_plan
 from djepa_jax.paths import as_path, check_writable
 from djepa_jax.reporting import Reporter
 from djepa_jax.restoring import go_back
+from djepa_jax.staging import local_copy
 from djepa_jax.starting import Start
-from djepa_jax.train_step import TrainState, make_train_step
+from djepa_jax.step_program import StepProgram, announce_and_compile, compile_to_fit
+from djepa_jax.train_step import TrainState
 
 LAG = 2  # steps between running one and reading its metrics, so that the device never waits for the host
 
@@ -63,17 +64,19 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
         TrainingError: too many non-finite gradients in a row.
     """
     experiment = configuration.build(config)
-    source = open_data(config, experiment.modality)
-    if config.evaluation.kind != "none":
-        check_judgeable(source)
-    check_decoder(config, source)
     mesh = sharding.make_mesh(config.mesh)
     divisor = sharding.batch_divisor(mesh)
     if config.batch_size % divisor:
         raise ConfigError(
             f"config.batch_size is {config.batch_size}; it must be a multiple of {divisor}, the devices that share a batch."
         )
-    check_heads(experiment, mesh)
+    check_mesh(experiment, mesh)
+    decoder_weights(config)  # before the data, whose copying may take long
+    source = open_data(config, experiment.modality)
+    if config.evaluation.kind != "none":
+        check_judgeable(source)
+    check_decoder(config, source)
+    config = with_autoencoder(config, latents_made_by(config, source))
     hosts.on_main(lambda: check_writable(workdir))
     with hosts.held_by_main(lock_workdir(workdir)), debug_switches(config.debug):
         hosts.check_shared(as_path(workdir))
@@ -81,30 +84,68 @@ def train(config, workdir: str, should_stop: Callable[[int], bool] = lambda step
         hosts.check_same(same, "the configuration, the data or --restore_from")
         run = _Run(config, experiment, source, mesh, as_path(workdir))
         if restore_from:
-            hosts.on_main(lambda: go_back(workdir, restore_from, config.keep_checkpoints, run.report.say))
+            keep, check_fits = config.keep_checkpoints, run.start.check_fits
+            hosts.on_main(lambda: go_back(workdir, restore_from, keep, check_fits, run.report.say))
         return run.train(should_stop)
 
 
-def check_heads(experiment: Experiment, mesh) -> None:
-    """Raise ConfigError unless every device of the tensor axis gets whole attention heads."""
-    heads, parts = experiment.train.model.num_heads, mesh.shape["tensor"]
-    if heads % parts:
-        raise ConfigError(f"config.mesh splits {heads} attention heads over {parts} devices; its last entry must divide {heads}.")
+def check_mesh(experiment: Experiment, mesh) -> None:
+    """Raise ConfigError unless the axes of the mesh divide what they split; an array that they do not divide stays whole."""
+    model = experiment.train.model
+    for axis, entry, sizes in (
+        ("fsdp", "second", {"width": model.width, "denoiser_width": model.denoiser_width}),
+        ("tensor", "last", {"num_heads": model.num_heads, "denoiser_width": model.denoiser_width}),
+    ):
+        parts = mesh.shape[axis]
+        for name, size in sizes.items():
+            if size % parts:
+                raise ConfigError(
+                    f"config.mesh splits model.{name} {size} over {parts} devices ({axis}); its {entry} entry must divide {size}."
+                )
+
+
+def decoder_weights(config) -> pathlib.Path | None:
+    """The local file of the autoencoder that makes pictures of samples; None if there are to be none.
+
+    Raises:
+        DataError, PathError: the file is missing, or it lies in a bucket and cannot be copied.
+    """
+    path = config.autoencoder.path
+    if config.data.modality != "image_latents" or not path:
+        return None
+    file = local_copy(path, config.data.staging, "config.autoencoder.path")
+    if not file.is_file():
+        raise DataError(f"config.autoencoder.path is {path}, where there is no file.")
+    return file
 
 
 def check_decoder(config, source: Source) -> None:
     """Make sure, before training, that the autoencoder of the sample grids is the one of the latents.
 
     Raises:
-        DataError: it is another one, or its file is missing.
+        DataError, ConfigError: it is another one, or its file is missing.
     """
-    path = config.autoencoder.path
-    if config.data.modality != "image_latents" or not path:
-        return
-    if not pathlib.Path(os.path.expanduser(path)).is_file():
-        raise DataError(f"config.autoencoder.path is {path}, where there is no file.")
-    if isinstance(source, LatentCache):
-        check_autoencoder(source.metadata, path, file_sha256(pathlib.Path(os.path.expanduser(path))))
+    weights = decoder_weights(config)
+    if weights is not None:
+        check_sha256(config.autoencoder, weights)
+    cache = getattr(source, "source", source)  # inside of `Unlabelled`
+    if weights is not None and isinstance(cache, LatentCache):
+        check_autoencoder(cache.metadata, config.autoencoder.path, file_sha256(weights))
+
+
+def latents_made_by(config, source: Source) -> str:
+    """The sha256 of the autoencoder that made a source's latents; what the config says, where the source does not know.
+
+    Raises:
+        DataError: the config says another one.
+    """
+    cache, told = getattr(source, "source", source), config.autoencoder.sha256
+    if not isinstance(cache, LatentCache):
+        return told
+    found = cache.metadata.autoencoder["sha256"]
+    if told and told != found:
+        raise DataError(f"config.autoencoder.sha256 is {told}, the latent cache was made with {found}; leave it empty.")
+    return found
 
 
 class _Run:
@@ -122,32 +163,40 @@ class _Run:
     def train(self, should_stop) -> Result:
         """Prepare, loop, finish; checkpoints are complete when this returns or raises."""
         try:
-            state, examples = self.start.state()
-            self.saved = int(state.step)
-            self.report.open(self.saved)
             with hosts.StopSignals() as signals:
-                state, done = self._train(state, examples, lambda step: signals.requested(step) or should_stop(step))
-            return self._results(state) if done else Result(int(state.step), False, None, None)
+                self.report.stop_requested = signals.requested
+                return self._train(signals, should_stop)
         finally:
             with contextlib.closing(self.checkpoints):  # whatever closing the report may say
                 self.report.close()
 
-    def _train(self, state: TrainState, examples: int, should_stop) -> tuple[TrainState, bool]:
-        """Train and save: the state, and whether it is that of the last step and nobody asked to stop."""
-        start, stopped = int(state.step), False
-        if start < self.config.num_steps:
+    def _train(self, signals: hosts.StopSignals, should_stop) -> Result:
+        """Restore, train, save and sample; a signal ends this as soon as nothing is lost by it."""
+        signals.answer = hosts.STARTING
+        state, examples = self.start.state()
+        step = self.saved = int(state.step)
+        if signals.requested(step):
+            return Result(step, False, None, None)
+        signals.answer, stopped = hosts.SAVING, False
+        self.report.open(step)
+        if step < self.config.num_steps:
             self.report.announce(self.mesh, state)
-            state, examples, stopped = self._loop(state, examples, should_stop)
-        step = int(state.step)
+            state, examples, stopped = self._loop(state, examples, lambda at: signals.requested(at) or should_stop(at))
+            step = int(state.step)
         if self.saved != step:
             self._save(step, state, examples)
         self._say_saved(self.checkpoints.wait())
-        return state, step >= self.config.num_steps and not stopped
+        if signals.requested(step) or stopped or step < self.config.num_steps:  # asked again: that save may have taken long
+            return Result(step, False, None, None)
+        return self._results(step, state, signals)
 
-    def _results(self, state: TrainState) -> Result:
-        """Grid and evaluation of the last step; a signal ends them at once, for everything is saved."""
-        step = int(state.step)
-        return Result(step, True, self.report.final_grid(step, state), self.report.final_evaluation(step, state))
+    def _results(self, step: int, state: TrainState, signals: hosts.StopSignals) -> Result:
+        """Grid and evaluation of the last step; a signal ends them soon, for everything is saved."""
+        signals.answer, evaluation = hosts.SAVED, None
+        grid = self.report.final_grid(step, state)
+        if not signals.requested(step):
+            evaluation = self.report.final_evaluation(step, state)
+        return Result(step, not signals.requested(step), grid, evaluation)
 
     def _loop(self, state: TrainState, examples: int, should_stop) -> tuple[TrainState, int, bool]:
         """Train to the last step, or until asked to stop: the state, the examples it has seen, and whether it was asked."""
@@ -177,17 +226,15 @@ class _Run:
 
     def _compile(self, state: TrainState, batch: dict) -> Callable:
         """The training step, compiled for these arguments; the old state's memory is reused for the new one."""
-        start, shardings, spec = time.perf_counter(), self.start.shardings, self.experiment.train
-        self.report.say(describe(memory_plan(self.start.abstract, shardings, spec=spec)))  # should compiling run out of memory
-        self.report.say("compiling the training step")
-        nans = self.config.debug.nans  # looking for them needs the old state, and runs the step operation by operation
-        step = jax.jit(make_train_step(spec), donate_argnums=() if nans else 0, out_shardings=(shardings, None))
-        compiled = step.lower(state, batch).compile()
+        start, say = time.perf_counter(), self.report.say
+        program = StepProgram(self.experiment.train, self.start.abstract, self.start.shardings)
+        compiler = announce_and_compile if self.config.microbatches else compile_to_fit
+        compiled = compiler(program, state, batch, say)
         fingerprints(state)  # so that the first save has nothing to compile
         hosts.wait_for_all("compiled")  # one that is much later than the others at its first step counts as lost
-        self.report.say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
-        self.report.say(describe(memory_plan(self.start.abstract, shardings, compiled, spec)))
-        return step if nans else compiled
+        say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
+        # Looking for NaNs needs the old state, and runs the step operation by operation.
+        return program.jitted(donate=False) if self.config.debug.nans else compiled
 
     def _read_metrics(self, lag: int = 0) -> None:
         """Read the metrics of all but the last `lag` steps, log them, and stop a run that has gone bad."""

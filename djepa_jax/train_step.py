@@ -83,12 +83,12 @@ def drop_labels(key: jax.Array, labels: jax.Array, probability: float, null_labe
     return jnp.where(jax.random.bernoulli(key, probability, labels.shape), null_label, labels)
 
 
-def draw_examples(spec: TrainSpec, tokens, labels, key) -> dict[str, jax.Array]:
+def draw_examples(spec: TrainSpec, tokens, labels, key, dropout_key) -> dict[str, jax.Array]:
     """Everything that a step draws per example, for the whole batch at once, so that no splitting changes it.
 
     Returns:
         arrays with leading axis B: tokens in order coordinates, order, labels, labels as seen, number of visible tokens,
-        and the weight of every place in the losses (summing to one over the batch).
+        the weight of every place in the losses (summing to one over the batch), and keys of dropout in both networks.
     """
     order_key, ratio_key, label_key = jax.random.split(key, 3)
     order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
@@ -100,10 +100,11 @@ def draw_examples(spec: TrainSpec, tokens, labels, key) -> dict[str, jax.Array]:
         "seen_labels": drop_labels(label_key, labels, spec.label_drop_prob, spec.model.null_label),
         "num_visible": num_visible,
         "weights": masking.masked_weights(num_visible, spec.plan),  # [B, N]
+        "dropout_keys": jax.random.split(dropout_key, (len(tokens), 2)),  # [B, 2]
     }
 
 
-def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token_keys, dropout_key):
+def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token_keys):
     """Total loss of a batch, or of some of its chunks, and its parts.
 
     Args:
@@ -113,7 +114,6 @@ def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token
         ema_params: their moving average, whose context encoder gives the targets.
         examples: from `draw_examples`; whole chunks of them.
         token_keys: `[chunks]`, randomness of the token loss, a key per chunk.
-        dropout_key: randomness of dropout.
 
     Returns:
         the scalar loss, and a dict of scalar metrics.
@@ -122,7 +122,7 @@ def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token
     model = nnx.merge(graph, params)
     model.denoiser.keep_batch_split = True
     drops = spec.model.dropout or spec.model.attention_dropout
-    keys = tuple(jax.random.split(dropout_key)) if drops else (None, None)
+    keys = examples["dropout_keys"].T if drops else (None, None)
     cond = predict_features(model, x0, order, examples["seen_labels"], num_visible, spec.plan.max_visible, keys)
 
     pack = masking.pack_masked(num_visible, spec.plan)
@@ -141,8 +141,8 @@ def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token
 def predict_features(model, x0, order, labels, num_visible, max_visible: int, keys=(None, None)) -> jax.Array:
     """Context encoder on the visible prefix, then predictor: `[B, N, C]` in order coordinates -> cond `[B, N, D]`."""
     visible = jnp.arange(max_visible) < num_visible[:, None]  # [B, V]
-    encoded = model.context_encoder(x0[:, :max_visible], order[:, :max_visible], labels, visible=visible, key=keys[0])
-    return model.predictor(encoded, order, num_visible, key=keys[1])
+    encoded = model.context_encoder(x0[:, :max_visible], order[:, :max_visible], labels, visible=visible, keys=keys[0])
+    return model.predictor(encoded, order, num_visible, keys=keys[1])
 
 
 def _statistics(predicted, target):
@@ -160,17 +160,17 @@ def make_train_step(spec: TrainSpec) -> Callable:
         key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
         example_key, token_key, dropout_key, posterior_key = jax.random.split(key, 4)
         tokens = spec.tokenize(batch["image"], posterior_key)
-        examples = draw_examples(spec, tokens, batch["label"], example_key)
+        examples = draw_examples(spec, tokens, batch["label"], example_key, dropout_key)
         token_keys = jax.random.split(token_key, spec.plan.batch_size // spec.plan.chunk_size)
 
-        def gradient_of(examples, token_keys, dropout_key):
+        def gradient_of(examples, token_keys):
             def loss_of(params):
-                return batch_loss(spec, graph, params, state.ema_params, examples, token_keys, dropout_key)
+                return batch_loss(spec, graph, params, state.ema_params, examples, token_keys)
 
             (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
             return grads, metrics | {"loss": loss}
 
-        grads, metrics = accumulate(spec, gradient_of, examples, token_keys, dropout_key)
+        grads, metrics = accumulate(spec, gradient_of, examples, token_keys)
         visible = examples["num_visible"].mean() / spec.plan.num_tokens
         metrics |= {"grad_norm": optax.tree.norm(grads), "mask_ratio": 1 - visible}
         return apply_update(spec.optimizer, optimizer, state, grads, metrics)
@@ -178,16 +178,16 @@ def make_train_step(spec: TrainSpec) -> Callable:
     return train_step
 
 
-def accumulate(spec: TrainSpec, gradient_of: Callable, examples: dict, token_keys, dropout_key):
+def accumulate(spec: TrainSpec, gradient_of: Callable, examples: dict, token_keys):
     """Gradient and metrics of the whole batch, from `spec.microbatches` parts of it, one after the other.
 
     Losses and gradients of parts add up, since the weights sum to one over the whole batch; statistics are averaged.
     """
     parts = spec.microbatches
     if parts == 1:
-        return gradient_of(examples, token_keys, dropout_key)
+        return gradient_of(examples, token_keys)
     examples = jax.tree.map(lambda x: split_chunks(x, parts, spec.plan.chunk_size), examples)
-    inputs = (examples, split_chunks(token_keys, parts, 1), jax.random.split(dropout_key, parts))
+    inputs = (examples, split_chunks(token_keys, parts, 1))
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, gradient_of(*part)), None
@@ -200,7 +200,7 @@ def accumulate(spec: TrainSpec, gradient_of: Callable, examples: dict, token_key
 
 def split_chunks(x: jax.Array, parts: int, chunk_size: int) -> jax.Array:
     """`[B, ...]` -> `[parts, B / parts, ...]`; part j has chunks j, j + parts, ..., so every device has a share of it."""
-    x = x.reshape(-1, parts, chunk_size, *x.shape[1:])  # [chunks / parts, parts, chunk, ...]
+    x = x.reshape(-1, parts, chunk_size, *x.shape[1:])  # [chunks / parts, parts, chunk, ...]; einops takes no keys
     return jnp.swapaxes(x, 0, 1).reshape(parts, -1, *x.shape[3:])
 
 

@@ -93,6 +93,23 @@ check_config() {
   [ -f "${1%%:*}" ] || die "--config \"$1\" is not a file (relative paths count from $PWD)"
 }
 
+# take_config: --config=FILE or --config_json=FILE; sets config_flag, what the program is given of them.
+# shellcheck disable=SC2034 # the caller reads it
+take_config() {
+  [ -z "$config" ] || [ -z "$config_json" ] || die "--config and --config_json are both given; leave out one of them"
+  if [ -z "$config_json" ]; then
+    require config
+    check_config "$config"
+    config_flag="--config=$config"
+    return
+  fi
+  case $config_json in
+    gs://?*) ;; # the program reads it
+    *) [ -f "$config_json" ] || die "--config_json \"$config_json\" is not a file (relative paths count from $PWD)" ;;
+  esac
+  config_flag="--config_json=$config_json"
+}
+
 # The first Python of version 3.11 or newer; DJEPA_PYTHON names one outright.
 find_python() {
   local name

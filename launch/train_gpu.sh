@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on one machine with NVIDIA GPUs: one process, all GPUs or those named. Installs first where that is needed.
 #
-#   bash launch/train_gpu.sh --config=FILE --workdir=DIR [--gpus=0,1] [--dry_run]
+#   bash launch/train_gpu.sh --config=FILE|--config_json=FILE --workdir=DIR [--gpus=0,1] [--dry_run]
 #       [--config.KEY=VALUE ...] [-- more flags for djepa_jax.main]
 #   bash launch/train_gpu.sh --gpus=0,1 --config=configs/digits.py --workdir=runs/digits --config.num_steps=2000
 #
@@ -21,14 +21,15 @@ check_gpus() {
   done
 }
 
-config="" workdir="" gpus="" dry_run=""
-parse_flags "config workdir gpus" "dry_run" "$@"
-require config workdir
+config="" config_json="" workdir="" gpus="" dry_run=""
+parse_flags "config config_json workdir gpus" "dry_run" "$@"
+[ -n "$config$config_json" ] || require config
+require workdir
 [ -z "$gpus" ] || [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus=$gpus: give numbers with commas between, such as --gpus=0,1"
-check_config "$config"
+take_config
 
 if [ -n "$dry_run" ]; then quoted nvidia-smi -L; else check_gpus; fi
 prepare cuda
 settings=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}" "JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}")
 [ -z "$gpus" ] || settings+=("CUDA_VISIBLE_DEVICES=$gpus")
-run_last env "${settings[@]}" "$PYTHON" -m djepa_jax.main "--config=$config" "--workdir=$workdir" ${extra[@]+"${extra[@]}"}
+run_last env "${settings[@]}" "$PYTHON" -m djepa_jax.main "$config_flag" "--workdir=$workdir" ${extra[@]+"${extra[@]}"}

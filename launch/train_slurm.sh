@@ -2,7 +2,7 @@
 # Train under Slurm: whole nodes, one process per node with all its GPUs. Submit it from the repository, on a file system
 # that all nodes share, after `bash launch/setup.sh cuda`:
 #
-#   sbatch --nodes=2 launch/train_slurm.sh --config=FILE --workdir=DIR [--platform=cuda] [--dry_run]
+#   sbatch --nodes=2 launch/train_slurm.sh --config=FILE|--config_json=FILE --workdir=DIR [--platform=cuda] [--dry_run]
 #       [--config.KEY=VALUE ...] [-- more flags for djepa_jax.main]
 #   sbatch --nodes=2 --gpus-per-node=4 --time=12:00:00 launch/train_slurm.sh --config=configs/djepa_l.py --workdir=/data/runs/l
 #
@@ -32,11 +32,12 @@ fi
 # shellcheck source=SCRIPTDIR/common.sh
 source "$repository/launch/common.sh"
 
-config="" workdir="" platform=cuda dry_run=""
-parse_flags "config workdir platform" "dry_run" "$@"
-require config workdir
+config="" config_json="" workdir="" platform=cuda dry_run=""
+parse_flags "config config_json workdir platform" "dry_run" "$@"
+[ -n "$config$config_json" ] || require config
+require workdir
 case $platform in cpu | cuda) ;; *) die "--platform=$platform: use cuda or cpu" ;; esac
-check_config "$config"
+take_config
 if ! is_prepared "$platform" && [ -z "$dry_run" ]; then
   die "$PWD/.venv is not installed, or not for these requirements; run: bash launch/setup.sh $platform"
 fi
@@ -52,4 +53,4 @@ settings=(DJEPA_DISTRIBUTED=slurm "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_C
 [ "$platform" != cuda ] || settings+=("JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}")
 # exec in every shell on the way: Slurm's signal must reach the program itself.
 run_last srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none env "${settings[@]}" bash -c "$on_node" on_node \
-  "$PYTHON" -m djepa_jax.main "--config=$config" "--workdir=$workdir" ${extra[@]+"${extra[@]}"}
+  "$PYTHON" -m djepa_jax.main "$config_flag" "--workdir=$workdir" ${extra[@]+"${extra[@]}"}

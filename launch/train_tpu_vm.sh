@@ -3,10 +3,16 @@
 # repository to all its workers, install, train; and begin again from the last checkpoint when a spot TPU was taken away.
 #
 #   bash launch/train_tpu_vm.sh --name=NAME --zone=ZONE --accelerator_type=TYPE --config=FILE --workdir=gs://BUCKET/DIR
+#       [--cache=gs://BUCKET/CACHE] [--autoencoder=gs://BUCKET/kl16.ckpt] [--config_json=FILE in the place of --config]
 #       [--project=ID] [--runtime_version=IMAGE] [--spot] [--max_restarts=100] [--poll_seconds=30] [--dry_run]
 #       [--config.KEY=VALUE ...] [-- more flags for djepa_jax.main]
 #   bash launch/train_tpu_vm.sh --name=djepa --zone=us-east5-b --accelerator_type=v6e-16 --spot \
-#       --config=configs/djepa_l.py --workdir=gs://my-bucket/djepa_l --config.batch_size=1024
+#       --config=configs/djepa_l.py --workdir=gs://my-bucket/djepa_l --cache=gs://my-bucket/latents \
+#       --autoencoder=gs://my-bucket/kl16.ckpt --config.batch_size=1024
+#
+# --cache and --autoencoder become --config.data.path and --config.autoencoder.path. Every worker copies them to its disk
+# when the training starts (the latents of ImageNet: 42 GB, into ~/.cache; --config.data.staging=DIR names another folder),
+# and again on a TPU that replaces one that was taken away. launch/prepare_imagenet.sh --publish puts a cache there.
 #
 # The status is the program's, or not 0 when --max_restarts is used up. The training outlives a lost connection and
 # Ctrl-C here; the same command stops it, once it has saved, and goes on with the repository as it is then. The TPU is
@@ -182,12 +188,14 @@ prepare_workers() {
 # Runs the program on all workers. DJEPA_DISTRIBUTED=tpu tells it to start jax.distributed.
 train() {
   tpu tpu-vm ssh "$name" --worker=all "--command=cd djepa_jax && $(quoted bash launch/train_tpu_vm.sh "--on_worker=$run_id" -- \
-    env DJEPA_DISTRIBUTED=tpu JAX_PLATFORMS=tpu,cpu .venv/bin/python -m djepa_jax.main "--config=$config" "--workdir=$workdir" ${extra[@]+"${extra[@]}"})" </dev/null
+    env DJEPA_DISTRIBUTED=tpu JAX_PLATFORMS=tpu,cpu .venv/bin/python -m djepa_jax.main "$config_flag" "--workdir=$workdir" \
+    ${data[@]+"${data[@]}"} ${extra[@]+"${extra[@]}"})" </dev/null
 }
 
-name="" zone="" project="" accelerator_type="" runtime_version="" spot="" config="" workdir="" max_restarts=100 poll_seconds=30
-dry_run="" on_worker=""
-parse_flags "name zone project accelerator_type runtime_version config workdir max_restarts poll_seconds on_worker" "spot dry_run" "$@"
+name="" zone="" project="" accelerator_type="" runtime_version="" spot="" config="" config_json="" workdir="" cache="" autoencoder=""
+max_restarts=100 poll_seconds=30 dry_run="" on_worker=""
+parse_flags "name zone project accelerator_type runtime_version config config_json workdir cache autoencoder max_restarts \
+  poll_seconds on_worker" "spot dry_run" "$@"
 if [ "$on_worker" = stop ]; then
   stop_training
   exit
@@ -195,8 +203,18 @@ elif [ -n "$on_worker" ]; then
   follow_training "$on_worker" "${extra[@]}"
 fi
 
-require name zone accelerator_type config workdir
+require name zone accelerator_type
+[ -n "$config$config_json" ] || require config
+require workdir
 case $workdir in gs://?*) ;; *) die "--workdir=$workdir: give a bucket, gs://BUCKET/DIR; disks of a TPU go with it" ;; esac
+case $cache in
+  "" | gs://?*) ;;
+  *) die "--cache=$cache: a TPU reads a bucket, gs://BUCKET/CACHE; copy the cache there: gcloud storage cp -r CACHE gs://BUCKET/CACHE" ;;
+esac
+case $autoencoder in
+  "" | gs://?*) ;;
+  *) die "--autoencoder=$autoencoder: a TPU reads a bucket, gs://BUCKET/kl16.ckpt; copy the file there: gcloud storage cp" ;;
+esac
 case $max_restarts$poll_seconds in *[!0-9]*) die "--max_restarts and --poll_seconds are whole numbers" ;; esac
 if [ -z "$runtime_version" ]; then
   case $accelerator_type in
@@ -207,8 +225,19 @@ if [ -z "$runtime_version" ]; then
     *) die "--runtime_version is missing, and not known for --accelerator_type=$accelerator_type" ;;
   esac
 fi
-check_config "$config"
-git cat-file -e "HEAD:./${config%%:*}" 2>/dev/null || die "--config \"$config\" is not committed in $PWD; only what git has is copied"
+take_config
+case $config_flag in
+  *=gs://*) ;;
+  *)
+    committed=${config_flag#*=}
+    [ -n "$config_json" ] || committed=${committed%%:*}
+    git cat-file -e "HEAD:./$committed" 2>/dev/null ||
+      die "${config_flag%%=*} \"${config_flag#*=}\" is not committed in $PWD; only what git has is copied"
+    ;;
+esac
+data=()
+[ -z "$cache" ] || data+=("--config.data.path=$cache")
+[ -z "$autoencoder" ] || data+=("--config.autoencoder.path=$autoencoder")
 place=("--zone=$zone" --quiet)
 [ -z "$project" ] || place+=("--project=$project")
 run_id="" known="" installed="" restarts=0 status=0

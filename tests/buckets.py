@@ -21,7 +21,7 @@ def reached(store: ObjectStore) -> Iterator[None]:
         for name, value in store.environment.items():
             patch.setenv(name, value)
         patch.setitem(fsspec.config.conf, "gcs", json.loads(store.environment["FSSPEC_GCS"]))
-        for name, value in zip(("RENEW_SECONDS", "STALE_SECONDS", "SETTLE_SECONDS"), LEASE, strict=True):
+        for name, value in zip(("RENEW_SECONDS", "STALE_SECONDS"), LEASE, strict=True):
             patch.setattr(lock, name, value)
         _forget_storage()
         yield

@@ -1,11 +1,14 @@
 """Processes of their own with one CPU device each, which start at once: they are copies of one that has imported everything."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import pathlib
+import random
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -15,10 +18,11 @@ from collections.abc import Iterator
 import fsspec
 import jax
 import pytest
+from holding import FailingSource, hold_at
 from jax._src import cache_key
 from small_autoencoder import registered
 
-from djepa_jax import lock, prepare, train
+from djepa_jax import lock, meeting, prepare, step_program, train
 from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.main import main
 from djepa_jax.reporting import Reporter
@@ -26,7 +30,8 @@ from djepa_jax.settings import Settings
 from djepa_jax.train_step import TrainState
 
 FILE_LIMIT = 50_000  # bytes; metrics stay below, arrays do not
-LEASE = 0.5, 6.0, 0.1  # seconds to renew, until it is stale, to settle
+LEASE = 0.5, 6.0  # seconds to renew, until it is stale
+LIMIT = 600  # seconds after which a process counts as hanging
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes", "djepa_jax.train", "sklearn.datasets"])
 
@@ -40,6 +45,24 @@ def start(function, *arguments) -> multiprocessing.Process:
             patch.delenv(name)  # JAX warns of them; an `ObjectStore` that this process uses has one
         process.start()
     return process
+
+
+RESERVED = []  # sockets that keep ports for this process
+
+
+def free_port() -> int:
+    """A port for processes that start later, which nobody else takes meanwhile.
+
+    It is below those that the operating system hands out, and its neighbour, which stays bound, keeps it from others who
+    come here.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000, 2)
+        with contextlib.suppress(OSError):
+            keeper = socket.create_server(("127.0.0.1", port + 1))
+            RESERVED.append(keeper)
+            socket.create_server(("", port)).close()
+            return port
 
 
 def keep_compiled(folder: str) -> None:
@@ -81,6 +104,13 @@ class Training:
         """What it has said so far."""
         return self._output.decode(errors="replace")
 
+    def wait_for(self, text: str) -> None:
+        """Return when it has said a text."""
+        deadline = time.monotonic() + LIMIT
+        while text not in self.output:
+            assert (self.process.is_alive() and time.monotonic() < deadline) or text in self.output, self.output
+            time.sleep(0.01)
+
     def finish(self) -> tuple[int, str]:
         """Wait for its end: exit status, and what it said."""
         self.process.join()
@@ -106,14 +136,21 @@ def _trouble(
     simple: bool = True,
     pictures: bool = False,
     storage: dict[str, str] | None = None,
+    hold: str | int | None = None,
+    gate: str | None = None,
+    fail_after: int | None = None,
 ) -> None:
     """Make every step last at least `pace` seconds, or the disk full when the step `full_from` is saved.
 
     With a full disk the next step waits for the save to fail. No pictures are made at the end, unless there are to be
-    `pictures`. A `simple` step takes no time to compile. `storage` is the environment of an `ObjectStore`.
+    `pictures`. A `simple` step takes no time to compile. `storage` is the environment of an `ObjectStore`. `hold` and `gate`
+    as `hold_at` describes them. All readings of examples after `fail_after` of them fail.
     """
     if storage is not None:
         reach(storage)
+    if fail_after is not None:
+        open_data = train.open_data
+        train.open_data = lambda *arguments: FailingSource(open_data(*arguments), fail_after)
     save, poll = Checkpoints.save, Checkpoints.poll
 
     def limited_save(self, state, *arguments):
@@ -132,7 +169,9 @@ def _trouble(
     if not pictures:
         Reporter.final_grid = lambda self, step, state: None
     if simple:
-        train.make_train_step = lambda spec: simple_step
+        step_program.make_train_step = lambda spec: simple_step
+    if hold is not None:
+        hold_at(hold, gate)
 
 
 def reach(storage: dict[str, str]) -> None:
@@ -140,7 +179,7 @@ def reach(storage: dict[str, str]) -> None:
     os.environ.update(storage)
     tempfile.tempdir = None  # it may be among them
     fsspec.config.set_conf_env(fsspec.config.conf)
-    lock.RENEW_SECONDS, lock.STALE_SECONDS, lock.SETTLE_SECONDS = LEASE
+    lock.RENEW_SECONDS, lock.STALE_SECONDS = LEASE
 
 
 def simple_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -164,15 +203,16 @@ class Member:
         log: file that gets what it prints.
         arguments: of the command line.
         place: port and index of the process; None for one that is alone.
-        pause: seconds that it waits after every training step.
+        troubles: as `_trouble` describes them; the training step is the real one, and pictures are made.
     """
 
-    def __init__(self, compiled: str, log: pathlib.Path, arguments: tuple, place: tuple | None = None, pause: float = 0):
+    def __init__(self, compiled: str, log: pathlib.Path, arguments: tuple, place: tuple | None = None, **troubles):
         self._log = log
         if place is not None:
             where = (f"--coordinator=127.0.0.1:{place[0]}", "--num_processes=2", f"--process_id={place[1]}")
             arguments = (*arguments, "--distributed=explicit", *where, "--heartbeat_timeout=10")
-        self.process = start(_member, compiled, str(log), arguments, 4 if place is None else 2, pause)
+        troubles = {"simple": False, "pictures": True} | troubles
+        self.process = start(_member, compiled, str(log), arguments, 4 if place is None else 2, troubles)
 
     @property
     def log(self) -> str:
@@ -180,20 +220,20 @@ class Member:
         lines = self._log.read_text().splitlines() if self._log.exists() else []
         return "".join(f"{line}\n" for line in lines if "[Gloo]" not in line and not line.startswith("3 is connected"))
 
-    def wait_for(self, text: str, seconds: float = 240) -> None:
+    def wait_for(self, text: str) -> None:
         """Return when it has printed a text."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + LIMIT
         while text not in self.log:
-            assert self.process.is_alive() and time.monotonic() < deadline, self.log
+            assert (self.process.is_alive() and time.monotonic() < deadline) or text in self.log, self.log
             time.sleep(0.02)
 
-    def status(self, seconds: float = 240) -> int | None:
+    def status(self) -> int | None:
         """Its exit status, once it has ended."""
-        self.process.join(seconds)
+        self.process.join(LIMIT)
         return self.process.exitcode
 
 
-def _member(compiled: str, log: str, arguments: tuple[str, ...], devices: int, pause: float) -> None:
+def _member(compiled: str, log: str, arguments: tuple[str, ...], devices: int, troubles: dict) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -201,8 +241,7 @@ def _member(compiled: str, log: str, arguments: tuple[str, ...], devices: int, p
     jax.config.update("jax_num_cpu_devices", devices)
     keep_compiled(f"{compiled}/{devices}")  # programs for two times two devices are others than for four
     _compile_once()
-    between_steps = train._Run._between_steps
-    train._Run._between_steps = lambda *arguments: (time.sleep(pause), between_steps(*arguments))
+    _trouble(**troubles)
     status = main(["djepa_jax", *arguments])
     jax.distributed.shutdown()  # as JAX does when Python ends
     sys.stdout.flush()
@@ -223,7 +262,7 @@ class Preparation:
         folder: of the cache.
         compiled: folder of compiled programs.
         limit: bytes that a file may have once the first message was sent, as if the disk were full then.
-        share: index, number, and barrier of processes that share the work.
+        share: port and index, if this is one of two processes that share the work.
     """
 
     def __init__(self, config, folder: pathlib.Path, compiled: str, limit: int | None = None, share: tuple | None = None):
@@ -254,9 +293,8 @@ class Preparation:
 def _prepare(config: dict, folder: str, compiled: str, limit: int | None, share: tuple | None, pipe) -> None:
     keep_compiled(compiled)
     if share is not None:
-        index, count, barrier = share
-        jax.process_index, jax.process_count = lambda: index, lambda: count
-        prepare.multihost_utils.sync_global_devices = lambda name: barrier.wait(300)
+        port, index = share
+        meeting.start(meeting.Rendezvous("explicit", f"127.0.0.1:{port}", 2, index, heartbeat=10), saves=False)
 
     def say(text: str) -> None:
         pipe.send(text)

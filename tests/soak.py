@@ -6,9 +6,14 @@ Every life of the run is the same command on another number of devices (8, 4, 1,
 Ctrl-C or a full disk; between lives files of the newest checkpoint are damaged. What must hold: a life goes on from the
 step that was reported saved last, or from the one before if that was damaged; signals lose nothing; the log has every
 step once. Exit status 1 if anything does not hold.
+
+On a file system of less than 1 GiB a disk is really filled; elsewhere the process may write no larger files. For the first:
+
+    mount -t tmpfs -o size=100m tmpfs DIR
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +21,7 @@ import pathlib
 import random
 import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,6 +37,7 @@ MODEL = ("width=32", "encoder_depth=1", "predictor_depth=1", "denoiser_depth=1",
 FLAGS = [*(f"--config.{flag}" for flag in TRAINING), *(f"--config.model.{flag}" for flag in MODEL)]
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles sooner
 ROOM = 30_000  # bytes by which the log may grow when the disk is about to be full; less than a checkpoint has
+SMALL = 2**30  # bytes of a file system that may be filled
 
 
 @dataclasses.dataclass
@@ -47,6 +54,7 @@ class Life:
     error: str = ""
     to_first_step: float | None = None  # seconds
     to_end: float | None = None  # seconds from the signal to the end
+    lasted: float = 0.0  # seconds
     blocked: list[float] = dataclasses.field(default_factory=list)  # seconds that saves took from training
 
 
@@ -104,6 +112,7 @@ class Child:
             self.life.error = f"did not end within {seconds:.0f} s"
         self._reader.join()
         self.life.status, self.life.to_end = self.process.returncode, time.monotonic() - start
+        self.life.lasted = start - self._begin  # to the signal
         return self.life
 
 
@@ -118,6 +127,9 @@ def live(folder: pathlib.Path, ending: str, devices: int, rng: random.Random) ->
             time.sleep(rng.uniform(0, 0.3))
         return child.end(signal.SIGKILL)
     child.wait_for_steps(rng.randint(1, 60), 120)
+    if ending == "full disk" and shutil.disk_usage(folder).total < SMALL:
+        with ballast(folder, rng.randrange(ROOM)):
+            return child.end(None)
     if ending == "full disk":
         log = folder / "run" / "metrics.jsonl"
         limit = ROOM + (log.stat().st_size if log.exists() else 0)
@@ -125,6 +137,26 @@ def live(folder: pathlib.Path, ending: str, devices: int, rng: random.Random) ->
             resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         return child.end(None)
     return child.end(signal.SIGTERM if ending == "term" else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ballast(folder: pathlib.Path, left: int):
+    """Fill a small file system but for `left` bytes, and keep it so until the end of the context."""
+    path, stop = folder / "ballast", threading.Event()
+
+    def fill():
+        with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while not stop.wait(0.05):  # again and again: what the process removes is filled, too
+                file.write(bytes(max(0, shutil.disk_usage(folder).free - left)))
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        path.unlink()
 
 
 def damage(run: pathlib.Path, rng: random.Random) -> int | None:
@@ -201,6 +233,7 @@ def describe(lives: list[Life], wrong: list[str], minutes: float) -> str:
     first = [life.to_first_step for life in lives if life.to_first_step]
     blocked = [seconds for life in lives for seconds in life.blocked]
     ended = [life.to_end for life in lives if life.ending in ("term", "interrupt")]
+    idle = sum(blocked) + sum(ended) + sum(life.to_first_step or life.lasted for life in lives)
     rows = {
         "minutes": f"{minutes:.0f}",
         "lives": f"{len(lives)} ({', '.join(f'{count} {ending}' for ending, count in counts.items())})",
@@ -211,6 +244,7 @@ def describe(lives: list[Life], wrong: list[str], minutes: float) -> str:
         "seconds from the command to the first step": _spread(first, "{:.1f}"),
         "seconds that a save kept training waiting": _spread(blocked, "{:.2f}"),
         "seconds from SIGTERM or Ctrl-C to the end": _spread(ended, "{:.1f}"),
+        "share of the time not spent training": f"{idle / (60 * minutes):.0%} (starts, saves, ends)",
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join([*table, *(f"- {text}" for text in wrong)]) + "\n"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filled import save_model
 from flax import nnx
 from small_autoencoder import NAME, registered, write_weights
 from tiny import CONFIG, TINY, tiny_config
@@ -13,13 +14,11 @@ from tiny import CONFIG, TINY, tiny_config
 import djepa_jax
 from djepa_jax import config as configuration
 from djepa_jax.benchmark import count_compilations
-from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.export import run_export
 from djepa_jax.main import main
 from djepa_jax.masking import reveal_counts
 from djepa_jax.models.djepa import split_model
 from djepa_jax.orbax_io import CheckpointError
-from djepa_jax.settings import Settings
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 BATCH_SIZE = 16  # stored as sample.batch_size: more pictures take several batches
@@ -27,25 +26,9 @@ PIXELS = np.arange(128, dtype=np.uint8).reshape(2, 8, 8, 1)
 MANY = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 2
 
 
-def save_model(workdir: pathlib.Path, config, **data) -> str:
-    """A workdir with a model whose every parameter is filled, so that no output is constant."""
-    stored = Settings(configuration.resolved(config))
-    stored = stored.updated({f"data.{name}": value for name, value in data.items()} | {"sample.batch_size": BATCH_SIZE})
-    rng = np.random.default_rng(1)
-
-    def fill(path, leaf):
-        mean, spread = {"scale": (1.0, 0.0), "bias": (0.0, 0.1), "kernel": (0.0, 0.25)}.get(path[-1].key, (0.0, 1.0))
-        return rng.normal(mean, spread, leaf.shape).astype(leaf.dtype)
-
-    _, abstract = split_model(configuration.build(stored).train.model)
-    filled = jax.tree_util.tree_map_with_path(fill, abstract)
-    Checkpoints(workdir).save_imported({"ema_params": filled}, stored.to_dict(), step=7, examples=0)
-    return str(workdir)
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> str:
-    return save_model(tmp_path_factory.mktemp("filled"), tiny_config(), class_names=WORDS)
+    return save_model(tmp_path_factory.mktemp("filled"), tiny_config(), sample__batch_size=BATCH_SIZE, data__class_names=WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,20 @@
-"""The benchmark command: what it measures, what it writes, what bad input gets."""
+"""The benchmark command: what it measures, what it writes, what bad input gets; and what docs/benchmarks.md says."""
 
+import gzip
 import json
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from tiny import CONFIG, TINY
+from PIL import Image
+from tiny import CONFIG, CONFIGS, TINY, tiny_config
 
 from configs import digits
-from djepa_jax import benchmark, flops, sharding
+from djepa_jax import benchmark, flops, memory, sharding
 from djepa_jax import config as configuration
+from djepa_jax.data.sources import load_npz
 from djepa_jax.train_step import init_state
 
 COUNTS = {"ideal", "padded", "traced", "unrolled", "compiled"}
@@ -51,6 +56,18 @@ def test_figures_of_a_part_are_consistent(tiny_run, part, batch, calls):
     assert record["memory_bytes"]["xla_plan"] > 0
     assert record["flops"].keys() == COUNTS and record["flops"]["ideal"] <= record["flops"]["padded"]
     assert record["useful_mfu"] is None
+
+
+def test_a_batch_is_taken_in_parts_where_training_would(monkeypatch):
+    """On a device that is too small for the whole; the table says so."""
+    config = tiny_config("--config.batch_size=64")
+    experiment, mesh = configuration.build(config), sharding.make_mesh((-1, 1, 1))
+    monkeypatch.setattr(memory, "device_limit", lambda: 1000)
+    monkeypatch.setattr(benchmark, "unrolled_flops", lambda *_: None)  # takes seconds
+    parts = []
+    for config.microbatches in (0, 1):
+        parts.append(benchmark.prepare_training(config, experiment, mesh, benchmark.Timing(1, 1, 0)).microbatches)
+    assert parts == [2, 1]
 
 
 def test_xla_counts_a_compiled_program_on_one_device_and_a_lowered_one_on_all():
@@ -111,3 +128,28 @@ def test_bad_input_is_one_clear_error(case, capsys):
 def test_a_config_is_needed(capsys):
     assert benchmark.main(["benchmark"]) == 2
     assert "--config is missing" in capsys.readouterr().err
+
+
+DOCS = CONFIGS.parent / "docs"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "images").glob("*.png")), ids=lambda path: path.stem)
+def test_pictures_of_the_documentation_carry_their_command(path):
+    with Image.open(path) as picture:
+        command = picture.info["command"]
+    assert "-m djepa_jax.main --config=configs/" in command
+    flags = set(re.findall(r"--\S+", command))
+    assert flags <= set(re.findall(r"--[^\s`]+", (DOCS / "benchmarks.md").read_text() + (DOCS.parent / "README.md").read_text()))
+
+
+def test_mnist_is_read_as_the_documentation_says(tmp_path, monkeypatch):
+    images, labels = np.arange(2 * 784, dtype=np.uint8).reshape(2, 28, 28), np.array([5, 0], np.uint8)
+    for name, header, values in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+        with gzip.open(tmp_path / f"train-{name}-ubyte.gz", "wb") as file:
+            file.write(bytes(header) + values.tobytes())
+    code = re.search(r"```python\n(import gzip.*?)```", (DOCS / "benchmarks.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    source = load_npz("mnist_train.npz")
+    np.testing.assert_array_equal(source.images[..., 0], images)
+    assert source.labels.tolist() == [5, 0]

@@ -4,12 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from djepa_jax.checkpoint import Checkpoints
-from djepa_jax.hosts import StopSignals
 from djepa_jax.lock import lock_workdir
 from djepa_jax.orbax_io import CheckpointError
 from djepa_jax.paths import PathError, check_writable, write_json
@@ -51,29 +49,3 @@ def test_json_is_replaced_whole(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1})
     write_json(tmp_path / "a.json", {"x": 2})
     assert (tmp_path / "a.json").read_text() == '{\n  "x": 2\n}\n' and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_asks_second_interrupt_ends(number, capfd):
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as signals:
-        assert not signals.requested(0)
-        os.kill(os.getpid(), number)
-        assert signals.requested(1) and "saving a checkpoint" in capfd.readouterr().out
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "the next one would be Python's, after what it waits for"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == before
-
-
-def test_second_interrupt_does_not_wait_for_a_save(tmp_path):
-    code = (
-        "import os, signal, sys, time; from djepa_jax.hosts import StopSignals\n"
-        "with StopSignals():\n"
-        "    print('ready', flush=True)\n"
-        "    try:\n        time.sleep(60)\n    finally:\n        time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-        assert process.wait(5) == -signal.SIGINT

@@ -22,7 +22,7 @@ from djepa_jax.checkpoint import Checkpoints, check_step
 from djepa_jax.generate import placed_params
 from djepa_jax.main import main
 from djepa_jax.manifest import MANIFEST_NAME, write_manifest
-from djepa_jax.orbax_io import CheckpointError, DamagedError, restore_state
+from djepa_jax.orbax_io import CheckpointError, DamagedError, read_back, restore_state
 from djepa_jax.stored import find_model
 from djepa_jax.train_step import TrainState
 
@@ -214,6 +214,23 @@ def test_recorded_step_that_is_gone_is_no_fresh_start(workdir):
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(CheckpointError, match=f"holds no checkpoint, though step {STEPS} was saved there"):
         resume(workdir)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"step": null}', '{"step": true}', '{"step": -1}', '{"step": "40"}', "{}", "[]", "40", "{", "[" * 100_000]
+)
+def test_a_record_that_does_not_tell_a_step_is_no_fresh_start(tmp_path, text):
+    """In a workdir without steps it is all that tells of those that were lost."""
+    (tmp_path / "last_saved.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/last_saved.json cannot be read .*; remove it"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT NINE}9", "099", "-1", "1e3", "note"])
+def test_folders_of_other_names_are_no_steps(workdir, name):
+    (workdir / "checkpoints" / name).mkdir()
+    assert Checkpoints(workdir).steps() == [EVERY, STEPS] and resume(workdir) == (STEPS, "")
+    assert name in steps_in(workdir)
 
 
 # ---------------------------------------------------------------- unfinished steps
@@ -438,6 +455,33 @@ def test_damaged_workdir_of_the_first_version_is_never_removed(tmp_path):
     with pytest.raises(CheckpointError, match="nothing was changed"):
         resume(old)
     assert digest(old) == before
+
+
+def test_sealed_workdir_of_an_earlier_version_holds_what_it_says(tmp_path):
+    """Its checksums and its fingerprints, on the host and on devices, are still those that this version computes."""
+    kept = digest(GOLDEN)
+    old = shutil.copytree(GOLDEN / "v2", tmp_path / "run")
+    step, checkpoints = old / "checkpoints" / "2", Checkpoints(old)
+    assert resume(old) == (2, "")
+    meta = checkpoints.read_meta()
+    assert (meta.format, meta.step, meta.examples, len(meta.fingerprints)) == (1, 2, 32, len(arrays(old, 2)))
+    read_back(checkpoints.folder(2), meta.fingerprints)
+    sampler_of(old)()
+    path = largest(step)
+    flip(path, random.Random(0))
+    damaged = digest(old)
+    with pytest.raises(CheckpointError, match=f"nothing was changed:\n.*{path.name} differs from its checksum"):
+        resume(old)
+    assert digest(old) == damaged and digest(GOLDEN) == kept
+
+
+def test_sealed_workdir_of_an_earlier_version_trains_on(tmp_path):
+    old = shutil.copytree(GOLDEN / "v2", tmp_path / "run")
+    status, output = run(old, "--config.keep_checkpoints=3")
+    assert status == 0 and f"going on from step 2 of {STEPS}" in output and "WARNING" not in output, output
+    assert steps_in(old) == ["2", str(EVERY), str(STEPS)]
+    assert digest(old / "checkpoints" / "2") == digest(GOLDEN / "v2" / "checkpoints" / "2")
+    assert arrays(old)["step"] == STEPS and arrays(old).keys() == arrays(old, 2).keys()
 
 
 @pytest.mark.parametrize("error", [TimeoutError("timed out"), PermissionError("not now"), ConnectionResetError("reset")])

@@ -1,4 +1,4 @@
-"""Every shipped configuration builds, and its checks are reachable."""
+"""Every shipped configuration builds, and its checks are reachable; tests/test_recipes.py has the ImageNet recipes."""
 
 import pathlib
 

@@ -1,13 +1,14 @@
 """Sources and the order of examples."""
 
 import itertools
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from djepa_jax import sharding
-from djepa_jax.data.pipeline import example_stream, row_batches
+from djepa_jax.data.pipeline import example_stream, read_in_order, row_batches
 from djepa_jax.data.sources import ArraySource, load_digits, load_npz, open_source
 from djepa_jax.feed import local_rows, place_rows
 from djepa_jax.modalities import MODALITIES
@@ -68,6 +69,38 @@ def test_flip_mirrors_about_half_of_the_images(numbered):
         assert (a == b).all() or (a[:, ::-1] == b).all()
         mirrored += not (a == b).all()
     assert 60 < mirrored < 140
+
+
+class Counted:
+    """Numbers, and how many of them were asked for; some threads are slower than others."""
+
+    def __init__(self, count: int, broken: int = -1):
+        self.asked, self._count, self._broken = [], count, broken
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        self.asked.append(index)
+        time.sleep(0.002 * (index % 3 == 0))
+        if index == self._broken:
+            raise ValueError(f"{index} is broken")
+        return index
+
+
+@pytest.mark.parametrize("num_threads", [1, 5])
+def test_reading_in_order_is_in_order_and_not_far_ahead(num_threads):
+    source, ahead = Counted(60), 8
+    for expected, found in enumerate(read_in_order(source, num_threads, ahead)):
+        assert found == expected and len(source.asked) <= found + 1 + ahead + num_threads
+    assert expected == 59 and sorted(source.asked) == list(range(60)), "each once"
+
+
+def test_reading_in_order_comes_to_what_is_broken_in_its_turn():
+    numbers = read_in_order(Counted(60, broken=20), 4, 30)
+    assert [next(numbers) for _ in range(20)] == list(range(20))
+    with pytest.raises(ValueError, match="20 is broken"):
+        next(numbers)
 
 
 def test_digits_are_the_real_ones():

@@ -6,7 +6,7 @@ import pytest
 from processes import CONTEXT, keep_compiled, start
 from tiny import tiny_config
 
-from djepa_jax import train as training
+from djepa_jax import step_program
 from djepa_jax.debugging import ProfileWindow
 from djepa_jax.train import train
 
@@ -20,11 +20,12 @@ def long_config():
 
 
 def count_programs(workdir: str, cache: str, stop: int, pipe) -> None:
-    """Train in a process of its own; send how many programs were compiled before each step, and how many were not cached."""
+    """Train in a process of its own; send what was compiled, how much of it before each step, and how much was not cached."""
     keep_compiled(cache)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compiled, missed, before = [], [], []
-    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: event == COMPILED and compiled.append(1))
+    listen = jax.monitoring.register_event_duration_secs_listener
+    listen(lambda event, _, **of: event == COMPILED and compiled.append(of["fun_name"]))
     jax.monitoring.register_event_listener(lambda event, **_: event == MISSED and missed.append(1))
 
     def count(step: int) -> bool:
@@ -32,7 +33,7 @@ def count_programs(workdir: str, cache: str, stop: int, pipe) -> None:
         return step == stop
 
     train(long_config(), workdir, should_stop=count)
-    pipe.send({"before": before, "missed": len(missed)})
+    pipe.send({"names": compiled, "before": before, "missed": len(missed)})
 
 
 def counts(workdir, cache, stop: int) -> dict:
@@ -49,8 +50,9 @@ def test_a_thousand_steps_compile_nothing_after_the_first(tmp_path):
     """But for the first grid; and a run that goes on finds all programs in the cache."""
     first = counts(tmp_path / "run", tmp_path / "cache", stop=STEPS - 1)
     before = first["before"]  # the first step, and each after it
-    assert len(before) == STEPS
-    assert before[199] == before[1], "something was compiled while nothing but steps was made"
+    assert len(before) == STEPS and first["names"].count("jit(train_step)") == 1
+    assert before[0] < 40, "small programs that make the first state are compiled one by one"
+    assert before[199] == before[0], "something was compiled while nothing but steps was made"
     assert before[-1] == before[250], "something was compiled by the second save or grid"
     assert before[249] - before[199] <= 5 and before[250] == before[249], "a grid, or a save, has more programs than planned"
     assert first["missed"] >= 3
@@ -62,7 +64,7 @@ def test_nans_are_found_where_they_arise(tmp_path, monkeypatch):
     def poisoned(spec):
         return lambda state, batch: (state, {"loss": jax.numpy.log(-batch["image"].astype("float32") - 1).sum()})
 
-    monkeypatch.setattr(training, "make_train_step", poisoned)
+    monkeypatch.setattr(step_program, "make_train_step", poisoned)
     with pytest.raises(FloatingPointError, match="nan"):
         train(tiny_config("--config.debug.nans=True", "--config.evaluation.kind=none"), str(tmp_path))
     assert not jax.config.jax_debug_nans

@@ -1,5 +1,6 @@
 """The latent cache: records, reading, agreement with the config, and what training makes of the moments."""
 
+import dataclasses
 import json
 import pickle
 
@@ -11,6 +12,7 @@ from caches import SHA, SHAPE, TOTAL, entries, write_cache
 from photos import same
 from tiny import load_config
 
+from djepa_jax.class_names import imagenet
 from djepa_jax.config import build
 from djepa_jax.data.latents import DTYPES, LatentCache, check_autoencoder, check_cache, file_sha256, pack, read_metadata, unpack
 from djepa_jax.data.pipeline import example_stream, row_batches
@@ -106,6 +108,26 @@ def test_every_difference_is_listed(tmp_path):
     with pytest.raises(DataError) as caught:
         check_cache(read_metadata(tmp_path / "cache"), config_with(**changes).data)
     assert all(f"--config.{key}={value}" in str(caught.value) for key, value in FLAGS.items())
+
+
+WNIDS, NAMES = (tuple(column) for column in zip(*imagenet(), strict=True))
+NUMBERS = tuple(map(str, range(1000)))
+OWN = ("one", "two", *NUMBERS[2:])
+
+
+@pytest.mark.parametrize("found", [NAMES, WNIDS, NUMBERS, OWN])
+@pytest.mark.parametrize("names", ["imagenet", "", "file"])
+def test_class_names_of_a_cache_are_those_of_the_config_or_none(tmp_path, found, names):
+    (tmp_path / "file").write_text("\n".join(OWN))
+    cache = dataclasses.replace(read_metadata(write_cache(tmp_path / "cache")), num_classes=1000, class_names=found)
+    spec = names.replace("file", f"{tmp_path}/file")
+    config = config_with("CACHE", **{"data.num_classes": 1000, "data.class_names": spec})
+    if found in {"imagenet": (NAMES, WNIDS, NUMBERS), "": (NAMES, WNIDS, NUMBERS, OWN), "file": (OWN, NUMBERS)}[names]:
+        return check_cache(cache, config.data)
+    theirs, ours = found[0], {"imagenet": "tench", "file": "one"}[names]
+    words = f'cache CACHE has other classes than .* class 0 is "{theirs}" in the cache and "{ours}" in the config; name a file'
+    with pytest.raises(DataError, match=words):
+        check_cache(cache, config.data)
 
 
 def test_only_the_autoencoder_of_the_cache_may_decode(tmp_path):

@@ -164,6 +164,7 @@ def test_help(machine, script, flag):
     assert "#" not in done.stdout.replace("#SBATCH lines", "") and "SBATCH --" not in done.stdout and "source" not in done.stdout
 
 
+IMAGENET = ["--tars=x", "--data_dir=x", "--cache_dir=x"]
 TPU = ["--name=t", "--zone=z", "--accelerator_type=v6e-8", "--config=configs/digits.py", "--workdir=gs://b/run"]
 
 
@@ -181,6 +182,16 @@ TPU = ["--name=t", "--zone=z", "--accelerator_type=v6e-8", "--config=configs/dig
         ("train_gpu.sh", ["--config=configs/absent.py", "--workdir=w"], ['"configs/absent.py"', "is not a file"]),
         ("train_gpu.sh", ["--config=configs/digits.py", "--workdir=w", "--gpus=a"], ["--gpus=a", "--gpus=0,1"]),
         ("train_gpu.sh", ["--gpu=0"], ['unknown flag "--gpu=0"']),
+        ("train_gpu.sh", ["--config_json=absent.json", "--workdir=w"], ['--config_json "absent.json"', "is not a file"]),
+        ("train_slurm.sh", ["--config=a", "--config_json=b", "--workdir=w"], ["--config and --config_json are both given"]),
+        ("train_tpu_vm.sh", [*TPU, "--config_json=b.json"], ["--config and --config_json are both given"]),
+        (
+            "train_tpu_vm.sh",
+            [*TPU[:3], "--config_json=pyproject.toml", TPU[4]],
+            ['--config_json "pyproject.toml"', "not committed"],
+        ),
+        ("train_tpu_vm.sh", [*TPU, "--cache=/data/c"], ["--cache=/data/c", "gs://BUCKET/CACHE", "gcloud storage cp -r"]),
+        ("train_tpu_vm.sh", [*TPU, "--autoencoder=kl16.ckpt"], ["--autoencoder=kl16.ckpt", "gs://BUCKET/kl16.ckpt"]),
         ("train_gpu.sh", ["--=x"], ['unknown flag "--=x"']),
         ("train_gpu.sh", ["digits"], ['"digits" is not a flag']),
         ("train_slurm.sh", ["--nodes=2"], ['unknown flag "--nodes=2"']),
@@ -198,6 +209,8 @@ TPU = ["--name=t", "--zone=z", "--accelerator_type=v6e-8", "--config=configs/dig
         ("prepare_imagenet.sh", ["--tars=x", "--data_dir=x", "--cache_dir="], ["--cache_dir needs a value"]),
         ("prepare_imagenet.sh", ["--tars=x", "--data_dir=x", "--cache_dir=x", "--platform=gpu"], ["--platform=gpu"]),
         ("prepare_imagenet.sh", ["--skip"], ['unknown flag "--skip"']),
+        ("prepare_imagenet.sh", [*IMAGENET, "--publish=/data/c"], ["--publish=/data/c", "gs://BUCKET/CACHE"]),
+        ("prepare_imagenet.sh", [*IMAGENET, "--publish=gs://b/c"], ["no gcloud here for --publish"]),
     ],
 )
 def test_bad_flags_are_one_line(machine, script, arguments, texts):
@@ -288,6 +301,36 @@ def test_dry_run_of_gpus(machine):
     settings = ["env", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "JAX_PLATFORMS=cuda,cpu", "CUDA_VISIBLE_DEVICES=0,1"]
     last = program(machine, "djepa_jax.main", *GPU, "--config.seed=1", "--mode=sample", "--out=b c")
     assert commands == [["nvidia-smi", "-L"], *installing(machine, "jax[cuda13]"), settings + last]
+
+
+def as_json(machine: Machine) -> str:
+    """A configuration as data, beside the others."""
+    (machine.checkout / "configs/mine.json").write_text("{}")
+    return "--config_json=configs/mine.json"
+
+
+@pytest.mark.parametrize("script", ["train_gpu.sh", "train_slurm.sh"])
+def test_configuration_may_be_data(machine, script):
+    command = dry_run(machine, script, as_json(machine), "--workdir=w", "--dry_run", "--config.seed=1")[-1]
+    assert command[-3:] == ["--config_json=configs/mine.json", "--workdir=w", "--config.seed=1"]
+
+
+@pytest.mark.parametrize("place", ["configs/mine.json", "gs://b/mine.json"])
+def test_configuration_of_a_tpu_may_be_data(machine, place):
+    as_json(machine)
+    commit(machine.checkout)
+    commands = dry_run(machine, "train_tpu_vm.sh", *TPU[:3], f"--config_json={place}", TPU[4], "--dry_run")
+    assert f"djepa_jax.main --config_json={place} --workdir=gs://b/run" in commands[-1][7]
+
+
+def test_tpu_takes_its_data_from_a_bucket(machine):
+    commit(machine.checkout)
+    data = ["--cache=gs://b/a cache", "--autoencoder=gs://b/kl16.ckpt"]
+    commands = dry_run(machine, "train_tpu_vm.sh", *TPU, *data, "--dry_run", "--config.data.staging=/data")
+    assert commands[-1][7].endswith(
+        " --workdir=gs://b/run '--config.data.path=gs://b/a cache' --config.autoencoder.path=gs://b/kl16.ckpt"
+        " --config.data.staging=/data"
+    )
 
 
 def test_gpus_train_in_one_process(machine):
@@ -412,6 +455,29 @@ def test_dry_run_of_imagenet(machine, imagenet):
             "--x",
         ),
     ]
+
+
+def test_cache_is_published_with_its_metadata_last(machine, imagenet):
+    cache = imagenet[2].split("=")[1]
+    commands = dry_run(machine, "prepare_imagenet.sh", *imagenet, "--publish=gs://b/cache/", "--dry_run")
+    assert commands[-3][3:5] == ["--mode=prepare", "--config=configs/djepa_l.py"]
+    exclude = "--exclude=^metadata\\.json$|^\\.lock"
+    assert commands[-2:] == [
+        ["gcloud", "storage", "rsync", "--recursive", exclude, cache, "gs://b/cache"],
+        ["gcloud", "storage", "cp", f"{cache}/metadata.json", "gs://b/cache/metadata.json"],
+    ]
+
+
+@pytest.mark.parametrize(("program", "status"), [("exit 0", 0), ("exit 3", 3)])
+def test_only_a_finished_cache_is_published(machine, imagenet, program, status):
+    for name in SIZES:
+        archive(machine, name, 1)
+    machine.install("gcloud", '#!/usr/bin/env bash\necho "gcloud ${*:1:2}" >>"$LOG"\n')
+    flags = [*imagenet, "--skip_size_check", "--publish=gs://b/cache"]
+    done = machine.launch("prepare_imagenet.sh", *flags, PROGRAM=program)
+    published = [line for line in machine.log() if line.startswith("gcloud")]
+    assert done.returncode == status, done.stderr
+    assert published == ([] if status else ["gcloud storage rsync", "gcloud storage cp"])
 
 
 def test_imagenet_archives_are_checked(machine, imagenet):

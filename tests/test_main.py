@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from tiny import CONFIG, TINY, load_config
@@ -246,3 +247,53 @@ def test_damaged_or_foreign_evaluation_is_made_again(trained, tmp_path, capsys):
         assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 0
         assert json.loads((workdir / "evaluation.json").read_text()) == record
     assert capsys.readouterr().out.count("evaluating 70 samples") == 3
+
+
+# what XLA says -> whether another process is gone
+XLA_ERRORS = {
+    "UNAVAILABLE: failed to connect to all addresses; last error: UNKNOWN": True,
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: compiled. This usually happens because a task did not come.": True,
+    "ABORTED: The following tasks are unhealthy: /job:jax_worker/replica:0/task:1": True,
+    "FAILED_PRECONDITION: [external/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40": True,
+    "INTERNAL: [external/gloo/transport/tcp/pair.cc:5] Read error [127.0.0.1]:40: Connection reset by peer": True,
+    "INTERNAL: Task 1 heartbeat timeout": True,
+    "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error": True,
+    "INVALID_ARGUMENT: Argument does not match host shape, or is UNAVAILABLE": False,
+    "INTERNAL: Mosaic failed to compile TPU kernel": False,
+    "RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes": False,
+    "INTERNAL: RET_CHECK failure": False,
+}
+
+
+def raised_while(inner: Exception) -> Exception:
+    """An error that came up while another one was handled."""
+    try:
+        try:
+            raise inner
+        except Exception:
+            raise TypeError("a mistake in this program")  # noqa: B904
+    except TypeError as error:
+        return error
+
+
+@pytest.mark.parametrize("text", XLA_ERRORS)
+@pytest.mark.parametrize("wrap", [lambda error: error, raised_while])
+def test_what_xla_says_when_another_process_is_gone(text, wrap):
+    error = wrap(jax.errors.JaxRuntimeError(f"{text}\nand more"))
+    assert cli._lost(error) == (text if XLA_ERRORS[text] else None)
+
+
+@pytest.mark.parametrize("text", ["UNAVAILABLE: a process is gone", "INTERNAL: Mosaic failed to compile TPU kernel"])
+def test_only_a_lost_process_is_told_as_one(text, monkeypatch, capsys, tmp_path):
+    """Of several processes; whatever else is wrong comes with its traceback."""
+
+    def fail(values):
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(cli.hosts, "alone", lambda: False)
+    monkeypatch.setattr(cli, "_exit_status", lambda status: status)  # that of several processes ends this one
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert run(f"--config={CONFIG}", f"--workdir={tmp_path}") == 2
+    error, lost = capsys.readouterr().err, text.startswith("UNAVAILABLE")
+    assert (f"error: another process has ended or cannot be reached ({text});" in error) == lost
+    assert ("Traceback" in error and "error: JaxRuntimeError in process 0" in error) != lost

@@ -130,8 +130,10 @@ def test_partial_output_is_a_slice_of_the_full_one(inputs):
 
 def test_dropout_function():
     x = jnp.full((200, 200), 3.0)
-    kept = np.asarray(dropout(x, 0.3, jax.random.key(0)))
-    assert dropout(x, 0.3, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+    keys = jax.random.split(jax.random.key(0), len(x))
+    kept = np.asarray(dropout(x, 0.3, keys))
+    assert dropout(x, 0.3, None) is x and dropout(x, 0.0, keys) is x
+    np.testing.assert_array_equal(dropout(x[50:60], 0.3, keys[50:60]), kept[50:60])
     np.testing.assert_allclose(np.unique(kept), [0, 3 / 0.7], rtol=1e-6)
     deviation = math.sqrt(0.3 * 0.7 / x.size)
     assert abs((kept == 0).mean() - 0.3) < 4 * deviation
@@ -140,13 +142,13 @@ def test_dropout_function():
 
 @pytest.mark.parametrize("kind, vit", [("dropout", 0), ("attention_dropout", 1)])
 def test_dropout_in_the_model(inputs, kind, vit):
-    """On exactly when a ViT is given a key, and a function of the key; the other rate is 0."""
+    """On exactly when a ViT is given keys, and a function of the keys; the other rate is 0."""
     graph, params = tiny(**({"dropout": 0.0, "attention_dropout": 0.0} | {kind: 0.3}))
 
     @jax.jit
     def run(params, key):
         keys = [None, None]
-        keys[vit] = key
+        keys[vit] = None if key is None else jax.random.split(key, len(inputs[0]))
         return features(graph, params, inputs, keys=keys)
 
     a, b = jax.random.split(jax.random.key(3))
@@ -186,7 +188,7 @@ def loss_and_gradients(remat, unroll):
     @jax.value_and_grad
     def loss(params):
         model = nnx.merge(graph, params)
-        cond = model.predictor.stack(x, key=jax.random.key(4))
+        cond = model.predictor.stack(x, keys=jax.random.split(jax.random.key(4), len(x)))
         xt, time, condition = x[..., :3], model.denoiser.time(jnp.array(10)), model.denoiser.condition(cond)
         return jnp.square(model.denoiser(xt, time, condition)).mean()
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Iterator
 
 import jax
@@ -33,8 +34,9 @@ from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.lock import lock_workdir
 from djepa_jax.main import main
 from djepa_jax.optimizer import path_name
-from djepa_jax.orbax_io import DamagedError
+from djepa_jax.orbax_io import DamagedError, read_meta
 from djepa_jax.paths import PathError, as_path, check_writable
+from djepa_jax.prepare import PUBLISH
 from djepa_jax.restoring import go_back
 from djepa_jax.stored import find_model
 
@@ -279,7 +281,7 @@ def test_flipped_byte_is_noticed_and_the_step_set_aside(bucket):
 
 def test_step_of_another_workdir_in_the_bucket_can_be_restored_from(bucket):
     said = []
-    go_back("gs://bucket/new", f"{WORKDIR}@{OLDER}", 2, said.append)
+    go_back("gs://bucket/new", f"{WORKDIR}@{OLDER}", 2, read_meta, said.append)
     assert said == [f"restored step {OLDER} of {WORKDIR}"]
     assert below(bucket.objects, f"new/checkpoints/{OLDER}/") == below(bucket.objects, f"run/checkpoints/{OLDER}/")
     assert Checkpoints("gs://bucket/new").step_to_resume(said.append) == OLDER and len(said) == 1
@@ -288,8 +290,8 @@ def test_step_of_another_workdir_in_the_bucket_can_be_restored_from(bucket):
 # ---------------------------------------------------------------- the lock
 
 
-def fast(monkeypatch, renew: float = 0.05, stale: float = 0.5, settle: float = 0.05) -> None:
-    for name, value in (("RENEW_SECONDS", renew), ("STALE_SECONDS", stale), ("SETTLE_SECONDS", settle)):
+def fast(monkeypatch, renew: float = 0.05, stale: float = 0.5) -> None:
+    for name, value in (("RENEW_SECONDS", renew), ("STALE_SECONDS", stale)):
         monkeypatch.setattr(lock, name, value)
 
 
@@ -332,28 +334,52 @@ def test_lock_that_is_given_back_meanwhile_is_free(empty, monkeypatch):
         assert json.loads(empty.objects["run/.lock"])["owner"] == THIS
 
 
-def test_of_two_that_come_at_the_same_time_one_gets_it(empty, monkeypatch):
-    fast(monkeypatch, renew=60, settle=1.0)
-    both, got, refused, done = threading.Barrier(2, timeout=30), [], [], threading.Event()
-    empty.before_upload = lambda name, data: both.wait() and None  # neither is stored before both have seen that it is free
+@pytest.mark.parametrize("left", [{}, {"run/.lock": lease("process 7")}])
+def test_of_two_that_find_it_free_or_left_behind_one_gets_it(empty, monkeypatch, left):
+    """However long one takes to write what it has decided."""
+    fast(monkeypatch, renew=60, stale=0.2)
+    empty.objects.update(left)
+    decided, both, got, refused, done = [], threading.Event(), [], [], threading.Event()
+
+    def wait_for_the_other(name: str, data: bytes) -> int | None:
+        decided.append(name)
+        if len(decided) == 2:
+            both.set()
+            wait_until(lambda: got)  # the second one's write arrives when the first one has the lock for long
+        both.wait(30)
 
     def hold():
         try:
-            with lock_workdir(WORKDIR):
+            with lock_workdir(WORKDIR, say=str):
                 got.append(True)
                 done.wait(30)
         except PathError as error:
             refused.append(str(error))
 
+    monkeypatch.setattr(empty, "before_upload", wait_for_the_other)
     threads = [threading.Thread(target=hold) for _ in range(2)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(got) + len(refused) == 2)
-    empty.before_upload = None
     done.set()
     for thread in threads:
         thread.join()
-    assert len(got) == 1 and "is in use by" in refused[0]
+    assert len(got) == 1 and f"is in use by {THIS}" in refused[0] and not empty.objects
+
+
+def test_lock_whose_answer_was_lost_is_had(empty, monkeypatch):
+    """The bucket has stored it, so that it refuses it when it is sent again."""
+    fast(monkeypatch, renew=60)
+
+    def store_and_fail(name: str, data: bytes) -> int:
+        empty.objects[name] = data
+        empty.before_upload = None
+        return 503
+
+    monkeypatch.setattr(empty, "before_upload", store_and_fail)
+    with lock_workdir(WORKDIR):
+        assert json.loads(empty.objects["run/.lock"])["owner"] == THIS
+    assert not empty.objects
 
 
 def test_owner_that_was_away_too_long_gives_way(empty, monkeypatch):
@@ -370,6 +396,17 @@ def test_owner_that_was_away_too_long_gives_way(empty, monkeypatch):
         empty.objects["run/.lock"] = lease("process 7")
         assert gave_way.wait(30) and gave_way.owner == "process 7"
     assert empty.objects == {"run/.lock": lease("process 7")}
+
+
+def test_owner_whose_lock_was_taken_and_given_back_gives_way_too(empty, monkeypatch):
+    """What it knows of the workdir may no longer be so."""
+    fast(monkeypatch)
+    told = []
+    monkeypatch.setattr(lock, "_give_way", lambda path, owner: told.append(owner))
+    with lock_workdir(WORKDIR):
+        del empty.objects["run/.lock"]
+        wait_until(lambda: told)
+    assert told[0] == "nobody" and not empty.objects
 
 
 def test_giving_way_ends_the_process():
@@ -403,6 +440,44 @@ def test_copies_are_made_up_for(empty, capsys):
     writer.close()
     assert [json.loads(line)["step"] for line in empty.objects["run/metrics.jsonl"].splitlines()] == [1, 2]
     assert any("tfevents" in name for name in empty.objects) and not writer.folder.exists() and not capsys.readouterr().out
+
+
+@pytest.fixture
+def unreachable(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """Nobody answers where the bucket should be; waiting for another attempt takes no time."""
+
+    async def no_time(seconds: float) -> None:
+        pass
+
+    with socket.socket() as closed, monkeypatch.context() as patch:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        retry = importlib.import_module("gcsfs.retry")  # not above: gcsfs looks at the environment when it is imported
+        patch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=no_time))
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        yield patch
+
+
+def test_copies_are_made_up_for_when_the_storage_is_back(empty, unreachable, capsys):
+    with unreachable.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", empty.url)
+        writer = logs.MetricWriter(as_path(WORKDIR))
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.flush()
+    first, second = capsys.readouterr().out.splitlines()
+    assert not empty.objects and first.startswith(f"WARNING: {WORKDIR}/events.out.tfevents.") and "Cannot connect" in first
+    assert second.startswith(f"WARNING: {WORKDIR}/metrics.jsonl was not written (") and "tried again later" in second
+    unreachable.setenv("STORAGE_EMULATOR_HOST", empty.url)
+    writer.write_scalars(2, {"loss": 0.5})
+    writer.close()
+    assert [json.loads(line)["step"] for line in empty.objects["run/metrics.jsonl"].splitlines()] == [1, 2]
+    assert not writer.folder.exists() and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_storage_that_cannot_be_reached_is_one_line(empty, unreachable, mode, capsys):
+    line = refusal(capsys, f"--config={CONFIG}", f"--workdir={WORKDIR}", f"--mode={mode}")
+    assert line.startswith("error: ") and "Cannot connect to host 127.0.0.1" in line and not empty.objects
+    assert mode == "sample" or f'--workdir "{WORKDIR}" cannot be written (' in line
 
 
 def test_what_could_not_be_copied_is_kept(empty, tmp_path, monkeypatch, capsys):
@@ -473,7 +548,7 @@ def test_exports_and_latents_are_for_disks(bucket, capsys):
     line = refusal(capsys, f"--workdir={WORKDIR}", "--mode=export", "--out=gs://bucket/export")
     assert line == 'error: --out "gs://bucket/export" is not a local path; name one.'
     line = refusal(capsys, f"--config={CONFIGS / 'djepa_b.py'}", "--mode=prepare", "--workdir=gs://bucket/latents")
-    assert line == 'error: --workdir "gs://bucket/latents" is not a local path; name one.'
+    assert line == f'error: --workdir "gs://bucket/latents" is not a local path; {PUBLISH}.'
 
 
 def test_bucket_without_a_checkpoint_is_told(empty, capsys):

@@ -1,16 +1,19 @@
 """Making a latent cache: what goes into it, what is measured and left out, and completing one."""
 
+import errno
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 from photos import NAMES, labelled, same, write_folder, write_shards
 from small_autoencoder import FLAGS, PIXELS, cache_config, files_of, folder_config, registered
-from tiny import CONFIGS
+from tiny import CONFIGS, load_config
 
-from djepa_jax import sharding
+from djepa_jax import sharding, shards
+from djepa_jax.data import records
 from djepa_jax.data.images import center_crop, decode_image
 from djepa_jax.data.latents import DTYPES, LatentCache
 from djepa_jax.data.records import MAX_PIXELS, DataError
@@ -65,7 +68,78 @@ def test_cache_holds_the_moments_of_every_image_and_its_mirror_image(config, tmp
     assert metadata.count == COUNT and [shard.count for shard in metadata.shards] == [5, 5, 2]
     assert [shard.class_counts for shard in metadata.shards] == [{"0": 5}, {"0": 1, "1": 4}, {"1": 2}]
     assert metadata.class_names == NAMES and metadata.image_size == PIXELS and metadata.dtype == dtype
-    assert lines[-1].startswith("12 images of 2 classes in 3 shards; 0 could not be read") and len(lines) == 4
+    assert lines[-1].startswith("12 images of 2 classes in 3 shards; 0 could not be read")
+    finished = [line for line in lines if "is finished; " in line]
+    assert [line.partition(" images")[0] for line in finished] == [
+        f"shard {i} of 3 is finished; {n} of 12" for i, n in enumerate((5, 10, 12))
+    ]
+
+
+def test_progress_is_said_within_shards_too(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PROGRESS_SECONDS", 0.0)
+    config.autoencoder.batch_size, lines = 2, []
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: np.zeros((len(images), 2, 8, 8, 8), np.float32))
+    config.prepare.shard_size = 12
+    run_prepare(config, str(tmp_path), say=lines.append)
+    assert lines[0] == "8 of 12 images", "when nothing is known of the speed but how long compiling took"
+    assert re.fullmatch(r"12 of 12 images, \d+ images/s, 0 s left", lines[1])
+
+
+@pytest.mark.parametrize("num_threads", [1, 7])
+def test_threads_change_nothing(config, cache, tmp_path, num_threads):
+    config.data.num_threads = num_threads
+    run_prepare(config, str(tmp_path / "new"))
+    assert files_of(tmp_path / "new") == files_of(cache)
+
+
+def test_batches_of_the_autoencoder_hold_whole_images_and_follow_one_another(broken, tmp_path, monkeypatch):
+    seen = []
+
+    def encode(self, images):
+        seen.append(images)
+        return np.zeros((len(images), 2, 8, 8, 8), np.float32)
+
+    monkeypatch.setattr(Autoencoder, "encode", encode)
+    broken.prepare.shard_size = 12
+    run_prepare(broken, str(tmp_path / "new"))
+    pixels = np.array([center_crop(decode_image(data, MAX_PIXELS), PIXELS) for _, data, _ in labelled()[1:10]])
+    assert [len(images) for images in seen] == [8, 1] and same(np.concatenate(seen), pixels)
+
+
+# which classes
+
+
+def test_labels_of_wordnet_ids_are_those_of_imagenet(config, cache, tmp_path):
+    wnids = ("n01443537", "n02099601")
+    images = [(f"{wnids[label]}/{key[-3:]}", data, label) for key, data, label in labelled()]
+    config.prepare.path = write_folder(tmp_path / "two of them", images)
+    config.data.num_classes, config.data.class_names = 1000, "imagenet"
+    metadata = run_prepare(config, str(tmp_path / "new"))
+    moments, labels, _ = read(tmp_path / "new")
+    assert labels == [(1, 207)[label] for _, _, label in labelled()] and same(moments, read(cache)[0])
+    assert metadata.num_classes == 1000 and metadata.class_names[207] == "golden retriever"
+
+
+def test_names_of_the_config_win_over_those_of_the_folders(config, tmp_path):
+    (tmp_path / "names").write_text("Blume\nTempel")
+    config.data.class_names = str(tmp_path / "names")
+    assert run_prepare(config, str(tmp_path / "new")).class_names == ("Blume", "Tempel")
+
+
+def test_an_unconditional_recipe_makes_a_cache_of_one_class(config, cache, tmp_path):
+    settings = {"data.image_size": 8, "data.channels": 4, "prepare.image_size": PIXELS, "autoencoder.name": "small"}
+    settings |= {"prepare.path": config.prepare.path, "autoencoder.path": config.autoencoder.path, "prepare.dtype": "float32"}
+    flags = [f"--config.{key}={value}" for key, value in (settings | {"sample.num_ar_steps": 4}).items()]
+    recipe = f"--config={CONFIGS}/djepa_l.py:unconditional"
+    assert main(["djepa_jax", "--mode=prepare", recipe, f"--workdir={tmp_path}/new", *flags]) == 0
+    moments, labels, keys = read(tmp_path / "new")
+    metadata = LatentCache(str(tmp_path / "new")).metadata
+    assert same(moments, read(cache)[0]) and labels == [0] * COUNT and keys == read(cache)[2]
+    assert metadata.num_classes == 1 and metadata.class_names == ("0",)
+    modality = MODALITIES["image_latents"](8, 4, 1, 0.2325)
+    for folder in (tmp_path / "new", cache):  # one with classes will do as well
+        source = open_data(load_config("djepa_l:unconditional", *flags, f"--config.data.path={folder}"), modality)
+        assert {int(source[i]["label"]) for i in range(COUNT)} == {0}
 
 
 def test_every_source_gives_the_same_moments(config, cache, tmp_path):
@@ -105,6 +179,19 @@ def test_measured_scale_standardises_the_latents(config, cache, tmp_path, capsys
     moments = read(cache)[0].reshape(-1, 8, 8, 8)
     assert abs(modality.tokenize(moments).mean()) < 1e-3
     assert modality.tokenize(moments, jax.random.key(0)).std() == pytest.approx(1, abs=0.02)
+
+
+def test_a_measured_scale_stays_until_told_otherwise(config, cache, tmp_path):
+    run_prepare(config, str(cache), measure_scale=True, say=lambda text: None)
+    measured, lines = files_of(cache), []
+    metadata = run_prepare(config, str(cache), say=lines.append)
+    assert files_of(cache) == measured and metadata.scale == 1 / metadata.measured_std
+    (told,) = [line for line in lines if "keeps its scale" in line]
+    assert f"scale {metadata.scale!r} and shift {metadata.shift!r} (the config has 0.2325 and 0.0" in told
+    assert f"when {cache}/metadata.json is removed" in told
+    (cache / "metadata.json").unlink()
+    metadata = run_prepare(config, str(cache), say=lines.append)
+    assert (metadata.scale, metadata.shift) == (0.2325, 0.0)
 
 
 # broken images
@@ -152,12 +239,47 @@ def test_names_need_not_be_unicode(config, tmp_path):
     for name, data in ((b"/\xfe.jpg", labelled()[0][1]), (b"/\xff.jpg", b"broken")):
         with open(folder + name, "wb") as file:
             file.write(data)
-    config.prepare.path = str(tmp_path / "more")
+    config.prepare.path, config.data.num_classes = str(tmp_path / "more"), 1
     (shard,) = run_prepare(config, str(tmp_path / "new")).shards
     assert read(tmp_path / "new")[2] == ["caf\udce9/\udcfe.jpg"] and list(shard.skipped) == ["caf\udce9/\udcff.jpg"]
 
 
+def test_broken_images_of_all_shards_count_whoever_made_them(broken, tmp_path):
+    run_prepare(broken, str(tmp_path / "new"))
+    broken.prepare.max_broken = 2
+    with pytest.raises(DataError, match=r"too many images cannot be read: 3 of 12, and prepare.max_broken is 2: flower/000"):
+        run_prepare(broken, str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_storage_that_stays_away_leaves_nothing_out_and_the_command_can_be_repeated(config, cache, tmp_path, monkeypatch, number):
+    read_bytes = pathlib.Path.read_bytes
+
+    def fail(path):
+        if path.name == "005.jpg":
+            raise OSError(number, os.strerror(number))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "WAITS", (0,))
+        patch.setattr(pathlib.Path, "read_bytes", fail)
+        with pytest.raises(DataError, match=f"flower/005.jpg cannot be read .{os.strerror(number)}., after 2 attempts"):
+            run_prepare(config, str(tmp_path / "new"))
+    assert len(list((tmp_path / "new" / "shards").glob("*.json"))) == 1, "the shard before it"
+    assert run_prepare(config, str(tmp_path / "new")).count == COUNT
+    assert files_of(tmp_path / "new") == files_of(cache)
+
+
 # going on
+
+
+def test_images_may_lie_elsewhere_the_next_time(config, cache, tmp_path, monkeypatch):
+    for path in (cache / "shards").glob("00001*"):
+        path.unlink()
+    moved = pathlib.Path(config.prepare.path).rename(tmp_path / "mounted elsewhere")
+    config.prepare.path, lines = str(moved), []
+    assert run_prepare(config, str(cache), say=lines.append).count == COUNT
+    assert lines[0] == "2 of 3 shards are finished already"
 
 
 def test_second_run_makes_nothing_anew(config, cache, monkeypatch):

@@ -2,11 +2,12 @@
 
 import random
 import shutil
+import socket
 import time
 
 import pytest
 from photos import NAMES, crop, encode, write_folder
-from processes import CONTEXT, Preparation
+from processes import Preparation
 from small_autoencoder import cache_config, files_of, write_weights
 
 from djepa_jax.data.latents import LatentCache
@@ -72,10 +73,34 @@ def test_full_disk_is_one_error_and_nothing_is_lost(config, compiled, expected, 
     assert files_of(tmp_path) == expected
 
 
-def test_several_processes_share_the_work(config, compiled, expected, tmp_path):
-    barrier = CONTEXT.Barrier(3)
-    processes = [Preparation(config, tmp_path, compiled, share=(index, 3, barrier)) for index in range(3)]
-    messages = [process.finish() for process in processes]
+def together(config, compiled: str, *folders) -> list[list[str]]:
+    """What two connected processes say, each of which is to prepare into one of `folders`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = [Preparation(config, folder, compiled, share=(port, index)) for index, folder in enumerate(folders)]
+    return [process.finish() for process in both]
+
+
+def test_two_processes_share_the_work(config, compiled, expected, tmp_path):
+    messages = together(config, compiled, tmp_path, tmp_path)
     assert all(said[-1] == "done" for said in messages), messages
-    assert all(len(said) == SHARDS // 3 + 2 for said in messages), "a third of the shards each"
-    assert files_of(tmp_path) == expected
+    assert [sum("is finished; " in line for line in said) for said in messages] == [SHARDS / 2] * 2
+    assert files_of(tmp_path) == expected and not list(tmp_path.glob(".share*"))
+
+
+def test_folders_that_are_not_shared_are_refused_before_anything_is_encoded(config, compiled, tmp_path):
+    (tmp_path / "two").mkdir()
+    for said in together(config, compiled, tmp_path / "one", tmp_path / "two"):
+        assert len(said) == 1 and "is not the same folder for all processes" in said[0], said
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == {}
+
+
+def test_when_one_of_two_processes_fails_both_end_and_say_why(config, compiled, tmp_path):
+    broken = [(f"flower/{i}", b"" if i in (3, 5) else encode(crop("flower", i)), 0) for i in range(8)]  # of the second's share
+    changed = config.copy_and_resolve_references()
+    changed.prepare.path, changed.prepare.max_broken, changed.data.num_classes = write_folder(tmp_path / "images", broken), 1, 1
+    first, second = together(changed, compiled, tmp_path / "cache", tmp_path / "cache")
+    assert "cannot be read: 1 of the latest 1, and prepare.max_broken allows only 0 more: flower/5.jpg" in second[-1]
+    assert first[-1] == "failed: process 1 cannot go on; what it printed says why."
+    assert not (tmp_path / "cache" / "metadata.json").exists() and not list((tmp_path / "cache").glob(".share*"))

@@ -35,11 +35,11 @@ def cache(config, tmp_path) -> pathlib.Path:
 
 
 CHANGES = {
-    "path": ("prepare.path", lambda tmp_path: write_folder(tmp_path / "more", labelled()[:11])),
+    "examples": ("prepare.path", lambda tmp_path: write_folder(tmp_path / "more", labelled()[:11])),
+    "contents": ("prepare.path", lambda tmp_path: write_folder(tmp_path / "more", [*labelled()[:11], ("temple/9", b"", 1)])),
     "shard_size": ("prepare.shard_size", lambda tmp_path: 4),
     "dtype": ("prepare.dtype", lambda tmp_path: "bfloat16"),
     "source": ("prepare.source", lambda tmp_path: "tar"),
-    "num_classes": ("data.num_classes", lambda tmp_path: 3),
     "autoencoder_sha256": (
         "autoencoder.path",
         lambda tmp_path: write_weights(tmp_path / "b.safetensors", **{"quant_conv.bias": np.zeros(8, np.float32)}),
@@ -57,6 +57,22 @@ def test_another_plan_is_refused(config, cache, tmp_path, change):
     with pytest.raises(DataError, match=rf"(?s)holds a latent cache of something else .* {change}: .* -> .*another --workdir"):
         run_prepare(config, str(cache))
     assert files_of(cache) == files
+
+
+def test_images_that_have_changed_are_said_to_have(config, cache):
+    """In the middle of an unfinished cache, where some would be left out and others encoded twice."""
+    (cache / "metadata.json").unlink()
+    pathlib.Path(config.prepare.path, "flower", "003.jpg").rename(pathlib.Path(config.prepare.path, "temple", "0000.jpg"))
+    with pytest.raises(DataError, match=r"The images, their names or their classes have changed since: put back what was there"):
+        run_prepare(config, str(cache))
+
+
+def test_another_number_of_classes_is_another_plan(config, tmp_path):
+    config.prepare.source, config.prepare.path = "tar", write_shards(tmp_path / "tars")
+    run_prepare(config, str(tmp_path / "new"))
+    config.data.num_classes = 3
+    with pytest.raises(DataError, match="num_classes: 2 -> 3"):
+        run_prepare(config, str(tmp_path / "new"))
 
 
 # settings that cannot work
@@ -100,7 +116,7 @@ def test_unusable_weights_are_refused(config, tmp_path, case):
         ("folder", ["a/x.jpg", "b/x.jpg", "c/x.jpg"], "3 classes .* data.num_classes is 2"),
         ("tar", [], 'prepare.path is ".*", where there are no tar files'),
         ("npz", [], 'prepare.path is ".*", where there is no file'),
-        ("digits", [], "the config expects uint8 of shape .16, 16, 3."),
+        ("digits", [], 'prepare.source is "digits"; it must be one of folder, npz, tar, tfds'),
     ],
 )
 def test_empty_and_wrong_sources_are_refused(config, tmp_path, source, files, words):
@@ -114,6 +130,20 @@ def test_empty_and_wrong_sources_are_refused(config, tmp_path, source, files, wo
     assert not (tmp_path / "new").exists()
 
 
+def test_classes_that_are_not_those_of_imagenet_are_refused(config, tmp_path):
+    config.data.num_classes, config.data.class_names = 1000, "imagenet"
+    with pytest.raises(DataError, match=r'"imagenet", but prepare.path ".*/images" holds the class "flower", .*num_classes=2 '):
+        run_prepare(config, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_arrays_of_another_size_are_refused(config, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8, 3), np.uint8), labels=np.zeros(3, int))
+    config.prepare.source, config.prepare.path = "npz", str(tmp_path / "x.npz")
+    with pytest.raises(DataError, match=r"prepare.path holds uint8 examples of shape \(8, 8, 3\); with prepare.image_size 16 "):
+        run_prepare(config, str(tmp_path / "new"))
+
+
 def test_images_that_are_all_broken_are_an_error(config, tmp_path):
     config.prepare.path = write_folder(tmp_path / "broken", [(key, data[:100], label) for key, data, label in labelled()])
     with pytest.raises(DataError, match="12 of 12 images cannot be read"):
@@ -121,7 +151,7 @@ def test_images_that_are_all_broken_are_an_error(config, tmp_path):
 
 
 def test_workdir_that_is_in_use_or_cannot_be_written(config, cache):
-    with lock_workdir(cache, ".lock-0"), pytest.raises(PathError, match="is in use by process"):
+    with lock_workdir(cache), pytest.raises(PathError, match="is in use by process"):
         run_prepare(config, str(cache))
     with pytest.raises(PathError, match="cannot be written"):
         run_prepare(config, str(cache / "plan.json"))

@@ -1,17 +1,24 @@
 """--restore_from: a workdir goes on from a certain step, of its own or of another workdir."""
 
+import functools
 import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
-from workdirs import EVERY, STEPS, arrays, assert_same_arrays, digest, run, steps_in
+from tiny import tiny_config
+from workdirs import EVERY, RUN, STEPS, arrays, assert_same_arrays, digest, run, steps_in
 
-from djepa_jax import restoring
+from djepa_jax import config as configuration
+from djepa_jax import restoring, sharding
 from djepa_jax.checkpoint import Checkpoints, check_step
-from djepa_jax.manifest import MANIFEST_NAME
+from djepa_jax.config import ConfigError
+from djepa_jax.main import main
+from djepa_jax.manifest import MANIFEST_NAME, write_manifest
 from djepa_jax.orbax_io import CheckpointError
 from djepa_jax.restoring import UNFINISHED, go_back
+from djepa_jax.starting import Start
 
 BOTH = [str(EVERY), str(STEPS)]
 
@@ -28,11 +35,18 @@ def workdir(saved_run, tmp_path) -> pathlib.Path:
     return shutil.copytree(saved_run, tmp_path / "run")
 
 
-def restore(workdir: pathlib.Path, restore_from: str) -> str:
+@functools.cache
+def start(*flags: str) -> Start:
+    """That of a training of the tiny model, perhaps with further flags."""
+    config = tiny_config(*flags)
+    return Start(config, configuration.build(config), sharding.make_mesh((-1, 1, 1)), Checkpoints("unused"), print)
+
+
+def restore(workdir: pathlib.Path, restore_from: str, *flags: str) -> str:
     """What is said by it, and by looking for the step to resume from."""
     workdir.mkdir(exist_ok=True)
     said = []
-    go_back(workdir, restore_from, keep=2, say=said.append)
+    go_back(workdir, restore_from, 2, start(*flags).check_fits, said.append)
     Checkpoints(workdir).step_to_resume(said.append)
     return "\n".join(said)
 
@@ -112,6 +126,7 @@ def test_the_same_command_again_goes_on(workdir, other):
 BAD = {
     "@7": "holds 20, 40; name one that is there",
     "@newest": "is not PATH@STEP",
+    "@\N{SUPERSCRIPT TWO}": "is not PATH@STEP",
     "/nothing@20": "checkpoints does not exist; name a workdir",
     "/nothing": "checkpoints does not exist; name a workdir",
     f"@{STEPS}": f"{STEPS}.*meta.*is missing",
@@ -124,6 +139,59 @@ def test_what_cannot_be_restored_changes_nothing(workdir, other, name):
     before = digest(workdir)
     with pytest.raises(CheckpointError, match=BAD[name]):
         restore(workdir, f"{other}{name}")
+    assert digest(workdir) == before
+
+
+WIDER = "--config.model.width=32"
+
+
+def change_meta(workdir: pathlib.Path, change) -> None:
+    """Change what the step `STEPS` says of itself, and seal it again."""
+    path = workdir / "checkpoints" / str(STEPS) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+    write_manifest(path.parents[1])
+
+
+def only_average(workdir: pathlib.Path) -> None:
+    """Replace the step `STEPS` by one whose arrays are not those that its configuration needs."""
+    config = configuration.resolved(tiny_config())
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    Checkpoints(workdir).save_imported({"ema_params": {"w": np.ones(3, np.float32)}}, config, STEPS, 0)
+
+
+UNFIT = {
+    "another model": (lambda other: None, "model.width: 16 -> 32"),
+    "other arrays": (only_average, "has no array ema_params/"),
+    "a fingerprint is missing": (
+        lambda other: change_meta(other, lambda meta: meta["fingerprints"].pop("step")),
+        "has no fingerprint of the array step",
+    ),
+    "another format": (lambda other: change_meta(other, lambda meta: meta.update(format=9)), "has format 9"),
+}
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("fault", UNFIT)
+def test_a_step_that_training_cannot_go_on_from_changes_nothing(workdir, other, fault, own):
+    """Neither of another workdir nor of its own; without --restore_from the same training goes on."""
+    spoil, reason = UNFIT[fault]
+    rename_step(workdir, EVERY, STEPS + 1)
+    source = workdir if own else other
+    spoil(source)
+    before = digest(workdir)
+    with pytest.raises((CheckpointError, ConfigError), match=reason):
+        restore(workdir, f"{source}@{STEPS}", *([WIDER] if fault == "another model" else []))
+    assert digest(workdir) == before
+    assert Checkpoints(workdir).step_to_resume() == STEPS + 1
+
+
+def test_the_command_line_refuses_a_step_of_another_model_before_anything_is_moved(workdir, other, capsys):
+    before = digest(workdir)
+    assert main(["djepa_jax", *RUN, WIDER, f"--workdir={workdir}", f"--restore_from={other}@{EVERY}"]) == 2
+    error = capsys.readouterr().err
+    assert f'--restore_from "{other}@{EVERY}": the checkpoint is of another model' in error and "16 -> 32" in error
     assert digest(workdir) == before
 
 

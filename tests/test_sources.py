@@ -1,18 +1,22 @@
 """Image files in folders as a source, and what all sources of image files share."""
 
+import errno
 import os
+import pathlib
 import pickle
 
 import numpy as np
 import pytest
 from photos import NAMES, PER_CLASS, crop, encode, labelled, same, write_folder, write_shards
 from PIL import Image
+from tiny import load_config
 
+from djepa_jax.data import records
 from djepa_jax.data.folders import open_folder
 from djepa_jax.data.images import center_crop, decode_image
 from djepa_jax.data.pipeline import example_stream, row_batches
 from djepa_jax.data.records import MAX_PIXELS, DataError, ImageSource, Robust
-from djepa_jax.data.sources import open_source
+from djepa_jax.data.sources import load_npz, open_data, open_source
 from djepa_jax.modalities import MODALITIES
 
 PIXELS = MODALITIES["image_pixels"](32, 3, 4)
@@ -108,7 +112,7 @@ def test_folder_finds_what_it_should(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture)
     (tmp_path / "linked").symlink_to(tmp_path / "a")
-    source = open_source("folder", str(tmp_path), PIXELS, num_classes=9)
+    source = open_source("folder", str(tmp_path), PIXELS, num_classes=4)
     assert source.class_names == ("A", "a", "b", "linked") and source.labels.tolist() == [0, 1, 1, 1, 2, 2, 3, 3, 3]
     assert [source.key(i) for i in range(6)] == ["A/q.webp", "a/10.jpg", "a/9.jpg", "a/z.PNG", "b/deep/er/y.jpeg", "b/x.JPG"]
     assert source[5]["label"] == 2
@@ -121,6 +125,85 @@ def test_names_need_not_be_unicode(tmp_path):
         file.write(encode(crop("flower")))
     source = pickle.loads(pickle.dumps(open_source("folder", str(tmp_path), PIXELS, num_classes=1)))
     assert source[0]["image"].shape == (32, 32, 3) and os.fsencode(source.key(0)) == b"caf\xe9/\xff.jpg"
+
+
+# what is there, wherever it lies
+
+
+def test_checksum_tells_what_is_there_and_not_where(tmp_path, kind):
+    def digest(name: str, images=None) -> str:
+        return open_source(kind, write(kind, tmp_path / name, images), PIXELS, num_classes=2).source.digest()
+
+    images = labelled()
+    renamed = [("flower/other", *images[0][1:]), *images[1:]]
+    moved = [("temple/000x", images[0][1], 1), *images[1:]]
+    assert digest("a") == digest("b/c")
+    assert len({digest("d"), digest("e", renamed), digest("f", moved), digest("g", images[:-1])}) == 4
+    if kind == "tar":
+        longer = [(images[0][0], images[0][1] + bytes(600), 0), *images[1:]]
+        assert digest("h", longer) != digest("a"), "sizes are known without reading"
+
+
+def test_checksum_of_arrays_is_of_every_value(tmp_path):
+    images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.arange(3)
+    changed = images.copy()
+    changed[2, 3, 3] = 1
+    files = {"a": (images, labels), "b": (images, labels), "c": (changed, labels), "d": (images, labels[::-1])}
+    for name, arrays in files.items():
+        np.savez(tmp_path / f"{name}.npz", images=arrays[0], labels=arrays[1])
+    first, second, *others = (load_npz(str(tmp_path / f"{name}.npz")).digest() for name in "abcd")
+    assert first == second and len({first, *others}) == 3
+
+
+# storage that fails
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    """Makes reading of some files fail for some attempts; counts the attempts."""
+    monkeypatch.setattr(records, "WAITS", (0, 0, 0))
+    read, failures, attempts = pathlib.Path.read_bytes, {}, []
+
+    def read_bytes(path):
+        attempts.append(path.name)
+        left, number = failures.get(path.name, (0, 0))
+        if left:
+            failures[path.name] = left - 1, number
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    failures["attempts"] = attempts
+    return failures
+
+
+def test_storage_that_recovers_costs_no_image(tmp_path, storage, caplog):
+    source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
+    storage["002.jpg"] = 3, errno.EIO
+    assert same(source[2]["image"], expected(2)) and source.broken == {} and storage["attempts"].count("002.jpg") == 4
+    assert "flower/002.jpg cannot be read (Input/output error); trying again" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT, errno.EMFILE])
+def test_storage_that_stays_away_is_an_error_and_no_broken_image(tmp_path, storage, number):
+    source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
+    storage["002.jpg"] = 99, number
+    words = rf"flower/002.jpg cannot be read \({os.strerror(number)}\), after 4 attempts; .* same command again .* an empty file"
+    with pytest.raises(DataError, match=words):
+        source[2]
+    assert source.broken == {}
+    storage["002.jpg"] = 0, 0
+    assert same(source[2]["image"], expected(2)), "nothing is remembered of it"
+    (tmp_path / "flower" / "002.jpg").write_bytes(b"")  # the remedy
+    assert same(source[2]["image"], expected(3)) and source.broken == {"flower/002.jpg": "it is empty"}
+
+
+def test_a_disk_that_is_gone_breaks_no_image(tmp_path, storage):
+    source = open_source("folder", write_folder(tmp_path / "disk"), PIXELS, num_classes=2)
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"flower/002.jpg cannot be read \(No such file or directory\), after 4 attempts"):
+        source[2]
+    assert source.broken == {}
 
 
 # broken images
@@ -148,7 +231,7 @@ def test_too_many_broken_images_are_an_error(tmp_path):
     source = open_source("folder", folder, PIXELS, num_classes=2, max_broken=4)
     for i in (2, 3, 5, 7, 7):
         assert source[i]["image"].shape == (32, 32, 3)
-    words = r"5 of 12 images cannot be read, 4 are allowed: flower/002.jpg: .*; flower/005.jpg: .*; and 2 more. Repair"
+    words = r"5 of 12 .* 4 are allowed: flower/002.jpg: .*; flower/005.jpg: .*; and 2 more. Repair .* or raise data.max_broken"
     with pytest.raises(DataError, match=words):
         source[9]
     assert len(source.broken) == 5
@@ -177,7 +260,7 @@ def test_file_that_vanished_or_is_no_file_is_broken(tmp_path):
     source = open_source("folder", folder, PIXELS, num_classes=2)
     os.remove(tmp_path / "temple" / "003.jpg")
     assert same(source[1]["image"], expected(2)) and same(source[PER_CLASS + 3]["image"], expected(PER_CLASS + 4))
-    assert list(source.broken.values()) == ["it is not a file", "it cannot be read (No such file or directory)"]
+    assert list(source.broken.values()) == ["it is not a file", "there is no such file any more"]
 
 
 def test_huge_file_is_not_read(tmp_path):
@@ -206,7 +289,7 @@ def test_index_beyond_the_end(tmp_path):
         (["a/x.jpg", "b/readme.txt"], r'1 of the 2 folders .* hold no images .* such as "b"'),
         (["train/a/x.jpg", "val/a/x.jpg"], "holds train, val, which are splits.*name one of them, such as .*train"),
         ([".hidden/x.jpg"], "holds no folders"),
-        (["a/x.jpg", "b/x.jpg", "c/x.jpg", "d/x.jpg"], r"4 classes \(a, b, c, \.\.\.\), data.num_classes is 2; set it to 4"),
+        (["a/x.jpg", "b/x.jpg", "c/x.jpg", "d/x.jpg"], r"4 classes \(a, b, c, \.\.\.\), data.num_classes is 2; .*num_classes=4"),
     ],
 )
 def test_unusable_folder_is_refused(tmp_path, files, words):
@@ -217,7 +300,7 @@ def test_unusable_folder_is_refused(tmp_path, files, words):
         open_source("folder", str(tmp_path), PIXELS, num_classes=2)
 
 
-@pytest.mark.parametrize("path", ["", "/no/such/folder", __file__])
+@pytest.mark.parametrize("path", ["/no/such/folder", __file__])
 def test_missing_folder_is_named(path):
     with pytest.raises(DataError, match=f'data.path is "{path}", where there is no folder'):
         open_source("folder", path, PIXELS, num_classes=2)
@@ -227,6 +310,46 @@ def test_missing_folder_is_named(path):
 def test_image_files_need_a_modality_of_pixels(tmp_path, modality):
     with pytest.raises(DataError, match=r'"folder" gives square uint8 images with 1 or 3 channels, the config expects .*\(.*\)'):
         open_source("folder", write_folder(tmp_path), modality, num_classes=2)
+
+
+@pytest.mark.parametrize("group", ["data", "prepare"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("latents", "a latent cache .*make one with --mode=prepare --workdir=CACHE .* launch/prepare_imagenet.sh"),
+        ("folder", "a folder that holds a folder of images per class"),
+        *(("npz", "an npz file"), ("tar", "tar files"), ("tfds", "a data set that TensorFlow Datasets has")),
+    ],
+)
+def test_an_empty_path_is_named_with_its_flag(name, words, group):
+    with pytest.raises(DataError, match=f'^{group}.path is empty, and {group}.source is "{name}"; name {words}') as caught:
+        open_source(name, "", PIXELS, num_classes=2, group=group)
+    assert f"--config.{group}.path=PATH" in str(caught.value)
+
+
+def test_an_empty_path_of_a_cache_is_named_by_training():
+    config = load_config("djepa_l")
+    with pytest.raises(DataError, match="^data.path is empty, .* with --config.data.path=PATH; make one with --mode=prepare"):
+        open_data(config, MODALITIES["image_latents"](16, 16, 1, 0.2325))
+
+
+@pytest.mark.parametrize("name", ["folder", "tar", "npz", "tfds"])
+def test_errors_name_the_setting_that_is_wrong(name):
+    with pytest.raises(ValueError, match=r"prepare\.path") as caught:
+        open_source(name, "/no such/{", PIXELS, num_classes=2, group="prepare")
+    assert "data.path" not in str(caught.value)
+
+
+def test_latents_without_mirror_images_are_not_mirrored(tmp_path):
+    np.savez(tmp_path / "x.npz", latents=np.zeros((3, 4, 4, 16), np.float32), labels=np.arange(3))
+    flags = ("data.source=npz", f"data.path={tmp_path}/x.npz", "data.image_size=4", "data.num_classes=3", "data.class_names=")
+    modality = MODALITIES["image_latents"](4, 16, 1, 0.2325)
+    config = load_config("djepa_b", *(f"--config.{flag}" for flag in flags))
+    assert config.data.random_flip
+    with pytest.raises(DataError, match=r'data.random_flip is True, but data.path ".*x.npz" holds latents without .*flip=False'):
+        open_data(config, modality)
+    config.data.random_flip = False
+    assert len(open_data(config, modality)) == 3
 
 
 def test_unknown_source_names_all():

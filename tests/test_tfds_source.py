@@ -14,11 +14,13 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 
 from djepa_jax.class_names import imagenet
 from djepa_jax.data import imagenet as preparation
+from djepa_jax.data import records
 from djepa_jax.data.imagenet import TRAIN, VALIDATION, prepare_tfds
 from djepa_jax.data.images import center_crop, decode_image
 from djepa_jax.data.pipeline import example_stream, row_batches
 from djepa_jax.data.records import MAX_PIXELS, DataError
 from djepa_jax.data.sources import open_source
+from djepa_jax.data.tfds_source import open_tfds
 from djepa_jax.modalities import MODALITIES
 
 PIXELS = MODALITIES["image_pixels"](32, 3, 4)
@@ -81,10 +83,9 @@ def test_preparing_again_does_nothing_and_other_tars_are_noticed(prepared, tmp_p
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("", "is written NAME"),
         ("imagenet2012@", "is written NAME"),
         ("/data/imagenet", "is written NAME"),
-        ("imagenet2012:9.9.9@{}", '"{}/imagenet2012/9.9.9": .* which holds 5.1.0; .*prepare_tfds'),
+        ("imagenet2012:9.9.9@{}", '"{}/imagenet2012/9.9.9": .* which holds 5.1.0; python -m djepa_jax.data.imagenet --tars=TARS'),
         ("imagenet2012@{}/elsewhere", "no prepared data set .* is empty or does not exist; .* two tar files of ILSVRC 2012"),
         ("mnist@{}", '"{}/mnist/VERSION": .*tfds.builder."mnist", data_dir=DATA_DIR, file_format="array_record"'),
         ("imagenet2012@{}#test", 'split "test" of .* cannot be opened: .*train'),
@@ -113,7 +114,36 @@ def damaged(prepared, tmp_path) -> pathlib.Path:
     return tmp_path / "copy"
 
 
-def test_missing_and_cut_files_are_named(damaged):
+def test_checksum_tells_which_files_are_read_and_not_where_they_lie(prepared, damaged):
+    def digest(folder, split="train") -> str:
+        return open_tfds(f"imagenet2012@{folder}#{split}").digest()
+
+    assert digest(prepared[0]) == digest(damaged)
+    parts = ("train", "validation", "train[:40%]", "train[40%:]", "train+validation")
+    assert len({digest(damaged, part) for part in parts}) == len(parts)
+    with open(next((damaged / "imagenet2012" / "5.1.0").glob("*train.array_record*")), "ab") as shard:
+        shard.write(bytes(2**16))
+    assert digest(damaged, "validation") == digest(prepared[0], "validation") and digest(damaged) != digest(prepared[0])
+
+
+def test_record_that_cannot_be_read_is_an_error_and_no_broken_image(prepared, monkeypatch):
+    monkeypatch.setattr(records, "WAITS", (0, 0))
+    source, attempts = open_prepared(f"imagenet2012@{prepared[0]}"), []
+
+    class Silent(list):
+        def __getitem__(self, index):
+            attempts.append(index)
+            raise RuntimeError("DATA_LOSS")
+
+    source.source.records.data = Silent(range(len(source)))
+    words = r"train\[3\] cannot be read \(RuntimeError: DATA_LOSS\), after 3 attempts; .* copy the files of the data set again"
+    with pytest.raises(DataError, match=words):
+        source[3]
+    assert attempts == [3, 3, 3] and source.broken == {}
+
+
+def test_missing_and_cut_files_are_named(damaged, monkeypatch):
+    monkeypatch.setattr(records, "WAITS", ())
     shard = next((damaged / "imagenet2012" / "5.1.0").glob("*train.array_record*"))
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(DataError, match="cannot be"):

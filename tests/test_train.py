@@ -193,7 +193,7 @@ def poison_from(step: int, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr("djepa_jax.train.make_train_step", poisoned_step)
+    monkeypatch.setattr("djepa_jax.step_program.make_train_step", poisoned_step)
 
 
 def test_too_many_bad_steps_stop_the_run(tmp_path, monkeypatch):
@@ -220,23 +220,25 @@ def test_target_encoder_carries_no_gradient(step_parts):
     spec, state = experiment.train, make_state()
     graph, _ = split_model(spec.model)
     key = jax.random.key(0)
-    examples = draw_examples(spec, spec.tokenize(batches[0]["image"]), batches[0]["label"], key)
+    examples = draw_examples(spec, spec.tokenize(batches[0]["image"]), batches[0]["label"], key, key)
     token_keys = jax.random.split(key, spec.plan.batch_size // spec.plan.chunk_size)
 
     def loss(ema_params):
-        return batch_loss(spec, graph, state.params, ema_params, examples, token_keys, key)[0]
+        return batch_loss(spec, graph, state.params, ema_params, examples, token_keys)[0]
 
     grads = jax.jit(jax.grad(loss))(state.ema_params)
     assert all((leaf == 0).all() for leaf in leaves(grads))
 
 
-@pytest.mark.parametrize("variant", ["flow", "diffusion"])
-def test_gradients_of_parts_add_up_to_the_batch(variant):
+PARTS = ("--config.batch_size=128", "--config.loss.mask_group=4", "--config.model.attention_dropout=0.1")
+
+
+@pytest.mark.parametrize("variant, rate", [("flow", 0.1), ("diffusion", 0.0)])
+def test_gradients_of_parts_add_up_to_the_batch(variant, rate):
+    """With dropout, too: an example drops the same wherever it stands."""
     results = []
     for parts in (1, 4):
-        config = tiny_config(
-            "--config.batch_size=128", "--config.loss.mask_group=4", f"--config.microbatches={parts}", variant=variant
-        )
+        config = tiny_config(*PARTS, f"--config.model.dropout={rate}", f"--config.microbatches={parts}", variant=variant)
         config.optimizer.warmup_steps = 0
         spec = configuration.build(config).train
         rng = np.random.default_rng(0)
@@ -283,6 +285,15 @@ def test_without_jepa_there_is_no_head_and_no_target():
     source = load_digits()
     _, metrics = jax.jit(make_train_step(experiment.train))(state, {"image": source.images[:16], "label": source.labels[:16]})
     assert "jepa_loss" not in metrics and float(metrics["loss"]) == float(metrics["token_loss"])
+
+
+@pytest.mark.parametrize("mesh, width", [((1, 8, 1), 20), ((1, 1, 8), 16)])
+def test_mesh_that_does_not_divide_what_it_splits_is_refused(tmp_path, mesh, width):
+    config = run_config(f"--config.model.width={width}")
+    config.mesh = mesh
+    with pytest.raises(configuration.ConfigError, match=r"splits model\.(width 20|num_heads 2) over 8 devices.*must divide"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_are_dropped_at_the_given_rate():

@@ -5,7 +5,9 @@ examples; beside it lies a small JSON file with its checksum and counts, which i
 """
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import struct
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 
+from djepa_jax.class_names import IMAGENET, imagenet, resolve
 from djepa_jax.data.records import DataError
 from djepa_jax.manifest import file_sha256
 
@@ -24,6 +27,7 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": np.float32}
 HEADER = struct.Struct("<iH")  # class, bytes of the key
 WRITER_OPTIONS = "group_size:1,uncompressed"  # moments are as good as noise
 VERIFIED_BYTES = 2**32  # larger caches are not read through when they are opened
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors that more space would mend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +112,10 @@ def write_shard(path: pathlib.Path, records: Sequence[bytes]) -> None:
         whole = reader.num_records() == len(records) and all(a == b for a, b in zip(reader.read_all(), records, strict=True))
         reader.close()
     except (RuntimeError, ValueError, IndexError) as error:  # what the library makes of failed system calls
-        raise OSError(f"{temporary} could not be written: {error}") from error
+        number = next((number for number in FULL if os.strerror(number) in str(error)), errno.EIO)
+        raise OSError(number, f"{temporary} could not be written: {error}") from error
     if not whole:
-        raise OSError(f"{temporary} does not hold what was written to it; is the disk full?")
+        raise OSError(errno.EIO, f"{temporary} does not hold what was written to it")
     temporary.replace(path)
 
 
@@ -219,7 +224,7 @@ def check_cache(metadata: Metadata, data) -> None:
     """Compare a cache with `config.data`.
 
     Raises:
-        DataError: every value that differs, with the flag that would agree.
+        DataError: every value that differs, with the flag that would agree; or the names of its classes.
     """
     pairs = {
         "data.image_size": (metadata.latent_size, data.image_size),
@@ -231,6 +236,24 @@ def check_cache(metadata: Metadata, data) -> None:
     wrong = [f"--config.{key}={cache!r} (now {now!r})" for key, (cache, now) in pairs.items() if cache != now]
     if wrong:
         raise DataError(f"the latent cache {data.path} was made for another config; it needs {', '.join(wrong)}.")
+    if data.class_names and not data.unconditional:
+        _check_names(metadata.class_names, data)
+
+
+def _check_names(found: Sequence[str], data) -> None:
+    """Raise DataError unless a cache's classes have the names of `config.data`, or no names but their numbers."""
+    wanted = resolve(data.class_names, data.num_classes)
+    same = [wanted, resolve("", data.num_classes)]
+    if data.class_names == IMAGENET:
+        same.append(tuple(wnid for wnid, _ in imagenet()))
+    if tuple(found) in same:
+        return
+    number = next(number for number, names in enumerate(zip(found, wanted, strict=True)) if names[0] != names[1])
+    raise DataError(
+        f'the latent cache {data.path} has other classes than data.class_names says: class {number} is "{found[number]}" in the '
+        f'cache and "{wanted[number]}" in the config; name a file with the names of the cache, or write '
+        "--config.data.class_names= to call classes by their number."
+    )
 
 
 def check_autoencoder(metadata: Metadata, path: str, sha256: str) -> None:

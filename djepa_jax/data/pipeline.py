@@ -14,7 +14,10 @@ from djepa_jax.data.sources import Source
 
 
 class RandomFlip(grain.transforms.RandomMap):
-    """Mirror every second image; latents cannot be mirrored, so they come with those of the mirror image."""
+    """Mirror every second image.
+
+    Latents cannot be mirrored: they must come with those of the mirror image, as `open_data` makes sure.
+    """
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         """Take the mirror image with probability one half."""
@@ -71,3 +74,15 @@ def row_batches(
     mine = grain.MapDataset.source(_Rows(stream, batch_size, consumed, rows))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * len(rows))
     yield from mine.to_iter_dataset(options).batch(len(rows), drop_remainder=True)
+
+
+def read_in_order(source, num_threads: int, ahead: int) -> Iterator:
+    """All elements of a source, whatever they are, in their order.
+
+    Args:
+        source: has a length, and gives elements by index; must be readable from several threads.
+        num_threads: that read.
+        ahead: elements that they may have read before they are wanted, which bounds the memory.
+    """
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(ahead, num_threads))
+    yield from grain.MapDataset.source(source).to_iter_dataset(options)

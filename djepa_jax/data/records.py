@@ -1,18 +1,23 @@
 """Images in files as a source: decoding, cropping, and going on when some of them are broken."""
 
+import hashlib
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
+from djepa_jax.class_names import IMAGENET, imagenet
 from djepa_jax.data.images import BrokenImage, center_crop, decode_image, to_channels
 
 MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which decodes into 200 MB
 MAX_BROKEN = 100  # images of a data set, before something more must be wrong than a few images
 MAX_FILE_BYTES = 2**28  # of one image file
-SHOWN = 3  # broken images in an error message
+ANY_CLASS = 2**31 - 1  # the number of classes where labels do not matter
+SHOWN = 3  # broken images or classes in an error message
+WAITS = (0.1, 0.5, 2.0)  # seconds before each further attempt at a file that could not be read
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +35,35 @@ class Records(Protocol):
     class_names: tuple[str, ...] | None
     """Names in the order of the labels, where they are known."""
 
+    remedy: str
+    """What to do about an image that stays unreadable."""
+
     def __len__(self) -> int:
         """How many images."""
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        """An image file and its label. Raises BrokenImage if it cannot be read."""
+        """An image file and its label.
+
+        Raises:
+            BrokenImage: it is absent, or no file that could hold an image.
+            OSError: it cannot be read, which may pass.
+        """
 
     def key(self, index: int) -> str:
         """What an image is called in messages."""
+
+    def digest(self) -> str:
+        """A checksum of what is there: names, and what is cheap to know besides; not of where it lies."""
+
+
+def checksum(*parts: str | np.ndarray) -> str:
+    """The sha256 of texts and arrays, one after the other with their sizes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        array = np.frombuffer(part.encode(errors="surrogateescape"), np.uint8) if isinstance(part, str) else part
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 class ImageSource:
@@ -58,11 +84,36 @@ class ImageSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        data, label = self.records[index]
+        """Example `index`.
+
+        Raises:
+            BrokenImage: there is no image, or none that can be decoded.
+            DataError: it could not be read, even after some time, or its label is out of range.
+        """
+        data, label = self._read(index)
         if not 0 <= label < self.num_classes:
             raise label_error(f"{self.key(index)} is of", label, self.num_classes)
         pixels = center_crop(decode_image(data, self.max_pixels), self.size)
         return {"image": to_channels(pixels, self.channels), "label": np.int32(label)}
+
+    def _read(self, index: int) -> tuple[bytes, int]:
+        """An image file and its label. Storage that fails says nothing about the image, so it is asked again."""
+        for wait in (*WAITS, None):
+            try:
+                return self.records[index]
+            except OSError as error:
+                reason = error.strerror or str(error)
+                if wait is None:
+                    raise DataError(
+                        f"{self.key(index)} cannot be read ({reason}), after {len(WAITS) + 1} attempts; nothing was left out "
+                        f"for it. Run the same command again once its storage answers; if it stays so, {self.records.remedy}."
+                    ) from error
+            logger.warning("%s cannot be read (%s); trying again in %s s", self.key(index), reason, wait)
+            time.sleep(wait)
+
+    def digest(self) -> str:
+        """A checksum of what is there."""
+        return self.records.digest()
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -88,10 +139,11 @@ class Robust:
     Args:
         source: the images.
         max_broken: one more broken image than this is an error.
+        limit: what the setting of `max_broken` is called.
     """
 
-    def __init__(self, source: ImageSource, max_broken: int = MAX_BROKEN):
-        self.source, self.max_broken = source, max_broken
+    def __init__(self, source: ImageSource, max_broken: int = MAX_BROKEN, limit: str = "data.max_broken"):
+        self.source, self.max_broken, self._limit = source, max_broken, limit
         self._broken: dict[int, str] = {}  # why, by index
         self._lock = threading.Lock()
 
@@ -131,7 +183,7 @@ class Robust:
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         return DataError(
             f"{len(broken)} of {len(self)} images cannot be read, {self.max_broken} are allowed: {shown}{more}. "
-            "Repair or remove them, or raise max_broken."
+            f"Repair or remove them, or raise {self._limit}."
         )
 
     @property
@@ -162,14 +214,88 @@ class Robust:
         vars(self).update(state, _lock=threading.Lock())
 
 
-def check_classes(labels: Sequence[int] | np.ndarray | None, class_names: Sequence[str] | None, num_classes: int) -> None:
-    """Raise DataError if there are more classes than `num_classes`, or labels out of range."""
-    if class_names is not None and len(class_names) > num_classes:
-        shown = ", ".join(class_names[:SHOWN]) + (", ..." if len(class_names) > SHOWN else "")
+class Renumbered:
+    """`Records` whose classes have other numbers.
+
+    Args:
+        records: the images.
+        numbers: `[k]`, for every class of `records` its number here.
+        class_names: in the order of the new numbers.
+    """
+
+    def __init__(self, records: Records, numbers: np.ndarray, class_names: tuple[str, ...]):
+        self.records, self.numbers, self.class_names, self.remedy = records, numbers, class_names, records.remedy
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        data, label = self.records[index]
+        if not 0 <= label < len(self.numbers):
+            raise DataError(f"{self.key(index)} is of class {label}, but only classes 0 to {len(self.numbers) - 1} have a name.")
+        return data, int(self.numbers[label])
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """All labels `[n]`, where those of `records` are known."""
+        return None if self.records.labels is None else self.numbers[self.records.labels]
+
+    def key(self, index: int) -> str:
+        """What an image is called in messages."""
+        return self.records.key(index)
+
+    def digest(self) -> str:
+        """A checksum of the images and of their new numbers."""
+        return checksum(self.records.digest(), self.numbers)
+
+
+def match_classes(records: Records, num_classes: int, names: str | Sequence[str], where: str) -> Records:
+    """The records with their labels as the config counts classes.
+
+    Where classes have names, those must fit: with the ImageNet names they must be WordNet ids, which say what they are, so
+    that some may be absent; otherwise there must be `num_classes` of them.
+
+    Args:
+        records: the images.
+        num_classes: `data.num_classes`, or `ANY_CLASS`.
+        names: `data.class_names`.
+        where: the data lies, for messages.
+
+    Raises:
+        DataError: classes that do not fit.
+    """
+    own = records.class_names
+    if own is None or num_classes == ANY_CLASS:
+        return records
+    if names == IMAGENET:
+        return _by_wordnet_id(records, where)
+    if len(own) != num_classes:
+        remedy = f"set --config.data.num_classes={len(own)}, or {'remove' if len(own) > num_classes else 'add'} classes"
+        raise DataError(f"{where} holds {len(own)} classes ({_shown(own)}), data.num_classes is {num_classes}; {remedy}.")
+    return records
+
+
+def _by_wordnet_id(records: Records, where: str) -> Records:
+    """Records with the labels of ImageNet. Raises DataError for classes that are not called by WordNet ids."""
+    known = {wnid: number for number, (wnid, _) in enumerate(imagenet())}
+    own = records.class_names
+    foreign = next((name for name in own if name not in known), None)
+    if foreign is not None:
         raise DataError(
-            f"the data has {len(class_names)} classes ({shown}), data.num_classes is "
-            f"{num_classes}; set it to {len(class_names)}, or remove classes."
+            f'data.class_names is "{IMAGENET}", but {where} holds the class "{foreign}", which is not the WordNet id of one of '
+            f"ImageNet's 1000 classes, such as n01440764; remove it, or, for classes of your own, set "
+            f"--config.data.num_classes={len(own)} --config.data.class_names="
         )
+    numbers = np.array([known[name] for name in own], np.int32)
+    return records if own == tuple(known) else Renumbered(records, numbers, tuple(known))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def check_labels(labels: Sequence[int] | np.ndarray | None, num_classes: int) -> None:
+    """Raise DataError for labels out of range."""
     if labels is None:
         return
     for label in (int(np.min(labels)), int(np.max(labels))):

@@ -2,7 +2,7 @@
 
 - digits: the handwritten digits inside scikit-learn
 - npz: arrays in a file
-- synthetic: noise, for trying a configuration without data
+- synthetic: noise (for latents, moments of it), for trying a configuration without data
 - folder: image files, a folder per class
 - tar: image files in tar files, as webdataset writes them
 - tfds: a data set prepared by TensorFlow Datasets
@@ -10,16 +10,28 @@
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from djepa_jax.data.folders import open_folder
-from djepa_jax.data.latents import LatentCache, check_cache, read_metadata
+from djepa_jax.data.latents import DTYPES, LatentCache, check_cache, read_metadata
 from djepa_jax.data.npz import read_npz
-from djepa_jax.data.records import MAX_BROKEN, MAX_PIXELS, DataError, ImageSource, Robust, check_classes
+from djepa_jax.data.records import (
+    ANY_CLASS,
+    MAX_BROKEN,
+    MAX_PIXELS,
+    DataError,
+    ImageSource,
+    Robust,
+    check_labels,
+    checksum,
+    match_classes,
+)
 from djepa_jax.data.tars import open_tars
 from djepa_jax.data.tfds_source import open_tfds
+from djepa_jax.staging import local_source, reachable
 
 
 class Source(Protocol):
@@ -44,6 +56,10 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict:
         return {"image": self.images[index], "label": np.int32(self.labels[index])}
 
+    def digest(self) -> str:
+        """A checksum of all images and labels."""
+        return checksum(self.images, self.labels)
+
 
 def load_digits() -> ArraySource:
     """The 1,797 handwritten 8 x 8 digits that ship inside scikit-learn, 0..16 spread over 0..255."""
@@ -54,20 +70,24 @@ def load_digits() -> ArraySource:
     return ArraySource(images, digits.target)
 
 
-def load_npz(path: str) -> ArraySource:
+def load_npz(path: str, key: str = "data.path") -> ArraySource:
     """Arrays `images` (or `latents`) and `labels` of an npz file; images without a channel axis get one.
+
+    Args:
+        path: the file.
+        key: what its setting is called.
 
     Raises:
         ValueError: the file is missing, is not an npz file, or lacks a usable array.
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise ValueError(f'data.path is "{path}", where there is no file; name an npz file with arrays "images" and "labels".')
+        raise ValueError(f'{key} is "{path}", where there is no file; name an npz file with arrays "images" and "labels".')
     try:
         images, labels = read_npz(file, ("latents", "images"), ("labels",))
     except Exception as error:  # damaged files make zip, its compressors and numpy fail in ways that nobody has listed
         raise ValueError(
-            f'data.path "{path}" is not an npz file with arrays "images" (or "latents") and "labels": {error}'
+            f'{key} "{path}" is not an npz file with arrays "images" (or "latents") and "labels": {error}'
         ) from error
     _check_arrays(path, images, labels)
     return ArraySource(images if images.ndim == 4 else images[..., None], labels)
@@ -88,7 +108,15 @@ def _check_arrays(path: str, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def open_source(
-    name: str, path: str, modality, num_classes: int, *, max_pixels: int = MAX_PIXELS, max_broken: int = MAX_BROKEN
+    name: str,
+    path: str,
+    modality,
+    num_classes: int,
+    *,
+    class_names: str | Sequence[str] = "",
+    max_pixels: int = MAX_PIXELS,
+    max_broken: int = MAX_BROKEN,
+    group: str = "data",
 ) -> Source:
     """The source called `name`, checked against the modality and the number of classes.
 
@@ -96,26 +124,48 @@ def open_source(
         name: one of `SOURCES`.
         path: where its data is; what can be written is told by the function that reads it.
         modality: tells what examples must look like; images in files are cropped to that.
-        num_classes: labels run from 0 to one less.
+        num_classes: labels run from 0 to one less; `ANY_CLASS` where they do not matter.
+        class_names: as `config.data.class_names`; must fit the names of the data's classes, if those have some.
         max_pixels: image files of more count as broken.
         max_broken: broken image files that may be skipped.
+        group: where in the config the settings are, for messages.
 
     Raises:
-        ValueError: unknown name, missing data, examples of another shape, labels out of range, too many broken images.
+        ValueError: unknown name, missing data, examples of another shape, classes that do not fit, too many broken images.
     """
     if name not in SOURCES:
-        raise ValueError(f'data.source is "{name}"; it must be one of {", ".join(sorted(SOURCES))}.')
+        raise ValueError(f'{group}.source is "{name}"; it must be one of {", ".join(sorted(SOURCES))}.')
+    _check_path(name, path, group)
+    path = local_source(name, path, group=group)
     if name == "synthetic":
         source = Synthetic(modality, num_classes)
     elif name in ARRAY_SOURCES:
-        source = ARRAY_SOURCES[name](path)
+        source = ARRAY_SOURCES[name](path, f"{group}.path")
     else:
         _check_image_modality(name, modality)
-        source = Robust(ImageSource(FILE_SOURCES[name](path), modality.example_shape, num_classes, max_pixels), max_broken)
-        check_classes(source.labels, source.class_names, num_classes)
+        records = FILE_SOURCES[name](path, f"{group}.path")
+        records = match_classes(records, num_classes, class_names, f'{group}.path "{path}"')
+        check_labels(records.labels, num_classes)  # before an image of a wrong class is met
+        images = ImageSource(records, modality.example_shape, num_classes, max_pixels)
+        source = Robust(images, max_broken, f"{group}.max_broken")
     modality.check_example(source[0]["image"])
-    check_classes(source.labels, None, num_classes)
+    check_labels(source.labels, num_classes)
     return source
+
+
+def _check_path(name: str, path: str, group: str) -> None:
+    """Raise DataError if a source has no path but needs one."""
+    if path or name in PATHLESS:
+        return
+    make = ""
+    if name == "latents":
+        make = (
+            "; make one with --mode=prepare --workdir=CACHE --config.prepare.path=IMAGES --config.autoencoder.path=WEIGHTS, or "
+            "of ImageNet's archives with launch/prepare_imagenet.sh"
+        )
+    raise DataError(
+        f'{group}.path is empty, and {group}.source is "{name}"; name {WHAT[name]} with --config.{group}.path=PATH{make}.'
+    )
 
 
 def _check_image_modality(name: str, modality) -> None:
@@ -137,9 +187,17 @@ def open_data(config, modality) -> Source:
     """
     data = config.data
     if data.source == "latents":
-        check_cache(read_metadata(pathlib.Path(data.path)), data)  # names every difference, where an array tells of one
+        _check_path(data.source, data.path, "data")
+        check_cache(read_metadata(reachable(data.path)), data)  # names every difference, where an array tells of one
     num_classes = ANY_CLASS if data.unconditional else data.num_classes
-    source = open_source(data.source, data.path, modality, num_classes, max_broken=data.max_broken)
+    path = local_source(data.source, data.path, data.staging)
+    names = data.class_names
+    source = open_source(data.source, path, modality, num_classes, class_names=names, max_broken=data.max_broken)
+    if data.random_flip and data.modality == "image_latents" and "mirror" not in source[0]:
+        raise DataError(
+            f'data.random_flip is True, but data.path "{data.path}" holds latents without those of the mirror images, which '
+            "only an autoencoder can make; set --config.data.random_flip=False, or use a cache that --mode=prepare made."
+        )
     return Unlabelled(source) if data.unconditional else source
 
 
@@ -157,9 +215,20 @@ class Unlabelled:
     def __getitem__(self, index: int) -> dict:
         return {**self.source[index], "label": np.int32(0)}
 
+    def key(self, index: int) -> str:
+        """What an image is called in messages."""
+        return self.source.key(index)
+
+    def digest(self) -> str:
+        """A checksum of what is there."""
+        return self.source.digest()
+
 
 class Synthetic:
-    """Made-up examples, noise around a value of their class, for trying a configuration without data."""
+    """Made-up examples, noise around a value of their class, for trying a configuration without data.
+
+    Latents come as a cache has them: moments, of which training draws a sample, and those of a mirror image.
+    """
 
     def __init__(self, modality, num_classes: int, count: int = 512):
         self.shape, self.dtype, self.num_classes, self.count = modality.example_shape, modality.example_dtype, num_classes, count
@@ -173,11 +242,24 @@ class Synthetic:
         rng, label = np.random.default_rng(index), index % self.num_classes
         values = rng.standard_normal(self.shape) + np.sin(1 + label)
         if self.dtype == np.uint8:
-            values = np.clip(128 + 40 * values, 0, 255)
-        return {"image": values.astype(self.dtype), "label": np.int32(label)}
+            return {"image": np.clip(128 + 40 * values, 0, 255).astype(np.uint8), "label": np.int32(label)}
+        maps = {"image": values, "mirror": values[:, ::-1]}
+        return {name: synthetic_moments(mean) for name, mean in maps.items()} | {"label": np.int32(label)}
 
 
-ARRAY_SOURCES = {"digits": lambda path: load_digits(), "npz": load_npz, "latents": LatentCache}
+def synthetic_moments(mean: np.ndarray) -> np.ndarray:
+    """Means and log variances `[h, w, 2c]` of a made-up posterior around `mean`, in the type of a cache."""
+    return np.concatenate([mean, np.full(mean.shape, -2.0)], axis=-1).astype(DTYPES["bfloat16"])
+
+
+ARRAY_SOURCES = {"digits": lambda path, key: load_digits(), "npz": load_npz, "latents": lambda path, key: LatentCache(path)}
 FILE_SOURCES = {"folder": open_folder, "tar": open_tars, "tfds": open_tfds}
 SOURCES = {"synthetic", *ARRAY_SOURCES, *FILE_SOURCES}
-ANY_CLASS = 2**31 - 1  # for data whose labels do not matter
+PATHLESS = {"synthetic", "digits"}
+WHAT = {  # the path of a source names
+    "latents": "a latent cache",
+    "npz": "an npz file",
+    "folder": "a folder that holds a folder of images per class",
+    "tar": "tar files",
+    "tfds": "a data set that TensorFlow Datasets has prepared",
+}

@@ -1,5 +1,6 @@
 """Images in tar files, as webdataset writes them: `KEY.jpg` with `KEY.cls` or `KEY.json`."""
 
+import errno
 import glob
 import json
 import os
@@ -9,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from djepa_jax.data.images import BrokenImage
-from djepa_jax.data.records import MAX_FILE_BYTES, DataError
+from djepa_jax.data.records import MAX_FILE_BYTES, DataError, checksum
 from djepa_jax.data.tar_index import Member, walk_tar
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("json", "cls")  # of two labels, the last kind wins
@@ -29,6 +29,7 @@ class TarRecords:
     """
 
     class_names = None
+    remedy = "copy its tar file again"
 
     def __init__(self, shards: list[str], members: list[list[tuple[Member, int]]]):
         self.shards = tuple(shards)
@@ -44,41 +45,46 @@ class TarRecords:
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         offset, size = map(int, self._places[index])
+        fd = os.open(self.shards[self._shards[index]], os.O_RDONLY)
         try:
-            fd = os.open(self.shards[self._shards[index]], os.O_RDONLY)
-            try:
-                data = os.pread(fd, size, offset)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise BrokenImage(f"it cannot be read ({error.strerror})") from error
-        if len(data) < size:
-            raise BrokenImage("the tar file ends before it")
+            data = os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+        if len(data) < size:  # it was longer when it was opened
+            raise OSError(errno.EIO, "the tar file ends before it")
         return data, int(self.labels[index])
 
     def key(self, index: int) -> str:
         """The name of the tar file and the name inside it."""
         return f"{os.path.basename(self.shards[self._shards[index]])}:{_decode(self._names[index])}"
 
+    def digest(self) -> str:
+        """A checksum of the names of tar files and images, of where images lie in them, and of the labels."""
+        return checksum(self._names, self._places, self._shards, self.labels, *map(os.path.basename, self.shards))
 
-def open_tars(path: str) -> TarRecords:
+
+def open_tars(path: str, key: str = "data.path") -> TarRecords:
     """All images of the tar files that `path` stands for (see `find_shards`).
+
+    Args:
+        path: a folder, a file, or a pattern.
+        key: what its setting is called.
 
     Raises:
         DataError: no tar files, a damaged one, one with links or names that lead outside, or an image without a label.
     """
-    shards = find_shards(path)
+    shards = find_shards(path, key)
     with ThreadPoolExecutor(THREADS) as pool:
         records = TarRecords(shards, list(pool.map(_index_shard, shards)))
     if not len(records):
         raise DataError(
-            f'the {len(shards)} tar files of data.path "{path}" hold no images; '
+            f'the {len(shards)} tar files of {key} "{path}" hold no images; '
             f"they need KEY.{'|'.join(IMAGES)} with KEY.cls or KEY.json."
         )
     return records
 
 
-def find_shards(path: str) -> list[str]:
+def find_shards(path: str, key: str = "data.path") -> list[str]:
     """The tar files that are meant by a folder of them, one file, a pattern such as `train-{000..127}.tar`, or a glob.
 
     Raises:
@@ -90,20 +96,20 @@ def find_shards(path: str) -> list[str]:
     elif os.path.isfile(path):
         found = [path]
     else:
-        patterns = expand_braces(path)
+        patterns = expand_braces(path, key)
         matches = [sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] for pattern in patterns]
         found = [file for files in matches for file in files]
     missing = [file for file in found if not os.path.isfile(file)]
     if missing or not found:
         what = f"{len(missing)} of {len(found)} files are missing, such as {missing[0]}" if missing else "there are no tar files"
         raise DataError(
-            f'data.path is "{path}", where {what}; name a folder of .tar files, a glob, or train-{{000..127}}.tar with '
+            f'{key} is "{path}", where {what}; name a folder of .tar files, a glob, or train-{{000..127}}.tar with '
             "the right numbers."
         )
     return found
 
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str, key: str = "data.path") -> list[str]:
     """What a shell makes of `{000..127}` (with leading zeros) and `{a,b}`.
 
     Raises:
@@ -112,23 +118,23 @@ def expand_braces(pattern: str) -> list[str]:
     inner = re.search(r"\{([^{}]*)\}", pattern)
     if inner is None:
         if "{" in pattern or "}" in pattern:
-            raise DataError(f'data.path "{pattern}" has a brace without its partner.')
+            raise DataError(f'{key} "{pattern}" has a brace without its partner.')
         return [pattern]
     head, tail = pattern[: inner.start()], pattern[inner.end() :]
     results = {}  # ordered, and each once
-    for choice in _choices(inner[1], pattern):
-        results |= dict.fromkeys(expand_braces(head + choice + tail))
+    for choice in _choices(inner[1], pattern, key):
+        results |= dict.fromkeys(expand_braces(head + choice + tail, key))
         if len(results) > MAX_SHARDS:
-            raise DataError(f'data.path "{pattern}" stands for more than {MAX_SHARDS} files.')
+            raise DataError(f'{key} "{pattern}" stands for more than {MAX_SHARDS} files.')
     return list(results)
 
 
-def _choices(inner: str, pattern: str) -> list[str]:
+def _choices(inner: str, pattern: str, key: str) -> list[str]:
     limits = re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})", inner)
     if limits is None and "," in inner:
         return inner.split(",")
     if limits is None or int(limits[2]) < int(limits[1]):
-        raise DataError(f'"{{{inner}}}" in data.path "{pattern}" is neither a range such as {{000..127}} nor a list {{a,b}}.')
+        raise DataError(f'"{{{inner}}}" in {key} "{pattern}" is neither a range such as {{000..127}} nor a list {{a,b}}.')
     padded = any(len(limit) > 1 and limit[0] == "0" for limit in limits.groups())
     width = max(map(len, limits.groups())) if padded else 0
     last = min(int(limits[2]), int(limits[1]) + MAX_SHARDS)

@@ -1,6 +1,7 @@
 """The `--mode=evaluate` command, and the same at the end of training."""
 
 import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -9,27 +10,35 @@ import optax
 from djepa_jax import config as configuration
 from djepa_jax import hosts, sharding
 from djepa_jax.data.sources import open_data
+from djepa_jax.decoder import makes_latents
 from djepa_jax.evaluation.small_images import check_judgeable, evaluate_images
-from djepa_jax.generate import Generator, load_ema
+from djepa_jax.generate import Generator, load_ema, never
 from djepa_jax.paths import as_path, write_json
 
 FILE_NAME = "evaluation.json"
 
 
-def identity(params, config, step: int) -> dict:
-    """What a record or a grid is of: step, sampler settings and a number that other weights would not have."""
+def identity(params, config, step: int, autoencoder: str = "") -> dict:
+    """What a record or a grid is of: step, sampler settings and a number that other weights would not have.
+
+    Of latents, there is the autoencoder, too, that makes pictures of them, by its sha256; empty where there is none.
+    """
     norm = float(jax.jit(optax.tree.norm)(params))
-    return {"step": step, "weights": "ema", "ema_norm": norm, "sample": config.sample.to_dict()}
+    decoder = {"autoencoder": autoencoder} if makes_latents(config) else {}
+    return {"step": step, "weights": "ema", "ema_norm": norm, "sample": config.sample.to_dict()} | decoder
 
 
-def evaluate(config, generator: Generator, params, source, step: int, workdir, progress: bool = False) -> dict:
+def evaluate(config, generator: Generator, params, source, step: int, workdir, should_stop: Callable[[], bool] = never) -> dict:
     """Judge class-balanced samples of the given parameters, and write `evaluation.json` into the workdir.
 
     All processes sample; process 0 judges and writes, and the others' record is empty.
+
+    Raises:
+        Stopped: `should_stop`, asked before every batch of samples, said so; nothing was written.
     """
     settings, num_classes = config.evaluation, config.data.num_classes
     labels = np.arange(settings.count) % num_classes
-    samples = generator.images(params, labels, settings.seed, progress)["images"]
+    samples = generator.images(params, labels, settings.seed, progress=True, should_stop=should_stop)["images"]
     of = identity(params, config, step) | {"evaluation": settings.to_dict()}
     if not hosts.is_main():
         return {}
@@ -63,4 +72,4 @@ def run_evaluate(config, workdir: str) -> dict:
     check_judgeable(source)
     mesh = sharding.make_mesh(config.mesh)
     params, step = load_ema(config, experiment, workdir, mesh)
-    return evaluate(config, Generator(config, experiment, mesh), params, source, step, workdir, progress=True)
+    return evaluate(config, Generator(config, experiment, mesh), params, source, step, workdir)

@@ -17,6 +17,7 @@ from djepa_jax import config as configuration
 from djepa_jax import sharding
 from djepa_jax.checkpoint import Checkpoints
 from djepa_jax.config import Experiment
+from djepa_jax.decoder import stored_sha256, with_autoencoder
 from djepa_jax.generate import check_same_model, placed_params
 from djepa_jax.interop.official import from_official, to_official
 from djepa_jax.interop.reading import WeightSet, fit
@@ -56,7 +57,10 @@ def run_import(config, workdir: str, source: str) -> list[str]:
         CheckpointError: the workdir cannot be used, or holds checkpoints already.
     """
     experiment = configuration.build(config)
-    found = _find(config, experiment, pathlib.Path(os.path.expanduser(source)))
+    path = pathlib.Path(os.path.expanduser(source))
+    found = _find(config, experiment, path)
+    if is_export(path):
+        config = with_autoencoder(config, stored_sha256(find_model(path).config))
     check_writable(workdir)
     folder = as_path(workdir)
     with lock_workdir(workdir):

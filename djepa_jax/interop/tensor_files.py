@@ -99,29 +99,36 @@ class AdamMoments:
     tensors: Tensors  # "NUMBER/exp_avg" and "NUMBER/exp_avg_sq"
 
 
-def open_tensors(path: pathlib.Path) -> SourceFile:
-    """Open a `.safetensors`, `.pth` or `.pt` file.
+def open_tensors(path: pathlib.Path, flag: str = "--source") -> SourceFile:
+    """Open a `.safetensors`, `.pth` or `.pt` file, which `flag` names.
 
     Raises:
         SourceError: it is missing, a folder, cut short, of another kind, or holds code.
     """
+    try:
+        return _open(path)
+    except SourceError as error:
+        raise SourceError(f"{flag} {error}") from error
+
+
+def _open(path: pathlib.Path) -> SourceFile:
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors"))
         advice = f"name a file in it: {', '.join(files)}" if files else "name a .pth or .safetensors file"
-        raise SourceError(f'--source "{path}" is a folder; {advice}.')
+        raise SourceError(f'"{path}" is a folder; {advice}.')
     if not path.is_file():
-        raise SourceError(f'--source "{path}" does not exist; name a .pth or .safetensors file.')
+        raise SourceError(f'"{path}" does not exist; name a .pth or .safetensors file.')
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _open_torch(path)
-    raise SourceError(f'--source "{path}" is of an unknown kind; it must end in .safetensors, .pth or .pt.')
+    raise SourceError(f'"{path}" is of an unknown kind; it must end in .safetensors, .pth or .pt.')
 
 
 def _unreadable(path: pathlib.Path, error: BaseException) -> SourceError:
     details = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     return SourceError(
-        f'--source "{path}" cannot be read ({details}); it has {path.stat().st_size:,} bytes and is damaged, cut short or of '
+        f'"{path}" cannot be read ({details}); it has {path.stat().st_size:,} bytes and is damaged, cut short or of '
         f"another kind than {path.suffix}. Copy or download it again."
     )
 
@@ -151,14 +158,14 @@ def _check_floats(path: pathlib.Path, infos: dict[str, TensorInfo]) -> dict[str,
     odd = {n: i.dtype for n, i in infos.items() if i.dtype not in floats and not n.endswith(COUNTER)}
     if odd:
         listed = ", ".join(f"{name} ({dtype})" for name, dtype in list(odd.items())[:5])
-        raise SourceError(f'--source "{path}" holds {len(odd)} tensors that are not floating-point numbers: {listed}.')
+        raise SourceError(f'"{path}" holds {len(odd)} tensors that are not floating-point numbers: {listed}.')
     return infos
 
 
 def _open_torch(path: pathlib.Path) -> SourceFile:
     content = _load_torch(path)
     if not isinstance(content, Mapping):
-        raise SourceError(f'--source "{path}" holds a {type(content).__name__}; a dict of tensors is needed.')
+        raise SourceError(f'"{path}" holds a {type(content).__name__}; a dict of tensors is needed.')
     sets = [name for name in WEIGHT_SETS if isinstance(content.get(name), Mapping)]
     weights = {name: _torch_set(path, content, name) for name in sets}
     if not sets:
@@ -172,10 +179,10 @@ def _load_torch(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise SourceError(f'--source "{path}" is a PyTorch file, and PyTorch is not installed: {INSTALL_TORCH}.') from error
+        raise SourceError(f'"{path}" is a PyTorch file, and PyTorch is not installed: {INSTALL_TORCH}.') from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise SourceError(
-            f'--source "{path}" is a PyTorch file, and the loader of PyTorch {torch.__version__} can be made to run code '
+            f'"{path}" is a PyTorch file, and the loader of PyTorch {torch.__version__} can be made to run code '
             f"(CVE-2025-32434): {INSTALL_TORCH}."
         )
     try:
@@ -187,7 +194,7 @@ def _load_torch(path: pathlib.Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(reason))
         if refused:
             raise SourceError(
-                f'--source "{path}" asks for {refused[1]}, which a file of tensors does not need; it was refused, and '
+                f'"{path}" asks for {refused[1]}, which a file of tensors does not need; it was refused, and '
                 "nothing in it was run. Do not open this file with other tools unless you trust who made it."
             ) from error
         raise _unreadable(path, reason) from error
@@ -208,7 +215,7 @@ def _torch_set(path: pathlib.Path, loaded: Mapping, name: str | None) -> Tensors
     if odd or not content:
         found = f"{odd[0]} is not a dense tensor" if odd else "it is empty"
         raise SourceError(
-            f'--source "{path}" is not a checkpoint: {found}; a dict with "model" and perhaps "model_ema", or a plain '
+            f'"{path}" is not a checkpoint: {found}; a dict with "model" and perhaps "model_ema", or a plain '
             "dict of tensors, is needed."
         )
     infos = {key: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in content.items()}

@@ -26,7 +26,7 @@ def feature_statistics(predicted: jax.Array, target: jax.Array) -> dict[str, jax
     """
     predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
     centred = target - target.mean(0)
-    covariance = centred.T @ centred / target.shape[0]
+    covariance = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST) / target.shape[0]
     rank = jnp.square(jnp.trace(covariance)) / jnp.maximum(jnp.square(covariance).sum(), 1e-20)
     norms = jnp.linalg.norm(predicted, axis=-1) * jnp.linalg.norm(target, axis=-1)
     cosine = (predicted * target).sum(-1) / jnp.maximum(norms, 1e-20)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from djepa_jax.models.vit import torch_linear_init, zeros_init
+from djepa_jax.models.vit import precision_of, torch_linear_init, zeros_init
 
 GROUPS, EPSILON = 32, 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -60,7 +60,8 @@ class Conv(nnx.Module):
         """Convolve."""
         kernel = self.kernel[...].astype(self.dtype)
         layout = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (stride, stride), padding, dimension_numbers=layout)
+        how = {"dimension_numbers": layout, "precision": precision_of(self.dtype)}
+        x = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (stride, stride), padding, **how)
         return x + self.bias[...].astype(self.dtype)
 
 
@@ -108,8 +109,9 @@ class MapAttention(nnx.Module):
         """`[B, H, W, C]` -> the same."""
         height, normed = x.shape[1], self.norm(x)
         q, k, v = (rearrange(project(normed), "b h w c -> b (h w) c") for project in (self.q, self.k, self.v))
-        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        mixed = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores).astype(v.dtype), v)
+        precision = precision_of(q.dtype)
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, precision=precision, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        mixed = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores).astype(v.dtype), v, precision=precision)
         return x + self.out(rearrange(mixed, "b (h w) c -> b h w c", h=height))
 
 

@@ -87,7 +87,7 @@ class ContextEncoder(nnx.Module):
         self.input_norm = LayerNorm(config.width, dtype=dtype)
         self.stack = _make_stack(config, config.encoder_depth, rngs)
 
-    def __call__(self, tokens, order, labels, *, visible=None, key=None):
+    def __call__(self, tokens, order, labels, *, visible=None, keys=None):
         """Encode tokens that are already in order coordinates.
 
         Args:
@@ -95,7 +95,7 @@ class ContextEncoder(nnx.Module):
             order: `[B, V]`, the raster place of each token.
             labels: `[B]` class ids, `num_classes` for none.
             visible: `[B, V]`, False at padding; None when all are real.
-            key: turns dropout on.
+            keys: `[B]`, turn dropout on.
 
         Returns:
             `[B, P + V, D]`, prefix first.
@@ -105,7 +105,7 @@ class ContextEncoder(nnx.Module):
         x = jnp.concatenate([prefix.astype(x.dtype), x], axis=1)  # [B, P + V, D]
         if visible is not None:
             visible = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), visible], axis=1)
-        return self.stack(self.input_norm(x), key_mask=visible, key=key)
+        return self.stack(self.input_norm(x), key_mask=visible, keys=keys)
 
 
 class Predictor(nnx.Module):
@@ -118,14 +118,14 @@ class Predictor(nnx.Module):
         self.positions = nnx.Param(normal_init(rngs.params(), (config.num_tokens, config.width)))
         self.stack = _make_stack(config, config.predictor_depth, rngs)
 
-    def __call__(self, encoded, order, num_visible, *, key=None, places=None):
+    def __call__(self, encoded, order, num_visible, *, keys=None, places=None):
         """Predict features at every place.
 
         Args:
             encoded: context encoder output `[B, P + V, D]`.
             order: `[B, N]`.
             num_visible: `[B]`; of the V encoded tokens the first that many are real.
-            key: turns dropout on.
+            keys: `[B]`, turn dropout on.
             places: `[Q]`, the places (order coordinates) that are wanted; None for all.
 
         Returns:
@@ -141,8 +141,8 @@ class Predictor(nnx.Module):
         positions = jnp.take(self.positions[...], order, axis=0).astype(x.dtype)  # [B, N, D]
         x = jnp.concatenate([prefix, jnp.concatenate([seen, hidden], axis=1) + positions], axis=1)
         if places is not None:
-            return self.stack(x, key=key, queries=places + self.num_prefix_tokens)
-        return self.stack(x, key=key)[:, self.num_prefix_tokens :]
+            return self.stack(x, keys=keys, queries=places + self.num_prefix_tokens)
+        return self.stack(x, keys=keys)[:, self.num_prefix_tokens :]
 
 
 def _make_stack(config: ModelConfig, depth: int, rngs: nnx.Rngs) -> Stack:

@@ -36,9 +36,8 @@ class TimeEmbedding(nnx.Module):
     """Sinusoids, linear, SiLU, linear; always float32, since times differ in their last bits."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        precise = dict(rngs=rngs, kernel_init=normal_init, precision=jax.lax.Precision.HIGHEST)
-        self.up = Linear(2 * TIME_FREQUENCIES, width, **precise)
-        self.down = Linear(width, width, **precise)
+        self.up = Linear(2 * TIME_FREQUENCIES, width, rngs=rngs, kernel_init=normal_init)
+        self.down = Linear(width, width, rngs=rngs, kernel_init=normal_init)
 
     def __call__(self, t: jax.Array) -> jax.Array:
         """Map times `[...]` to `[..., w]`."""

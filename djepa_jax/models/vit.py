@@ -1,7 +1,7 @@
 """Transformer blocks with stacked parameters, shared by all three ViTs of D-JEPA.
 
 Parameters are float32. Matrix products run in the compute `dtype`; LayerNorm, QK-norm and softmax always run
-in float32. A module holds no random state: dropout is on exactly when a call is given a key.
+in float32. A module holds no random state: dropout is on exactly when a call is given keys, one per example.
 
 Shape letters: B batch, S sequence, Q queries, D width, H heads, L layers.
 """
@@ -40,12 +40,27 @@ def torch_linear_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32,
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a share `rate` of `x` and scale the rest up; does nothing without a key."""
-    if key is None or rate == 0.0:
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zero a share `rate` of `x` `[B, ...]` and scale the rest up; does nothing without keys `[B]`.
+
+    An example's mask is a function of its own key, so that parts of a batch have the masks that they have in the whole.
+    """
+    if keys is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)  # [B, ...]
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def split_keys(keys: jax.Array | None, count: int) -> jax.Array | tuple:
+    """Keys of examples `[B]` -> `[count, B]`; no keys stay none."""
+    if keys is None:
+        return (None,) * count
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def precision_of(dtype) -> jax.lax.Precision | None:
+    """Float32 as it is: left alone, TPUs round the factors of its products to bfloat16, and recent GPUs to TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 class Linear(nnx.Module):
@@ -60,10 +75,9 @@ class Linear(nnx.Module):
         dtype=jnp.float32,
         kernel_init: Initializer = xavier_init,
         bias_init: Initializer = zeros_init,
-        precision: jax.lax.Precision | None = None,
     ):
         out = (out,) if isinstance(out, int) else out
-        self.dtype, self.precision = dtype, precision
+        self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, *out)))
         self.bias = nnx.Param(bias_init(rngs.params(), out))
 
@@ -75,7 +89,7 @@ class Linear(nnx.Module):
         """
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # [R, in]
         kernel = self.kernel[...].astype(self.dtype)
-        out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), self.precision)  # [R, *out]
+        out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision_of(self.dtype))  # [R, *out]
         out = out + self.bias[...].astype(self.dtype)
         return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
@@ -123,8 +137,8 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(width // num_heads, dtype=dtype) if qk_norm else None
         self.out = Linear(width, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, key_mask: jax.Array | None, key: jax.Array | None, queries: jax.Array | None) -> jax.Array:
-        """Attend within `x` `[B, S, D]`; `key_mask` `[B, S]` is False where a place must not be seen.
+    def __call__(self, x: jax.Array, key_mask: jax.Array | None, keys: jax.Array | None, queries: jax.Array | None) -> jax.Array:
+        """Attend within `x` `[B, S, D]`; `key_mask` `[B, S]` is False where a place must not be seen, `keys` `[B]` drop.
 
         With `queries` `[Q]` (indices into S) only those places are computed: result `[B, Q, D]`.
         """
@@ -134,16 +148,18 @@ class Attention(nnx.Module):
             q = jnp.take(q, queries, axis=2)  # [B, H, Q, D/H]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        weight_key, out_key = (None, None) if key is None else jax.random.split(key)
+        weight_keys, out_keys = split_keys(keys, 2)
         weights = attention_weights(q, k, key_mask)  # [B, H, Q, S]
-        weights = dropout(weights, self.weight_dropout, weight_key)
-        mixed = jnp.einsum("bhqs,bhsd->bqhd", weights.astype(v.dtype), v)
-        return dropout(self.out(rearrange(mixed, "b q h d -> b q (h d)")), self.out_dropout, out_key)
+        weights = dropout(weights, self.weight_dropout, weight_keys)
+        mixed = jnp.einsum("bhqs,bhsd->bqhd", weights.astype(v.dtype), v, precision=precision_of(v.dtype))
+        return dropout(self.out(rearrange(mixed, "b q h d -> b q (h d)")), self.out_dropout, out_keys)
 
 
 def attention_weights(q: jax.Array, k: jax.Array, key_mask: jax.Array | None) -> jax.Array:
     """Softmax of scaled dot products in float32: `[B, H, Q, d]`, `[B, H, S, d]` -> `[B, H, Q, S]`."""
-    scores = jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    precision = precision_of(q.dtype)
+    scores = jnp.einsum("bhqd,bhsd->bhqs", q, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
     if key_mask is not None:
         scores = jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
@@ -157,11 +173,11 @@ class Mlp(nnx.Module):
         self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
         self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Map `[B, S, D]` to `[B, S, D]`."""
-        up_key, down_key = (None, None) if key is None else jax.random.split(key)
-        x = dropout(jax.nn.gelu(self.up(x), approximate=False), self.dropout_rate, up_key)
-        return dropout(self.down(x), self.dropout_rate, down_key)
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Map `[B, S, D]` to `[B, S, D]`; `keys` `[B]` drop."""
+        up_keys, down_keys = split_keys(keys, 2)
+        x = dropout(jax.nn.gelu(self.up(x), approximate=False), self.dropout_rate, up_keys)
+        return dropout(self.down(x), self.dropout_rate, down_keys)
 
 
 class Block(nnx.Module):
@@ -175,12 +191,12 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(width, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout_rate=dropout_rate, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, key_mask=None, key=None, queries=None):
+    def __call__(self, x, key_mask=None, keys=None, queries=None):
         """Map `[B, S, D]` to `[B, S, D]`, or to `[B, Q, D]` where only the places `queries` are wanted."""
-        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        mixed = self.attention(self.attention_norm(x), key_mask, attention_key, queries)
+        attention_keys, mlp_keys = split_keys(keys, 2)
+        mixed = self.attention(self.attention_norm(x), key_mask, attention_keys, queries)
         x = (x if queries is None else jnp.take(x, queries, axis=1)) + mixed
-        return x + self.mlp(self.mlp_norm(x), mlp_key)
+        return x + self.mlp(self.mlp_norm(x), mlp_keys)
 
 
 class Stack(nnx.Module):
@@ -218,33 +234,33 @@ class Stack(nnx.Module):
         self.blocks = nnx.vmap(make_block)(jax.random.split(rngs.params(), depth))
         self.norm = LayerNorm(width, dtype=dtype)
 
-    def __call__(self, x, *, key_mask=None, key=None, queries=None):
+    def __call__(self, x, *, key_mask=None, keys=None, queries=None):
         """Run all layers on `[B, S, D]`.
 
         Args:
             x: tokens `[B, S, D]`.
             key_mask: `[B, S]`, False at padded places; they never influence a real one.
-            key: turns dropout on.
+            keys: `[B]`, turn dropout on.
             queries: `[Q]`; the last layer computes these places only (exact, since nothing else is read).
 
         Returns:
             `[B, S, D]`, or `[B, Q, D]` with `queries`.
         """
         graph, params = nnx.split(self.blocks)
-        keys = None if key is None else jax.random.split(key, self.depth)
         x = x.astype(self.dtype)
         if queries is None:
-            return self.norm(self._scan(graph, params, x, keys, key_mask))
+            layer_keys = None if keys is None else split_keys(keys, self.depth)  # [L, B]
+            return self.norm(self._scan(graph, params, x, layer_keys, key_mask))
         x = self._scan_indexed(graph, params, x, key_mask)
         last = nnx.merge(graph, _layer(params, self.depth - 1))
         return self.norm(last(x, key_mask, None, queries))
 
-    def _scan(self, graph, params, x, keys, key_mask):
+    def _scan(self, graph, params, x, layer_keys, key_mask):
         def body(x, layer):
-            block_params, key = layer
-            return keep_batch_split(nnx.merge(graph, block_params)(keep_batch_split(x), key_mask, key)), None
+            block_params, keys = layer
+            return keep_batch_split(nnx.merge(graph, block_params)(keep_batch_split(x), key_mask, keys)), None
 
-        return jax.lax.scan(remat_layer(body, self.remat), x, (params, keys), unroll=self.unroll)[0]
+        return jax.lax.scan(remat_layer(body, self.remat), x, (params, layer_keys), unroll=self.unroll)[0]
 
     def _scan_indexed(self, graph, params, x, key_mask):
         """All layers but the last, reading parameters by index so that no slice of the stack is copied."""

@@ -1,0 +1,59 @@
+"""What keeps a run, in a process of its own, from going on: places where it is held, and a source that fails."""
+
+import os
+import time
+
+from djepa_jax import train
+from djepa_jax.checkpoint import Checkpoints
+from djepa_jax.hosts import StopSignals
+from djepa_jax.reporting import Reporter
+from djepa_jax.starting import Start
+
+STEPS = 40  # of the small runs (`workdirs`)
+
+
+class FailingSource:
+    """A source whose examples cannot be read any more after some time."""
+
+    def __init__(self, source, reads: int):
+        self._source, self._left = source, reads
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        self._left -= 1
+        if self._left < 0:
+            raise OSError(f"example {index} cannot be read")
+        return self._source[index]
+
+
+# Places where a process can be held besides steps: what it is about to do there.
+PLACES = {
+    "restoring": (Start, "state"),
+    "saving": (Checkpoints, "_finish"),
+    "sampling": (Reporter, "final_grid"),
+    "evaluating": (Reporter, "final_evaluation"),
+}
+
+
+def hold_at(place: str | int, gate: str | None) -> None:
+    """Let the process say that it is at a place and wait there: until it was asked to stop, or the file `gate` is there.
+
+    Places are `PLACES`, where "saving" is that of the last step, in the background; and numbers of steps. All of several
+    processes have to be held at the same place.
+    """
+    entered, enter = [], StopSignals.__enter__
+    StopSignals.__enter__ = lambda self: entered.append(self) or enter(self)
+    owner, name = PLACES.get(place, (train._Run, "_between_steps"))
+    function, wanted = getattr(owner, name), {"saving": STEPS}.get(place, place)
+
+    def held(self, *arguments):
+        step = arguments[0] if arguments else 0
+        if wanted in (step, "restoring", "sampling", "evaluating"):
+            print(f"holding at {place}", flush=True)
+            while not (os.path.exists(gate) if gate else entered[-1].requested(step)):
+                time.sleep(0.01)
+        return function(self, *arguments)
+
+    setattr(owner, name, held)

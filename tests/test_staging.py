@@ -1,0 +1,462 @@
+"""Copies of what lies in a bucket: made once, compared, completed, renewed; and what is said when they cannot be had.
+
+The bucket is an `ObjectStore` in this process, on loopback.
+"""
+
+import base64
+import json
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Iterator
+
+import aiohttp
+import google_crc32c
+import jax
+import numpy as np
+import pytest
+from buckets import reached
+from caches import SHA, TOTAL, entries, write_cache
+from object_store import ObjectStore
+from processes import Training
+from small_autoencoder import NAME, registered, write_weights
+from tiny import CONFIGS, load_config
+from workdirs import RUN, compiled
+
+from djepa_jax import downloads, sharding, staging
+from djepa_jax.config import build
+from djepa_jax.data.latents import LatentCache
+from djepa_jax.data.records import DataError
+from djepa_jax.data.sources import SOURCES, open_data
+from djepa_jax.decoder import Autoencoder
+from djepa_jax.main import main
+from djepa_jax.manifest import file_sha256
+from djepa_jax.paths import PathError
+from djepa_jax.staging import local_copy, local_source, staging_folder
+
+URL = "gs://bucket/data/cache"
+LATENTS = (
+    "--config.data.source=latents",
+    f"--config.data.path={URL}",
+    "--config.data.modality=image_latents",
+    "--config.data.image_size=4",
+    "--config.data.channels=3",
+    "--config.data.patch_size=2",
+    "--config.data.num_classes=3",
+    "--config.data.class_names=",
+    "--config.data.latent_scale=0.25",
+    "--config.data.latent_shift=-0.5",
+    "--config.evaluation.kind=none",
+    "--config.sample.num_ar_steps=2",
+)
+NAMES = [f"{number:05d}-of-00003.array_record" for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    """A bucket whose objects may be read, and that tells nothing about itself; for this process, too."""
+    with ObjectStore() as store, reached(store):
+        store.bucket_readable = False
+        yield store
+
+
+@pytest.fixture
+def bucket(server, tmp_path) -> ObjectStore:
+    """The bucket with a latent cache in it."""
+    server.objects.clear()
+    upload(server, write_cache(tmp_path / "original"))
+    server.requests.clear()
+    staging._copied.cache_clear()
+    return server
+
+
+def upload(store: ObjectStore, folder: pathlib.Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.objects[f"data/cache/{path.relative_to(folder)}"] = path.read_bytes()
+
+
+@pytest.fixture
+def again(bucket, tmp_path):
+    """Copy as the next process would: again(url) gives the copy."""
+
+    def copy(url: str = URL) -> pathlib.Path:
+        staging._copied.cache_clear()
+        bucket.requests.clear()
+        return local_copy(url, str(tmp_path / "staged"))
+
+    return copy
+
+
+def downloaded(store: ObjectStore) -> list[str]:
+    """The objects whose content was asked for, but for the metadata, which every start compares."""
+    names = [request.rpartition("/")[2] for request in store.requests if "/download/" in request]
+    return sorted(name for name in names if name != "metadata.json")
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    """What a copy holds, without notes."""
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {f"data/cache/{path.relative_to(folder)}": path.read_bytes() for path in found}
+
+
+# ---------------------------------------------------------------- copies of a cache
+
+
+def test_copy_holds_what_the_bucket_holds(bucket, again, capsys):
+    folder = again()
+    assert files(folder) == bucket.objects and downloaded(bucket) == NAMES
+    cache = LatentCache(str(folder))
+    assert len(cache) == TOTAL and cache.key(3) == entries()[3][1]
+    assert f"copying {URL} to {folder}: 3 of 3 files, " in capsys.readouterr().out
+
+
+def test_second_start_copies_nothing(bucket, again, capsys):
+    folder = again()
+    capsys.readouterr()
+    assert again() == folder and downloaded(bucket) == [] and capsys.readouterr().out == ""
+
+
+def test_process_asks_the_bucket_once(bucket, tmp_path):
+    first = local_copy(URL, str(tmp_path))
+    bucket.requests.clear()
+    assert local_copy(URL + "/", str(tmp_path)) == first and bucket.requests == []
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 1]) + data[1:]])
+def test_damaged_file_is_copied_again(bucket, again, damage):
+    path = again() / "shards" / NAMES[1]
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(damage(path.read_bytes()))
+    os.utime(path, ns=times)  # as a failing disk does it, which tells nobody
+    assert files(again()) == bucket.objects and downloaded(bucket) == [NAMES[1]]
+
+
+def test_file_of_a_large_cache_is_read_again_only_if_it_was_changed(bucket, again, monkeypatch):
+    shards = again() / "shards"
+    monkeypatch.setattr(staging, "VERIFIED_BYTES", 0)
+    read = []
+    hasher = staging.hasher
+    monkeypatch.setattr(staging, "hasher", lambda kind: read.append(kind) or hasher(kind))
+    again()
+    assert read == []
+    (shards / NAMES[0]).write_bytes((shards / NAMES[0]).read_bytes())
+    os.utime(shards / NAMES[0], ns=(1, 1))
+    again()
+    assert read == ["sha256"] and downloaded(bucket) == []
+    (shards / NAMES[0]).write_bytes(bytes((shards / NAMES[0]).stat().st_size))
+    assert files(again()) == bucket.objects and downloaded(bucket) == [NAMES[0]]
+
+
+def test_interrupted_copy_is_completed(bucket, again, monkeypatch):
+    storage, count = downloads.storage(), []
+    cat_file = storage.cat_file
+
+    def cut_off(path, **where):
+        count.extend([path] if "shards" in path else [])
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return cat_file(path, **where)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(downloads, "THREADS", 1)
+        patch.setattr(storage, "cat_file", cut_off)
+        again()
+    folder = again()
+    assert downloaded(bucket) == [NAMES[2]] and files(folder) == bucket.objects
+
+
+def test_what_a_killed_process_leaves_is_used_or_removed(bucket, again):
+    folder = again()
+    for name in ("metadata.json", staging.RECORD_NAME):
+        (folder / name).unlink()
+    path = folder / "shards" / NAMES[1]
+    path.rename(path.with_name(path.name + downloads.UNFINISHED))
+    assert files(again()) == bucket.objects and downloaded(bucket) == [NAMES[1]]
+
+
+def test_other_cache_at_the_same_address_is_noticed(bucket, again, tmp_path):
+    folder = again()
+    (folder / "shards" / "of an earlier state").touch()
+    upload(bucket, write_cache(tmp_path / "other", "float32"))
+    assert again() == folder and files(folder) == bucket.objects and downloaded(bucket) == NAMES
+    assert LatentCache(str(folder)).metadata.dtype == "float32"
+
+
+def test_metadata_that_was_written_anew_costs_no_shard(bucket, again):
+    again()
+    text = json.loads(bucket.objects["data/cache/metadata.json"])
+    bucket.objects["data/cache/metadata.json"] = json.dumps(text | {"scale": 0.5}).encode()
+    assert files(again()) == bucket.objects and downloaded(bucket) == []
+
+
+def test_caches_at_other_addresses_have_other_copies(bucket, again):
+    bucket.objects.update({name.replace("data/", "else/"): data for name, data in bucket.objects.items()})
+    assert again() != again("gs://bucket/else/cache")
+
+
+def test_of_two_processes_one_copies(bucket, tmp_path, capsys):
+    folders, both = [], threading.Barrier(2)
+
+    def copy():
+        both.wait()
+        folders.append(staging._copied.__wrapped__(URL, tmp_path / "staged", "data.path"))
+
+    threads = [threading.Thread(target=copy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folders[0] == folders[1] and downloaded(bucket) == NAMES
+    assert capsys.readouterr().out.count("copying") == 1
+
+
+def test_lock_is_waited_for(bucket, tmp_path, monkeypatch, capsys):
+    held = []
+
+    def flock(file, operation):
+        held.append(operation)
+        if operation & staging.fcntl.LOCK_NB:
+            raise BlockingIOError
+
+    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    local_copy(URL, str(tmp_path / "staged"))
+    assert held == [staging.fcntl.LOCK_EX | staging.fcntl.LOCK_NB, staging.fcntl.LOCK_EX]
+    assert f"waiting for another process on this host, which copies {URL}" in capsys.readouterr().out
+
+
+def test_progress_tells_what_is_left():
+    said = []
+    progress = downloads.Progress(4_000_000_000, said.append)
+    progress.add(10)
+    progress._told -= downloads.PROGRESS_SECONDS
+    progress._start -= 100
+    progress.add(999_999_990)
+    (line,) = said
+    assert line.startswith("copied 1.0 GB of 4.0 GB, ") and line.endswith(" left") and "MB/s" in line
+    assert [downloads.describe_size(count) for count in (7, 1500, 2.5e6)] == ["7 bytes", "1.5 kB", "2.5 MB"]
+
+
+# ---------------------------------------------------------------- single files
+
+
+def with_npz(store: ObjectStore, tmp_path: pathlib.Path) -> dict[str, np.ndarray]:
+    arrays = {"images": np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4), "labels": np.arange(5) % 2}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    store.objects["data/mine.npz"] = (tmp_path / "mine.npz").read_bytes()
+    return arrays
+
+
+def test_npz_file_in_a_bucket_is_a_source(bucket, tmp_path):
+    arrays = with_npz(bucket, tmp_path)
+    flags = ["image_size=4", "patch_size=1", "num_classes=2", f"staging={tmp_path / 'staged'}", "class_names="]
+    places = ["--config.data.source=npz", "--config.data.path=gs://bucket/data/mine.npz"]
+    config = load_config("digits", *places, *(f"--config.data.{flag}" for flag in flags))
+    source = open_data(config, build(config).modality)
+    np.testing.assert_array_equal(source.images[..., 0], arrays["images"])
+
+
+@pytest.mark.parametrize("kind", ["md5", "crc32c"])
+def test_file_is_known_by_its_checksum(bucket, again, tmp_path, monkeypatch, kind):
+    with_npz(bucket, tmp_path)
+    storage = downloads.storage()
+    info = storage.info
+
+    def of_parts(path):
+        """What is told of an object that was uploaded in parts."""
+        crc = google_crc32c.Checksum(bucket.objects["data/mine.npz"]).digest()
+        told = {name: value for name, value in info(path).items() if name != "md5Hash"}
+        return told | {"crc32c": base64.b64encode(crc).decode()}
+
+    if kind == "crc32c":
+        monkeypatch.setattr(storage, "info", of_parts)
+    path = again("gs://bucket/data/mine.npz")
+    assert path.name == "mine.npz" and path.read_bytes() == bucket.objects["data/mine.npz"]
+    again("gs://bucket/data/mine.npz")
+    assert downloaded(bucket) == []
+    bucket.objects["data/mine.npz"] = bytes(len(bucket.objects["data/mine.npz"]))
+    assert again("gs://bucket/data/mine.npz").read_bytes() == bucket.objects["data/mine.npz"]
+
+
+def test_local_paths_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_copy("a/b") == pathlib.Path("a/b") and local_copy("~/kl16.ckpt") == tmp_path / "kl16.ckpt"
+    assert all(local_source(name, "a//b") == "a//b" for name in SOURCES)
+
+
+# ---------------------------------------------------------------- the program
+
+
+def test_training_takes_its_cache_from_a_bucket(bucket, tmp_path):
+    flags = (*RUN, *LATENTS, f"--config.data.staging={tmp_path / 'staged'}", f"--workdir={tmp_path / 'run'}")
+    status, said = Training(compiled(), *flags, "--config.num_steps=2", storage=bucket.environment).finish()
+    assert status == 0 and f"copying {URL} to {tmp_path / 'staged'}" in said, said
+    assert downloaded(bucket) == NAMES
+    bucket.requests.clear()
+    status, said = Training(compiled(), *flags, "--config.num_steps=4", storage=bucket.environment).finish()
+    assert status == 0 and "going on from step 2 of 4" in said and downloaded(bucket) == [], said
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert stored["path"] == URL, "the next start needs the address, not the copy"
+
+
+def config_of(tmp_path: pathlib.Path, *flags: str):
+    return load_config("digits", *LATENTS, f"--config.data.staging={tmp_path / 'staged'}", *flags)
+
+
+def test_cache_of_another_config_is_not_copied(bucket, tmp_path):
+    config = config_of(tmp_path, "--config.data.latent_scale=0.5")
+    with pytest.raises(DataError, match=f"{URL} was made for another config; it needs --config.data.latent_scale=0.25"):
+        open_data(config, build(config).modality)
+    assert downloaded(bucket) == []
+
+
+def test_cache_is_not_copied_for_a_run_that_has_no_autoencoder(bucket, tmp_path, capsys):
+    flags = [*LATENTS, f"--config.data.staging={tmp_path}", "--config.autoencoder.path=gs://bucket/kl16.ckpt"]
+    line = refusal(capsys, *flags, f"--workdir={tmp_path / 'run'}")
+    assert line.startswith("error: config.autoencoder.path names gs://bucket/kl16.ckpt, and there is no such object")
+    assert downloaded(bucket) == [] and not (tmp_path / "run").exists()
+
+
+def test_autoencoder_in_a_bucket(bucket, tmp_path):
+    weights = write_weights(tmp_path / "small.safetensors")
+    bucket.objects["kl/small.safetensors"] = pathlib.Path(weights).read_bytes()
+    settings = load_config("default", f"--config.autoencoder.name={NAME}").autoencoder
+    settings.path = "gs://bucket/kl/small.safetensors"
+    with registered():
+        found = Autoencoder(settings, sharding.make_mesh((-1, 1, 1), jax.devices()[:1]), str(tmp_path / "staged"))
+    assert found.sha256 == file_sha256(weights) and downloaded(bucket) == ["small.safetensors"]
+
+
+def test_autoencoder_in_a_bucket_is_compared_with_the_cache(bucket, tmp_path, capsys):
+    bucket.objects["kl/kl16.ckpt"] = b"another"
+    flags = [*LATENTS, f"--config.data.staging={tmp_path}", "--config.autoencoder.path=gs://bucket/kl/kl16.ckpt"]
+    line = refusal(capsys, *flags, f"--workdir={tmp_path / 'run'}")
+    assert f"made with the autoencoder of sha256 {SHA}, config.autoencoder.path gs://bucket/kl/kl16.ckpt has" in line
+
+
+# ---------------------------------------------------------------- what cannot be
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line that the command line ends with."""
+    assert main(["djepa_jax", f"--config={CONFIGS / 'digits.py'}", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def change_shard(store: ObjectStore, data: bytes | None) -> None:
+    del store.objects[f"data/cache/shards/{NAMES[2]}"]
+    if data is not None:
+        store.objects[f"data/cache/shards/{NAMES[2]}"] = data
+
+
+def flipped(store: ObjectStore) -> bytes:
+    data = store.objects[f"data/cache/shards/{NAMES[2]}"]
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+BAD = {
+    "no object": (lambda store: store.objects.clear(), [f"data.path names {URL}", "no such object"]),
+    "an unfinished cache": (
+        lambda store: store.objects.pop("data/cache/metadata.json"),
+        [f"{URL}/metadata.json", "no such object"],
+    ),
+    "a missing shard": (lambda store: change_shard(store, None), [f"{URL}/shards/{NAMES[2]} is missing", "copy the cache"]),
+    "a cut shard": (lambda store: change_shard(store, b"123"), ["has 3 bytes instead of ", "copy the cache"]),
+    "a damaged shard": (lambda store: change_shard(store, flipped(store)), [NAMES[2], "differs from its checksum, sha256"]),
+    "other metadata": (
+        lambda store: store.objects.update({"data/cache/metadata.json": b"[]"}),
+        [f"{URL}/metadata.json cannot be read"],
+    ),
+    "a name that leads out": (
+        lambda store: store.objects.update(
+            {"data/cache/metadata.json": store.objects["data/cache/metadata.json"].replace(NAMES[0].encode(), b"../../x")}
+        ),
+        ["../../x is not the name of a file"],
+    ),
+    "a file": (
+        lambda store: (store.objects.clear(), store.objects.update({"data/cache": b"1"})),
+        [f'"{URL}", which is a file', "name the folder of a latent cache"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_cache_is_one_line(bucket, tmp_path, capsys, name):
+    change, texts = BAD[name]
+    change(bucket)
+    line = refusal(capsys, *LATENTS, f"--config.data.staging={tmp_path / 'staged'}", f"--workdir={tmp_path / 'run'}")
+    assert all(text in line for text in texts), line
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "staged").rglob(NAMES[2] + "*[!d]"))
+
+
+def test_missing_bucket_is_named(bucket, again):
+    with pytest.raises(PathError, match="data.path names gs://no-bucket/cache, and there is no such object; check the name"):
+        again("gs://no-bucket/cache")
+
+
+@pytest.mark.parametrize("error", ["HttpError", "ClientError", "OSError"])
+@pytest.mark.parametrize("call", ["info", "cat_file", "ls"])
+def test_storage_that_refuses_or_does_not_answer_is_one_line(bucket, again, monkeypatch, error, call):
+    from gcsfs.retry import HttpError  # not before access to buckets is set up
+
+    errors = [HttpError({"code": 403, "message": "not\nyours"}), aiohttp.ClientError("away"), OSError("x")]
+
+    def fail(*_, **__):
+        raise next(raised for raised in errors if type(raised).__name__ == error)
+
+    monkeypatch.setattr(downloads.storage(), call, fail)
+    with pytest.raises(PathError, match=f"{URL}.* cannot be read .*{error}.*storage.objectViewer") as caught:
+        again()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_full_disk_is_told_before_anything_is_copied(bucket, again, monkeypatch):
+    needed = sum(len(data) for name, data in bucket.objects.items() if "shards" in name)
+    usage = shutil.disk_usage("/")._replace(free=needed - 1)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(PathError, match=f"needs {needed:,} bytes, and the disk of .* has {needed - 1:,} free; .*data.staging"):
+        again()
+    assert downloaded(bucket) == []
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert files(again()) == bucket.objects
+
+
+def test_disk_that_fills_meanwhile_is_one_line(bucket, again, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(PathError, match="cannot be copied to .*No space left.*is kept"):
+        patch.setattr(downloads.os, "fsync", full)
+        again()
+    assert files(again()) == bucket.objects
+
+
+@pytest.mark.parametrize("name", ["folder", "tar", "tfds"])
+def test_images_in_a_bucket_are_encoded_first(name):
+    with pytest.raises(PathError, match=f'"gs://bucket/images" .* data.source "{name}" does not .*prepare.*gcloud storage'):
+        local_source(name, "gs://bucket/images")
+    with pytest.raises(PathError, match=f'prepare.path "gs://bucket/images" .* prepare.source "{name}"'):
+        local_source(name, "gs://bucket/images", group="prepare")
+    assert local_source("synthetic", "gs://bucket/unused") == "gs://bucket/unused"
+
+
+def test_copies_are_kept_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert staging_folder() == tmp_path / "djepa_jax" / "staged"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert staging_folder() == pathlib.Path("/home/me/.cache/djepa_jax/staged")
+    assert staging_folder("~/here") == pathlib.Path("/home/me/here")
+    monkeypatch.setattr(os.path, "expanduser", str)
+    with pytest.raises(PathError, match="no cache folder.*--config.data.staging"):
+        staging_folder()
+
+
+def test_folder_for_copies_that_cannot_be_is_named(bucket, tmp_path):
+    with pytest.raises(PathError, match='--config.data.staging "gs://bucket/x" is not a local path'):
+        local_copy(URL, "gs://bucket/x")
+    (tmp_path / "file").touch()
+    with pytest.raises(PathError, match=f"cannot be copied to {tmp_path}/file/cache-.*--config.data.staging"):
+        local_copy(URL, str(tmp_path / "file"))
