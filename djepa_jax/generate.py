@@ -28,7 +28,11 @@ from djepa_jax.sample import SampleSpec, Segment, make_sampler, make_step, plan_
 MAX_GRID = 100
 # Flags, with underscores for all hyphens, that belong to one start and not to the run.
 OF_ONE_START = tuple(
-    f"__{flag}=" for flag in ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout", "restore_from")
+    f"__{flag}"
+    for flag in (
+        *("distributed", "coordinator", "num_processes", "process_id"),
+        *("rendezvous_timeout", "heartbeat_timeout", "restore_from"),
+    )
 )
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says then
 
@@ -247,8 +251,19 @@ def command_line(*extra: str) -> str:
     python = sys.executable
     if pathlib.Path(python).is_relative_to(pathlib.Path.cwd()):
         python = str(pathlib.Path(python).relative_to(pathlib.Path.cwd()))
-    flags = [word for word in sys.argv[1:] if not word.replace("-", "_").startswith(OF_ONE_START)]
-    return shlex.join([python, "-m", "djepa_jax.main", *flags, *extra])
+    return shlex.join([python, "-m", "djepa_jax.main", *_of_the_run(sys.argv[1:]), *extra])
+
+
+def _of_the_run(words: list[str]) -> list[str]:
+    """Flags without those of one start, whether written as --flag=VALUE or as --flag VALUE."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_") not in OF_ONE_START:
+            kept.append(word)
+        elif not equals:
+            next(rest, None)
+    return kept
 
 
 def output_paths(out: epath.Path) -> tuple[epath.Path, epath.Path]:

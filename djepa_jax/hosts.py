@@ -100,6 +100,13 @@ def check_same(text: str, what: str) -> None:
         raise HostsError(f"{what} of process {others[0]} is not that of process 0; start all of them with the same command.")
 
 
+def largest(number: int) -> int:
+    """The largest of all processes' numbers, for all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.array(number, np.int32)).max())
+
+
 def wait_for_all(name: str) -> None:
     """Wait for the other processes; `name` says where, and must be the same for all."""
     if jax.process_count() > 1:

@@ -185,7 +185,8 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
+        return step if type(step) is int else math.inf
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # a line cut short by a crash
 

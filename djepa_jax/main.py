@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,24 +10,17 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from djepa_jax import hosts, json_config, meeting
+from djepa_jax import failures, hosts, json_config, meeting
 from djepa_jax.compilation import use_compilation_cache
 from djepa_jax.config import flatten
 from djepa_jax.decoder import has_autoencoder, makes_latents
 from djepa_jax.generate import command_line
-from djepa_jax.paths import STORAGE_PACKAGES, as_path
+from djepa_jax.paths import as_path
 
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 USAGE = (
     "usage: python -m djepa_jax.main --config=configs/digits.py|--config_json=FILE --workdir=DIR "
     "[--mode=train|sample|evaluate|import|export|prepare] [--config.KEY=VALUE ...]"
-)
-
-
-# What XLA, the service that connects processes, Gloo and NCCL say when another process is gone.
-LOST = re.compile(
-    r"\A(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b|heartbeat|Connection (closed|reset|refused)|Broken pipe|remote process exited",
-    re.IGNORECASE,
 )
 
 
@@ -297,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return _exit_status(130)
     except Exception as error:
-        text = _expected(error)
+        text = failures.expected(error)
         if text is None:
             if hosts.alone():
                 raise
@@ -309,29 +301,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _timeouts(values: flags.FlagValues) -> dict[str, int]:
     return {"timeout": values.rendezvous_timeout, "heartbeat": values.heartbeat_timeout}
-
-
-def _expected(error: Exception) -> str | None:
-    """What to say of a failure that can happen to anybody; None of one that is a mistake in this program."""
-    from djepa_jax.orbax_io import CheckpointError
-    from djepa_jax.train import TrainingError
-
-    if not hosts.alone() and (reason := _lost(error)):
-        return f"another process has ended or cannot be reached ({reason}); start all of them again to go on from the last save."
-    if isinstance(error, (ValueError, OSError, CheckpointError, TrainingError, FloatingPointError)):
-        return str(error)
-    if type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
-        return f"storage: {type(error).__name__}: {error}"
-    return None
-
-
-def _lost(error: BaseException | None) -> str | None:
-    """What JAX said when another process was gone; None if that is not behind the error."""
-    while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
-            return str(error).splitlines()[0]
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _exit_status(status: int) -> int:

@@ -111,8 +111,11 @@ def estimate_activations(spec: TrainSpec, devices: int) -> int:
     return int(images * kept * jnp.dtype(model.compute_dtype).itemsize)
 
 
-def describe(plan: MemoryPlan) -> str:
-    """The plan in a line for people, and a second one with a remedy where it exceeds the device."""
+def describe(plan: MemoryPlan, choosing: bool = False) -> str:
+    """The plan in a line for people, and a second one with a remedy where it exceeds the device.
+
+    With `choosing` the number of parts is found out by trying, and is no remedy.
+    """
     parts = {"parameters": plan.parameters, "moving average": plan.moving_average, "optimiser": plan.optimiser}
     if plan.step is not None:
         parts["step, roughly" if plan.estimated else "step (batch, activations, gradients)"] = plan.step
@@ -126,8 +129,8 @@ def describe(plan: MemoryPlan) -> str:
     if plan.state > plan.limit:
         return f"{text}\nthe training state alone does not fit: split it over devices with config.mesh=(1,-1,1)"
     return (
-        f"{text}\nthis may not fit: raise config.microbatches (same result), set config.model.remat to dots or full (same "
-        "result), split the state over devices with config.mesh=(1,-1,1), or lower config.batch_size"
+        f"{text}\nthis may not fit: {'' if choosing else 'raise config.microbatches (same result), '}set config.model.remat to "
+        "dots or full (same result), split the state over devices with config.mesh=(1,-1,1), or lower config.batch_size"
     )
 
 

@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import tempfile
-import uuid
 from collections.abc import Iterator
 
 import fsspec
@@ -24,7 +23,7 @@ from etils import epath
 from djepa_jax.lock import LOCK_NAME, lock_workdir
 from djepa_jax.paths import PathError, is_remote, write_json
 
-PROGRESS_NAME, ARRAY_ENDING = "progress.json", ".npy"
+PROGRESS_NAME, ARCHIVE_NAME, ARRAY_ENDING = "progress.json", "archive.tmp", ".npy"
 
 
 class Parts:
@@ -77,8 +76,8 @@ class Parts:
             found = json.loads((self.folder / PROGRESS_NAME).read_text("utf-8"))
             sizes = {name: (self.folder / f"{name}{ARRAY_ENDING}").stat().st_size for name in found["bytes"]}
             whole = all(sizes[name] >= size for name, size in found["bytes"].items())
-            return found if whole and 0 < found["done"] <= found["count"] and found["identity"] else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return found if whole and found["bytes"] and 0 < found["done"] <= found["count"] and found["identity"] else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
@@ -114,8 +113,10 @@ class Parts:
         return {name: np.load(self.folder / f"{name}{ARRAY_ENDING}", mmap_mode="r", allow_pickle=False) for name in self._bytes}
 
     def _clear(self) -> None:
-        for path in (self.folder / PROGRESS_NAME, *self.folder.glob(f"*{ARRAY_ENDING}")):  # first what makes the rest count
-            path.unlink(missing_ok=True)
+        (self.folder / PROGRESS_NAME).unlink(missing_ok=True)  # first what makes the rest count
+        for pattern in (f"*{ARRAY_ENDING}", f"{PROGRESS_NAME}.*.tmp", ARCHIVE_NAME):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder, for everything in it is in the npz file."""
@@ -145,12 +146,12 @@ def npy_header(rows: np.ndarray, count: int) -> bytes:
 def write_large_npz(path: epath.Path, arrays: dict[str, np.ndarray], folder: pathlib.Path) -> None:
     """As `paths.write_npz`, but arrays that are mapped from a disk are not read into memory.
 
-    For a file in a bucket it is put together in `folder`, and then uploaded; the object appears when it is whole.
+    It is put together in `folder`, which is on the same disk as a local file; it appears when it is whole.
 
     Raises:
         OSError: it cannot be written; what was there before is kept.
     """
-    local = folder / "archive.tmp" if is_remote(path) else path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    local = folder / ARCHIVE_NAME  # one name, which the next attempt writes over
     try:
         with open(local, "wb") as file:
             np.savez(file, **arrays)

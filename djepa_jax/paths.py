@@ -77,7 +77,11 @@ def is_remote(path: os.PathLike) -> bool:
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Write a file so that a reader never sees half of it."""
+    """Write a file so that a reader never sees half of it.
+
+    Raises:
+        OSError: it cannot be written; `filename` says which.
+    """
     path = epath.Path(path)
     if is_remote(path):
         path.write_bytes(data)
@@ -89,6 +93,9 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # which the system leaves out where a disk is full
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -59,7 +59,7 @@ def run_prepare(config, folder: str, measure_scale: bool = False, say: Callable[
     with hosts.held_by_main(lock_workdir(folder)):
         hosts.check_shared(as_path(folder))
         hosts.check_same(repr(plan), "the configuration, the images or the autoencoder")
-        hosts.on_main(lambda: _begin(path, plan))
+        hosts.on_main(lambda: _begin(path, plan, config.prepare.path))
         with Shares(path) as shares:
             make_shards(path, plan, source, autoencoder, config, shares, say)
         hosts.on_main(lambda: _finish(path, plan, config, source, measure_scale, say))
@@ -98,6 +98,7 @@ def open_raw(config):
         class_names=data.class_names,
         max_broken=settings.max_broken,
         group="prepare",
+        staging=data.staging,
     )
     source = source.source if isinstance(source, Robust) else source
     return Unlabelled(source) if data.unconditional else source
@@ -131,7 +132,7 @@ def make_plan(config, source, autoencoder: Autoencoder) -> Plan:
     )
 
 
-def _begin(folder: pathlib.Path, plan: Plan) -> None:
+def _begin(folder: pathlib.Path, plan: Plan, source_path: str) -> None:
     """Write the plan, or find the same one there.
 
     Raises:
@@ -139,12 +140,14 @@ def _begin(folder: pathlib.Path, plan: Plan) -> None:
     """
     path, wanted = folder / PLAN_NAME, dataclasses.asdict(plan)
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = dict(json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         write_json(path, wanted)
         found = wanted
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); name another --workdir.") from error
+    if "contents" not in found and found.pop("path", None) == source_path:  # of a version that told sources by their path
+        found["contents"] = plan.contents
     changed = configuration.differences(found, wanted)
     if changed:
         lines = "\n  ".join(changed)

@@ -4,6 +4,8 @@ Rows of the table are example 0, its mirror image, example 1, its mirror image, 
 devices that share a batch. The order of examples and the choice of mirror images are those of the stream from disk.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +31,9 @@ class ResidentCache:
         if not isinstance(source, LatentCache):
             raise ConfigError('config.data.device_resident needs data.source "latents"; switch it off.')
         self.rows, self._source = RowNumbers(source), source
-        place, divisor = sharding.batch_sharding(mesh), sharding.batch_divisor(mesh)
-        self._num_rows = -(-2 * len(source) // divisor) * divisor  # padded: every device holds as many
-        self._check_memory(divisor)
+        place = sharding.batch_sharding(mesh)
+        self._num_rows = _rows_per_device(source, mesh) * sharding.batch_divisor(mesh)
+        self._check_memory(mesh)
         shape = (self._num_rows, *source.metadata.shape)
         self._table = jax.make_array_from_callback(shape, place, self._read)
         self._gather = jax.jit(lambda table, rows: jnp.take(table, rows, axis=0), out_shardings=place)
@@ -51,15 +53,25 @@ class ResidentCache:
                 values[position] = example["mirror" if row % 2 else "image"]
         return values
 
-    def _check_memory(self, devices: int) -> None:
-        metadata = self._source.metadata
-        needed = self._num_rows // devices * int(np.prod(metadata.shape)) * np.dtype(DTYPES[metadata.dtype]).itemsize
+    def _check_memory(self, mesh) -> None:
+        needed = table_bytes(self._source, mesh)
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         if limit and needed > USABLE_SHARE * limit:
             raise ConfigError(
                 f"config.data.device_resident needs {needed / 2**30:.1f} GiB on each device, which has {limit / 2**30:.1f} GiB "
                 "in all; switch it off, or use more devices."
             )
+
+
+def _rows_per_device(source: LatentCache, mesh) -> int:
+    """Padded: every device that shares a batch holds as many."""
+    return -(-2 * len(source) // sharding.batch_divisor(mesh))
+
+
+def table_bytes(source: LatentCache, mesh) -> int:
+    """Bytes that the table of a cache takes on each device."""
+    metadata = source.metadata
+    return _rows_per_device(source, mesh) * math.prod(metadata.shape) * np.dtype(DTYPES[metadata.dtype]).itemsize
 
 
 class RowNumbers:

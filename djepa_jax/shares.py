@@ -59,13 +59,22 @@ class Shares:
             return
         state = DONE if error is None else STOPPED if isinstance(error, hosts.HostsError) else FAILED
         mark = self._mark(jax.process_index(), state)
-        with contextlib.suppress(OSError):  # on a disk that takes no file the first error is what matters
-            mark.touch()
-            while not all(self._state(index) for index in range(self._count)):  # JAX ends this process if another dies
-                time.sleep(POLL_SECONDS)
-            try:
-                if error is None:
-                    self.check()
-            finally:
-                hosts.wait_for_all("shares have ended")
-                mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():  # the first error is what matters
+            self._leave(mark, error is None)
+
+    def _leave(self, mark: pathlib.Path, well: bool) -> None:
+        """Say that this process has ended, and wait for the others; JAX ends it if one of them dies.
+
+        Raises:
+            HostsError: this process has ended well, another has not.
+            OSError: the folder cannot be used; this process, going on, would end the others.
+        """
+        mark.touch()
+        while not all(self._state(index) for index in range(self._count)):
+            time.sleep(POLL_SECONDS)
+        try:
+            if well:
+                self.check()
+        finally:
+            hosts.wait_for_all("shares have ended")
+            mark.unlink(missing_ok=True)

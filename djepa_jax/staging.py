@@ -31,7 +31,7 @@ UNREAD = ("folder", "tar", "tfds")  # those whose many small files are encoded f
 def local_copy(path: str | os.PathLike, folder: str = "", flag: str = "data.path") -> pathlib.Path:
     """Where a file, or a latent cache, is on a local disk; one in a bucket is copied first, unless it was before.
 
-    A process asks the bucket once: what it has got does not change under a run.
+    A process makes a copy once: what it has got does not change under its run.
 
     Args:
         path: local, which is given back as it is, or gs://...

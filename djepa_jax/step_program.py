@@ -1,7 +1,6 @@
 """The compiled training step, in as few parts as fit a device's memory (`config.microbatches = 0`)."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -44,8 +43,8 @@ class StepProgram:
         chunks = plan.batch_size // plan.chunk_size
         counts = [n for n in range(1, chunks + 1) if chunks % n == 0 and plan.batch_size // n % devices == 0] or [1]
         programs = [dataclasses.replace(self, spec=dataclasses.replace(self.spec, microbatches=n)) for n in counts]
-        too_large = sum(not fits(program.plan(), ROOM) for program in programs[:-1])
-        return iter(programs[too_large:])
+        first = next((i for i, program in enumerate(programs) if fits(program.plan(), ROOM)), len(programs) - 1)
+        return iter(programs[hosts.largest(first) :])
 
 
 def fits(plan: MemoryPlan, share: float = 1.0) -> bool:
@@ -65,15 +64,20 @@ def compile_to_fit(program: StepProgram, state, batch, say: Callable[[str], None
     for program, last in zip(programs, [False] * (len(programs) - 1) + [True], strict=True):
         if program.spec.microbatches > 1:
             say(f"the batch is taken in {program.spec.microbatches} parts, one after the other, to fit the memory (same result)")
-        compiled = announce_and_compile(program, state, batch, say, may_fail=not last)
-        fitting = compiled is not None and fits(program.plan(compiled))
-        if last or hosts.on_main(functools.partial(int, fitting)):
+        compiled = announce_and_compile(program, state, batch, say, may_fail=not last, choosing=True)
+        misfit = compiled is None or not fits(program.plan(compiled))
+        if last or not hosts.largest(int(misfit)):
             return compiled
 
 
-def announce_and_compile(program: StepProgram, state, batch, say: Callable[[str], None], may_fail: bool = False):
-    """The compiled step, with the memory plan before and after; None if it `may_fail` for want of memory, and does."""
-    say(describe(program.plan()))  # should compiling run out of memory
+def announce_and_compile(
+    program: StepProgram, state, batch, say: Callable[[str], None], may_fail: bool = False, choosing: bool = False
+):
+    """The compiled step, with the memory plan before and after; None if it `may_fail` for want of memory, and does.
+
+    With `choosing` the number of parts is not the user's, and is not what a remedy should be about.
+    """
+    say(describe(program.plan(), choosing))  # should compiling run out of memory
     say("compiling the training step")
     try:
         compiled = program.compile(state, batch)
@@ -81,5 +85,5 @@ def announce_and_compile(program: StepProgram, state, batch, say: Callable[[str]
         if not may_fail or OUT_OF_MEMORY not in str(error):
             raise
         return None
-    say(describe(program.plan(compiled)))
+    say(describe(program.plan(compiled), choosing))
     return compiled

@@ -24,8 +24,10 @@ from djepa_jax.feed import device_batches
 from djepa_jax.fingerprint import fingerprints
 from djepa_jax.lock import lock_workdir
 from djepa_jax.manifest import file_sha256
+from djepa_jax.memory import device_limit
 from djepa_jax.paths import as_path, check_writable
 from djepa_jax.reporting import Reporter
+from djepa_jax.resident import table_bytes
 from djepa_jax.restoring import go_back
 from djepa_jax.staging import local_copy
 from djepa_jax.starting import Start
@@ -227,7 +229,7 @@ class _Run:
     def _compile(self, state: TrainState, batch: dict) -> Callable:
         """The training step, compiled for these arguments; the old state's memory is reused for the new one."""
         start, say = time.perf_counter(), self.report.say
-        program = StepProgram(self.experiment.train, self.start.abstract, self.start.shardings)
+        program = StepProgram(self.experiment.train, self.start.abstract, self.start.shardings, self._room())
         compiler = announce_and_compile if self.config.microbatches else compile_to_fit
         compiled = compiler(program, state, batch, say)
         fingerprints(state)  # so that the first save has nothing to compile
@@ -235,6 +237,13 @@ class _Run:
         say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
         # Looking for NaNs needs the old state, and runs the step operation by operation.
         return program.jitted(donate=False) if self.config.debug.nans else compiled
+
+    def _room(self) -> int | None:
+        """Bytes of a device that are there for training, beside the data that stay on it."""
+        limit = device_limit()
+        if limit is None or not self.config.data.device_resident:
+            return limit
+        return limit - table_bytes(self.source, self.mesh)
 
     def _read_metrics(self, lag: int = 0) -> None:
         """Read the metrics of all but the last `lag` steps, log them, and stop a run that has gone bad."""

@@ -9,7 +9,7 @@ step once. Exit status 1 if anything does not hold.
 
 On a file system of less than 1 GiB a disk is really filled; elsewhere the process may write no larger files. For the first:
 
-    mount -t tmpfs -o size=100m tmpfs DIR
+    mount -t tmpfs -o size=200m tmpfs DIR
 """
 
 import argparse

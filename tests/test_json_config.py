@@ -247,6 +247,15 @@ def test_suggested_commands_keep_the_flag(write, monkeypatch):
     assert "'--config_json=" in words and words.endswith("--workdir=runs/x --mode=sample --config.sample.count=4")
 
 
+ONE_START = ("--distributed slurm", "--rendezvous-timeout=600", "--heartbeat_timeout 9", "--restore_from=a@1", "--process_id=3")
+
+
+def test_suggested_commands_leave_out_what_belongs_to_one_start(monkeypatch):
+    words = ["--config=c.py", *" ".join(ONE_START).split(), "--workdir=w", "--mode", "train"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *words])
+    assert cli.command_line().endswith("-m djepa_jax.main --config=c.py --workdir=w --mode train")
+
+
 def test_benchmark_takes_it_too(write, capsys):
     values = benchmark.parse(["benchmark", f"--config_json={write({'seed': 5})}", "--steps=1"])
     assert values.config.seed == 5 and values.steps == 1

@@ -145,6 +145,16 @@ def fill(writer: logs.MetricWriter) -> None:
         writer.write_scalars(step, {"loss": 1.0})
 
 
+@pytest.mark.parametrize(
+    "line", ['{"step": null}', '{"step": "x"}', '{"step": true}', "[" * 100_000, '{"loss": 1}', "", '{"step": 2']
+)
+def test_lines_that_tell_no_step_go_when_a_run_goes_on(tmp_path, line):
+    path = tmp_path / logs.METRICS_NAME
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n{{"step": 3}}\n')
+    logs.MetricWriter(tmp_path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 FULL = {
     "scalars": fill,
     "pictures": lambda writer: writer.write_images(1, {"samples": NOISE}),

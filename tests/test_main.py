@@ -10,6 +10,7 @@ import pytest
 from tiny import CONFIG, TINY, load_config
 
 from djepa_jax import config as configuration
+from djepa_jax import failures
 from djepa_jax import main as cli
 from djepa_jax.lock import lock_workdir
 
@@ -280,7 +281,7 @@ def raised_while(inner: Exception) -> Exception:
 @pytest.mark.parametrize("wrap", [lambda error: error, raised_while])
 def test_what_xla_says_when_another_process_is_gone(text, wrap):
     error = wrap(jax.errors.JaxRuntimeError(f"{text}\nand more"))
-    assert cli._lost(error) == (text if XLA_ERRORS[text] else None)
+    assert failures.lost(error) == (text if XLA_ERRORS[text] else None)
 
 
 @pytest.mark.parametrize("text", ["UNAVAILABLE: a process is gone", "INTERNAL: Mosaic failed to compile TPU kernel"])
@@ -297,3 +298,9 @@ def test_only_a_lost_process_is_told_as_one(text, monkeypatch, capsys, tmp_path)
     error, lost = capsys.readouterr().err, text.startswith("UNAVAILABLE")
     assert (f"error: another process has ended or cannot be reached ({text});" in error) == lost
     assert ("Traceback" in error and "error: JaxRuntimeError in process 0" in error) != lost
+
+
+def test_short_memory_is_one_line():
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 5 bytes\nand a long table")
+    assert failures.expected(error).startswith("the devices' memory is too small (RESOURCE_EXHAUSTED: out of memory allocating 5")
+    assert "\n" not in failures.expected(error) and failures.expected(jax.errors.JaxRuntimeError("INTERNAL: a mistake")) is None

@@ -48,6 +48,23 @@ def interrupted(target) -> pathlib.Path:
     return parts.folder
 
 
+@pytest.mark.parametrize("left", ["archive.tmp", "progress.json.0a1b2c3d.tmp"])
+def test_nothing_stays_of_a_process_that_was_killed_while_it_wrote(target, left):
+    folder = interrupted(target)
+    (folder / left).write_bytes(b"half of it")
+    parts, first = begun(target)
+    parts.add(batch(first, COUNT))
+    write_large_npz(target, parts.arrays(), parts.folder)
+    parts.remove()
+    assert [path.name for path in target.parent.iterdir()] == ["samples.npz"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"bytes": {}, "done": 1, "count": 10, "identity": {"a": 1}}', "[]", "{}"])
+def test_progress_that_tells_nothing_is_begun_anew(target, text):
+    (interrupted(target) / "progress.json").write_text(text)
+    assert begun(target)[1] == 0
+
+
 def test_what_was_killed_goes_on_and_gives_the_same_file(target, capsys):
     folder = interrupted(target)
     parts, first = begun(target)

@@ -1,5 +1,6 @@
 """Local paths and writes; those in a bucket are in test_object_store.py."""
 
+import errno
 import json
 import os
 import pathlib
@@ -100,3 +101,15 @@ def test_mistakes_in_the_program_are_not_hidden(tmp_path, monkeypatch):
     monkeypatch.setattr(paths.uuid, "uuid4", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check_writable(tmp_path)
+
+
+def test_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    """The system says only that the disk is full."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(paths.os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'a.json'}'"):
+        paths.write_json(tmp_path / "a.json", {})
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Making a latent cache: what goes into it, what is measured and left out, and completing one."""
 
 import errno
+import json
 import os
 import pathlib
 import re
@@ -280,6 +281,18 @@ def test_images_may_lie_elsewhere_the_next_time(config, cache, tmp_path, monkeyp
     config.prepare.path, lines = str(moved), []
     assert run_prepare(config, str(cache), say=lines.append).count == COUNT
     assert lines[0] == "2 of 3 shards are finished already"
+
+
+def test_cache_of_a_version_that_told_sources_by_their_path_goes_on(config, cache, tmp_path):
+    plan = json.loads((cache / "plan.json").read_text())
+    plan |= {"path": config.prepare.path}
+    del plan["contents"]
+    (cache / "plan.json").write_text(json.dumps(plan))
+    assert run_prepare(config, str(cache)).count == COUNT
+    plan["path"] = "elsewhere"
+    (cache / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(DataError, match="holds a latent cache of something else"):
+        run_prepare(config, str(cache))
 
 
 def test_second_run_makes_nothing_anew(config, cache, monkeypatch):

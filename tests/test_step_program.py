@@ -48,6 +48,15 @@ def memory_plan_in(program: StepProgram, count: int):
     return memory_plan(program.abstract, program.shardings, spec=spec, limit=program.limit)
 
 
+def test_one_part_that_fits_is_taken_though_two_would_not():
+    """From two parts on there is a second copy of the gradients."""
+    step = program("djepa_h", 8)
+    spec = configuration.build(load_config("djepa_h", "--config.batch_size=256", "--config.model.remat=full")).train
+    totals = [memory_plan_in(dataclasses.replace(step, spec=spec), count).total for count in (1, 2)]
+    assert totals[0] < totals[1]
+    assert parts(dataclasses.replace(step, spec=spec, limit=int(1.001 * totals[0] / ROOM)))[0] == 1
+
+
 def test_recipes_fit_what_their_headers_name():
     """A size that takes more parts than one on eight devices of 139 GiB, and none that does not fit at all."""
     first = {name: next(program(name, 8, 139 * GIB).in_parts()) for name in ("djepa_b", "djepa_l", "djepa_h")}
@@ -97,7 +106,7 @@ def test_more_parts_where_xla_says_that_it_does_not_fit(monkeypatch, said_by_xla
 def test_the_last_try_is_made_whatever_is_said(monkeypatch):
     """Nothing is left to try: it is told that it may not fit, and XLA's own error comes through."""
     said = compile_stub(monkeypatch, {n: 99 * GIB for n in (1, 2, 4, 8, 16, 32, 64)}, compile_to_fit)
-    assert said["compiled"].parts == 64 and "may not fit" in said["text"]
+    assert said["compiled"].parts == 64 and "may not fit: set config.model.remat" in said["text"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         compile_stub(monkeypatch, {n: FULL for n in (1, 2, 4, 8, 16, 32, 64)}, compile_to_fit)
 

@@ -117,6 +117,7 @@ def open_source(
     max_pixels: int = MAX_PIXELS,
     max_broken: int = MAX_BROKEN,
     group: str = "data",
+    staging: str = "",
 ) -> Source:
     """The source called `name`, checked against the modality and the number of classes.
 
@@ -129,6 +130,7 @@ def open_source(
         max_pixels: image files of more count as broken.
         max_broken: broken image files that may be skipped.
         group: where in the config the settings are, for messages.
+        staging: as `config.data.staging`.
 
     Raises:
         ValueError: unknown name, missing data, examples of another shape, classes that do not fit, too many broken images.
@@ -136,7 +138,7 @@ def open_source(
     if name not in SOURCES:
         raise ValueError(f'{group}.source is "{name}"; it must be one of {", ".join(sorted(SOURCES))}.')
     _check_path(name, path, group)
-    path = local_source(name, path, group=group)
+    path = local_source(name, path, staging, group)
     if name == "synthetic":
         source = Synthetic(modality, num_classes)
     elif name in ARRAY_SOURCES:
@@ -192,6 +194,8 @@ def open_data(config, modality) -> Source:
     num_classes = ANY_CLASS if data.unconditional else data.num_classes
     path = local_source(data.source, data.path, data.staging)
     names = data.class_names
+    if data.source == "latents":
+        check_cache(read_metadata(pathlib.Path(path)), data)  # of the copy, should the bucket's have changed since
     source = open_source(data.source, path, modality, num_classes, class_names=names, max_broken=data.max_broken)
     if data.random_flip and data.modality == "image_latents" and "mirror" not in source[0]:
         raise DataError(
