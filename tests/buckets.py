@@ -1,4 +1,4 @@
-"""An `ObjectStore` that the test process itself uses, too."""
+"""An `ObjectStore` that the test process itself uses, too, and what the command line says of it."""
 
 import contextlib
 import json
@@ -12,6 +12,9 @@ from orbax.checkpoint._src.path import gcs_utils
 from processes import LEASE
 
 from djepa_jax import lock
+from djepa_jax.main import main
+
+WORKDIR = "gs://bucket/run"
 
 
 @contextlib.contextmanager
@@ -33,3 +36,10 @@ def _forget_storage() -> None:
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
     fsspec.get_filesystem_class("gcs").clear_instance_cache()
     gcs_utils.get_bucket.cache_clear()
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line that the command line ends with."""
+    assert main(["djepa_jax", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line

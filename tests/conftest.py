@@ -130,3 +130,35 @@ def saved_run(tmp_path_factory, compilation_cache) -> pathlib.Path:
     status, output = run(workdir)
     assert status == 0, output
     return workdir
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A `launching.Machine` with a copy of the repository, and nothing set that the launch scripts look at."""
+    from launching import Machine, copy_repository
+
+    for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_", "CUDA_", "DJEPA_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    return Machine(tmp_path, copy_repository(tmp_path, "launch", "configs"))
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A bucket whose objects may be read and written, and that tells nothing about itself; for this process, too."""
+    from buckets import reached
+    from object_store import ObjectStore
+
+    with ObjectStore() as store, reached(store):
+        store.bucket_readable = False
+        yield store
+
+
+@pytest.fixture
+def empty(store, monkeypatch):
+    """That bucket with nothing in it; a lock that is lost does not end the tests."""
+    from djepa_jax import lock
+
+    monkeypatch.setattr(lock, "_give_way", lambda path, owner: 1 / 0)
+    store.objects.clear()
+    store.requests.clear()
+    return store

@@ -1,104 +1,46 @@
-"""Copies of what lies in a bucket: made once, compared, completed, renewed; and what is said when they cannot be had.
+"""Copies of what lies in a bucket: made once, compared, completed, renewed.
 
 The bucket is an `ObjectStore` in this process, on loopback.
 """
 
 import base64
+import functools
 import json
 import os
 import pathlib
-import shutil
 import threading
-from collections.abc import Iterator
 
-import aiohttp
 import google_crc32c
 import jax
 import numpy as np
 import pytest
-from buckets import reached
-from caches import SHA, TOTAL, entries, write_cache
+from caches import TOTAL, entries, write_cache
 from object_store import ObjectStore
 from processes import Training
 from small_autoencoder import NAME, registered, write_weights
-from tiny import CONFIGS, load_config
+from staged import LATENTS, NAMES, URL, copy_anew, downloaded, files, upload, with_cache
+from tiny import load_config
 from workdirs import RUN, compiled
 
 from djepa_jax import downloads, sharding, staging
 from djepa_jax.config import build
 from djepa_jax.data.latents import LatentCache
-from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import SOURCES, open_data
 from djepa_jax.decoder import Autoencoder
-from djepa_jax.main import main
 from djepa_jax.manifest import file_sha256
-from djepa_jax.paths import PathError
-from djepa_jax.staging import local_copy, local_source, staging_folder
-
-URL = "gs://bucket/data/cache"
-LATENTS = (
-    "--config.data.source=latents",
-    f"--config.data.path={URL}",
-    "--config.data.modality=image_latents",
-    "--config.data.image_size=4",
-    "--config.data.channels=3",
-    "--config.data.patch_size=2",
-    "--config.data.num_classes=3",
-    "--config.data.class_names=",
-    "--config.data.latent_scale=0.25",
-    "--config.data.latent_shift=-0.5",
-    "--config.evaluation.kind=none",
-    "--config.sample.num_ar_steps=2",
-)
-NAMES = [f"{number:05d}-of-00003.array_record" for number in range(3)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectStore]:
-    """A bucket whose objects may be read, and that tells nothing about itself; for this process, too."""
-    with ObjectStore() as store, reached(store):
-        store.bucket_readable = False
-        yield store
+from djepa_jax.staging import local_copy, local_source
 
 
 @pytest.fixture
-def bucket(server, tmp_path) -> ObjectStore:
+def bucket(store, tmp_path) -> ObjectStore:
     """The bucket with a latent cache in it."""
-    server.objects.clear()
-    upload(server, write_cache(tmp_path / "original"))
-    server.requests.clear()
-    staging._copied.cache_clear()
-    return server
-
-
-def upload(store: ObjectStore, folder: pathlib.Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            store.objects[f"data/cache/{path.relative_to(folder)}"] = path.read_bytes()
+    return with_cache(store, tmp_path / "original")
 
 
 @pytest.fixture
 def again(bucket, tmp_path):
     """Copy as the next process would: again(url) gives the copy."""
-
-    def copy(url: str = URL) -> pathlib.Path:
-        staging._copied.cache_clear()
-        bucket.requests.clear()
-        return local_copy(url, str(tmp_path / "staged"))
-
-    return copy
-
-
-def downloaded(store: ObjectStore) -> list[str]:
-    """The objects whose content was asked for, but for the metadata, which every start compares."""
-    names = [request.rpartition("/")[2] for request in store.requests if "/download/" in request]
-    return sorted(name for name in names if name != "metadata.json")
-
-
-def files(folder: pathlib.Path) -> dict[str, bytes]:
-    """What a copy holds, without notes."""
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {f"data/cache/{path.relative_to(folder)}": path.read_bytes() for path in found}
+    return functools.partial(copy_anew, bucket, tmp_path / "staged")
 
 
 # ---------------------------------------------------------------- copies of a cache
@@ -300,24 +242,6 @@ def test_training_takes_its_cache_from_a_bucket(bucket, tmp_path):
     assert stored["path"] == URL, "the next start needs the address, not the copy"
 
 
-def config_of(tmp_path: pathlib.Path, *flags: str):
-    return load_config("digits", *LATENTS, f"--config.data.staging={tmp_path / 'staged'}", *flags)
-
-
-def test_cache_of_another_config_is_not_copied(bucket, tmp_path):
-    config = config_of(tmp_path, "--config.data.latent_scale=0.5")
-    with pytest.raises(DataError, match=f"{URL} was made for another config; it needs --config.data.latent_scale=0.25"):
-        open_data(config, build(config).modality)
-    assert downloaded(bucket) == []
-
-
-def test_cache_is_not_copied_for_a_run_that_has_no_autoencoder(bucket, tmp_path, capsys):
-    flags = [*LATENTS, f"--config.data.staging={tmp_path}", "--config.autoencoder.path=gs://bucket/kl16.ckpt"]
-    line = refusal(capsys, *flags, f"--workdir={tmp_path / 'run'}")
-    assert line.startswith("error: config.autoencoder.path names gs://bucket/kl16.ckpt, and there is no such object")
-    assert downloaded(bucket) == [] and not (tmp_path / "run").exists()
-
-
 def test_autoencoder_in_a_bucket(bucket, tmp_path):
     weights = write_weights(tmp_path / "small.safetensors")
     bucket.objects["kl/small.safetensors"] = pathlib.Path(weights).read_bytes()
@@ -326,137 +250,3 @@ def test_autoencoder_in_a_bucket(bucket, tmp_path):
     with registered():
         found = Autoencoder(settings, sharding.make_mesh((-1, 1, 1), jax.devices()[:1]), str(tmp_path / "staged"))
     assert found.sha256 == file_sha256(weights) and downloaded(bucket) == ["small.safetensors"]
-
-
-def test_autoencoder_in_a_bucket_is_compared_with_the_cache(bucket, tmp_path, capsys):
-    bucket.objects["kl/kl16.ckpt"] = b"another"
-    flags = [*LATENTS, f"--config.data.staging={tmp_path}", "--config.autoencoder.path=gs://bucket/kl/kl16.ckpt"]
-    line = refusal(capsys, *flags, f"--workdir={tmp_path / 'run'}")
-    assert f"made with the autoencoder of sha256 {SHA}, config.autoencoder.path gs://bucket/kl/kl16.ckpt has" in line
-
-
-# ---------------------------------------------------------------- what cannot be
-
-
-def refusal(capsys, *arguments: str) -> str:
-    """The one line that the command line ends with."""
-    assert main(["djepa_jax", f"--config={CONFIGS / 'digits.py'}", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def change_shard(store: ObjectStore, data: bytes | None) -> None:
-    del store.objects[f"data/cache/shards/{NAMES[2]}"]
-    if data is not None:
-        store.objects[f"data/cache/shards/{NAMES[2]}"] = data
-
-
-def flipped(store: ObjectStore) -> bytes:
-    data = store.objects[f"data/cache/shards/{NAMES[2]}"]
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
-BAD = {
-    "no object": (lambda store: store.objects.clear(), [f"data.path names {URL}", "no such object"]),
-    "an unfinished cache": (
-        lambda store: store.objects.pop("data/cache/metadata.json"),
-        [f"{URL}/metadata.json", "no such object"],
-    ),
-    "a missing shard": (lambda store: change_shard(store, None), [f"{URL}/shards/{NAMES[2]} is missing", "copy the cache"]),
-    "a cut shard": (lambda store: change_shard(store, b"123"), ["has 3 bytes instead of ", "copy the cache"]),
-    "a damaged shard": (lambda store: change_shard(store, flipped(store)), [NAMES[2], "differs from its checksum, sha256"]),
-    "other metadata": (
-        lambda store: store.objects.update({"data/cache/metadata.json": b"[]"}),
-        [f"{URL}/metadata.json cannot be read"],
-    ),
-    "a name that leads out": (
-        lambda store: store.objects.update(
-            {"data/cache/metadata.json": store.objects["data/cache/metadata.json"].replace(NAMES[0].encode(), b"../../x")}
-        ),
-        ["../../x is not the name of a file"],
-    ),
-    "a file": (
-        lambda store: (store.objects.clear(), store.objects.update({"data/cache": b"1"})),
-        [f'"{URL}", which is a file', "name the folder of a latent cache"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_cache_is_one_line(bucket, tmp_path, capsys, name):
-    change, texts = BAD[name]
-    change(bucket)
-    line = refusal(capsys, *LATENTS, f"--config.data.staging={tmp_path / 'staged'}", f"--workdir={tmp_path / 'run'}")
-    assert all(text in line for text in texts), line
-    assert not (tmp_path / "run").exists() and not list((tmp_path / "staged").rglob(NAMES[2] + "*[!d]"))
-
-
-def test_missing_bucket_is_named(bucket, again):
-    with pytest.raises(PathError, match="data.path names gs://no-bucket/cache, and there is no such object; check the name"):
-        again("gs://no-bucket/cache")
-
-
-@pytest.mark.parametrize("error", ["HttpError", "ClientError", "OSError"])
-@pytest.mark.parametrize("call", ["info", "cat_file", "ls"])
-def test_storage_that_refuses_or_does_not_answer_is_one_line(bucket, again, monkeypatch, error, call):
-    from gcsfs.retry import HttpError  # not before access to buckets is set up
-
-    errors = [HttpError({"code": 403, "message": "not\nyours"}), aiohttp.ClientError("away"), OSError("x")]
-
-    def fail(*_, **__):
-        raise next(raised for raised in errors if type(raised).__name__ == error)
-
-    monkeypatch.setattr(downloads.storage(), call, fail)
-    with pytest.raises(PathError, match=f"{URL}.* cannot be read .*{error}.*storage.objectViewer") as caught:
-        again()
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_full_disk_is_told_before_anything_is_copied(bucket, again, monkeypatch):
-    needed = sum(len(data) for name, data in bucket.objects.items() if "shards" in name)
-    usage = shutil.disk_usage("/")._replace(free=needed - 1)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(PathError, match=f"needs {needed:,} bytes, and the disk of .* has {needed - 1:,} free; .*data.staging"):
-        again()
-    assert downloaded(bucket) == []
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    assert files(again()) == bucket.objects
-
-
-def test_disk_that_fills_meanwhile_is_one_line(bucket, again, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(PathError, match="cannot be copied to .*No space left.*is kept"):
-        patch.setattr(downloads.os, "fsync", full)
-        again()
-    assert files(again()) == bucket.objects
-
-
-@pytest.mark.parametrize("name", ["folder", "tar", "tfds"])
-def test_images_in_a_bucket_are_encoded_first(name):
-    with pytest.raises(PathError, match=f'"gs://bucket/images" .* data.source "{name}" does not .*prepare.*gcloud storage'):
-        local_source(name, "gs://bucket/images")
-    with pytest.raises(PathError, match=f'prepare.path "gs://bucket/images" .* prepare.source "{name}"'):
-        local_source(name, "gs://bucket/images", group="prepare")
-    assert local_source("synthetic", "gs://bucket/unused") == "gs://bucket/unused"
-
-
-def test_copies_are_kept_in_the_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert staging_folder() == tmp_path / "djepa_jax" / "staged"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert staging_folder() == pathlib.Path("/home/me/.cache/djepa_jax/staged")
-    assert staging_folder("~/here") == pathlib.Path("/home/me/here")
-    monkeypatch.setattr(os.path, "expanduser", str)
-    with pytest.raises(PathError, match="no cache folder.*--config.data.staging"):
-        staging_folder()
-
-
-def test_folder_for_copies_that_cannot_be_is_named(bucket, tmp_path):
-    with pytest.raises(PathError, match='--config.data.staging "gs://bucket/x" is not a local path'):
-        local_copy(URL, "gs://bucket/x")
-    (tmp_path / "file").touch()
-    with pytest.raises(PathError, match=f"cannot be copied to {tmp_path}/file/cache-.*--config.data.staging"):
-        local_copy(URL, str(tmp_path / "file"))

@@ -2,7 +2,9 @@
 
 import pathlib
 
-from djepa_jax.main import parse
+import numpy as np
+
+from djepa_jax.main import main, parse
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = str(CONFIGS / "digits.py")
@@ -40,3 +42,14 @@ def load_config(name: str, *extra: str):
 def tiny_config(*extra: str, variant: str = "flow"):
     """The tiny digits config with further flags."""
     return parse(["djepa_jax", f"--config={CONFIG}:{variant}", "--workdir=unused", *TINY, *extra]).config
+
+
+def run(*arguments: str) -> int:
+    """The command line with the tiny digits config and further flags; its exit status."""
+    return main(["djepa_jax", f"--config={CONFIG}", *TINY, *arguments])
+
+
+def arrays_of(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """What an npz file holds."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
