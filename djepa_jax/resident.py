@@ -4,17 +4,20 @@ Rows of the table are example 0, its mirror image, example 1, its mirror image, 
 devices that share a batch. The order of examples and the choice of mirror images are those of the stream from disk.
 """
 
+import collections
+import concurrent.futures
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djepa_jax import sharding
+from djepa_jax import hosts, sharding
 from djepa_jax.config import ConfigError
 from djepa_jax.data.latents import DTYPES, LatentCache
 
 USABLE_SHARE = 0.5  # of a device's memory; the rest is for the training
+READERS = 16  # threads that read records, when training starts
 
 
 class ResidentCache:
@@ -30,10 +33,12 @@ class ResidentCache:
     def __init__(self, source, mesh):
         if not isinstance(source, LatentCache):
             raise ConfigError('config.data.device_resident needs data.source "latents"; switch it off.')
-        self.rows, self._source = RowNumbers(source), source
-        place = sharding.batch_sharding(mesh)
+        self._source, place = source, sharding.batch_sharding(mesh)
         self._num_rows = _rows_per_device(source, mesh) * sharding.batch_divisor(mesh)
         self._check_memory(mesh)
+        if hosts.is_main():
+            print(f"reading {len(source):,} examples into the memory of the devices", flush=True)
+        self.rows = RowNumbers(source)
         shape = (self._num_rows, *source.metadata.shape)
         self._table = jax.make_array_from_callback(shape, place, self._read)
         self._gather = jax.jit(lambda table, rows: jnp.take(table, rows, axis=0), out_shardings=place)
@@ -43,14 +48,19 @@ class ResidentCache:
         return {**batch, "image": self._gather(self._table, batch["image"])}
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Some rows, read from the cache."""
-        rows = range(*index[0].indices(self._num_rows))
+        """Some rows, read from the cache; each example once."""
+        start, stop, _ = index[0].indices(self._num_rows)
         metadata = self._source.metadata
-        values = np.zeros((len(rows), *metadata.shape), DTYPES[metadata.dtype])
-        for position, row in enumerate(rows):
-            if row < 2 * len(self._source):
-                example = self._source[row // 2]
-                values[position] = example["mirror" if row % 2 else "image"]
+        values = np.zeros((stop - start, *metadata.shape), DTYPES[metadata.dtype])
+
+        def fill(number: int) -> None:
+            example = self._source[number]
+            for row, name in ((2 * number, "image"), (2 * number + 1, "mirror")):
+                if start <= row < stop:
+                    values[row - start] = example[name]
+
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            collections.deque(pool.map(fill, range(start // 2, min(-(-stop // 2), len(self._source)))), maxlen=0)
         return values
 
     def _check_memory(self, mesh) -> None:
@@ -78,7 +88,8 @@ class RowNumbers:
     """The examples of a cache by the numbers of their rows, in place of their moments."""
 
     def __init__(self, source: LatentCache):
-        self._labels = np.array([source[index]["label"] for index in range(len(source))], np.int32)
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            self._labels = np.fromiter(pool.map(lambda index: source[index]["label"], range(len(source))), np.int32)
 
     def __len__(self) -> int:
         return len(self._labels)

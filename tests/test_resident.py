@@ -1,10 +1,12 @@
 """A cache on the devices gives the very examples that the same cache on disk gives."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from caches import TOTAL, write_cache
-from tiny import tiny_config
+from tiny import run, tiny_config
 
 from djepa_jax import config as configuration
 from djepa_jax import sharding
@@ -50,6 +52,24 @@ def test_only_a_cache_that_fits_is_taken(cache, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Small()])
     with pytest.raises(configuration.ConfigError, match="GiB on each device, which has 0.0 GiB"):
         ResidentCache(cache, mesh)
+
+
+def test_training_is_that_from_disk_to_the_bit(tmp_path):
+    """The command line, on eight devices."""
+    cache = write_cache(tmp_path / "cache")
+    flags = (
+        f"--config.data.path={cache}",
+        *("--config.data.source=latents", "--config.data.modality=image_latents", "--config.data.num_classes=3"),
+        *("--config.data.image_size=4", "--config.data.channels=3", "--config.data.patch_size=2", "--config.data.class_names="),
+        *("--config.data.latent_scale=0.25", "--config.data.latent_shift=-0.5", "--config.data.random_flip=True"),
+        *("--config.batch_size=8", "--config.evaluation.kind=none", "--config.sample.num_ar_steps=2"),
+    )
+    losses = []
+    for resident in (False, True):
+        workdir = tmp_path / str(resident)
+        assert run(*flags, f"--workdir={workdir}", f"--config.data.device_resident={resident}") == 0
+        losses.append([json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def test_the_switch_is_off_by_default():
