@@ -197,7 +197,8 @@ def soak(folder: pathlib.Path, minutes: float, seed: int, say=print) -> tuple[li
         ending = rng.choice(ENDINGS) if time.monotonic() < deadline else "last"
         life = live(folder, ending.replace("last", "term"), DEVICES[len(lives) % len(DEVICES)], rng)
         found = check(life, known)
-        known = recorded(run)
+        if life.to_first_step is not None or life.saved:  # one killed before that may not have met the damage
+            known = recorded(run)
         if life.saved > known:
             found.append(f"step {life.saved} was reported saved, {known} is on record")
         what = f"{life.ending}, {life.devices} devices, steps {life.resumed} to {life.last}, saved {known}"
