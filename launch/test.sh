@@ -12,4 +12,4 @@ fi
 prepare cpu test
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest -n auto --dist loadfile -m "$marker" "$@"
+exec "$PYTHON" -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "$marker" "$@"

@@ -21,8 +21,15 @@ from djepa_jax.interop.official import from_official  # noqa: E402
 from djepa_jax.losses import TOKEN_LOSSES  # noqa: E402
 from djepa_jax.models.djepa import ModelConfig, split_model  # noqa: E402
 
+# Files of few and long tests come first, so that no worker is left alone with them at the end.
+LONG = ("test_hosts", "test_train", "test_pipeline_proof", "test_recipes", "test_debugging", "test_kill", "test_mesh_programs")
 PARITY = pathlib.Path(__file__).parent / "fixtures" / "parity"
 VARIANTS = ("gauss", "flow", "gauss_p2")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; the order within a file stays."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 class Parity:
