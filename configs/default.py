@@ -24,7 +24,21 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluate_every = 0  # steps between evaluations; 0 = only at the end
     config.max_bad_steps = 20  # non-finite gradients in a row that end the run
 
-    model = config.model = ConfigDict()
+    config.model = _model()
+    config.loss = _loss()
+    config.optimizer = _optimizer()
+    config.data = _data()
+    config.prepare = _prepare()
+    config.autoencoder = _autoencoder()
+    config.sample = _sample()
+    config.debug = _debug()
+    config.evaluation = _evaluation()
+    return config
+
+
+def _model() -> ConfigDict:
+    """The networks."""
+    model = ConfigDict()
     model.size = "L"  # B, L, H: the published scales; "custom" needs the next six keys
     model.width = 0  # 0 = as the size says
     model.encoder_depth = 0
@@ -39,8 +53,12 @@ def get_config(variant: str = "") -> ConfigDict:
     model.attention_dropout = 0.1  # on attention weights
     model.remat = "dots"  # none, dots (keep matrix products), full (keep nothing)
     model.scan_unroll = 1  # layers per iteration of the scans; more compile longer and may run faster
+    return model
 
-    loss = config.loss = ConfigDict()
+
+def _loss() -> ConfigDict:
+    """What is minimised, and what is hidden and masked for it."""
+    loss = ConfigDict()
     loss.name = "diffusion"  # diffusion or flow_matching
     loss.token_weight = 1.0
     loss.jepa_weight = 1.0  # 0 leaves the JEPA head out
@@ -49,8 +67,12 @@ def get_config(variant: str = "") -> ConfigDict:
     loss.mask_ratio_min = 0.7
     loss.mask_ratio_std = 0.25
     loss.mask_group = 1  # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
+    return loss
 
-    optimizer = config.optimizer = ConfigDict()
+
+def _optimizer() -> ConfigDict:
+    """How it is minimised."""
+    optimizer = ConfigDict()
     optimizer.learning_rate = 8e-4
     optimizer.learning_rate_schedule = "constant"  # after the warm-up: constant or cosine
     optimizer.min_learning_rate = 0.0  # end of the cosine
@@ -63,8 +85,12 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer.clip_norm = 3.0  # global norm
     optimizer.ema_decay = 0.9999
     optimizer.ema_ramp = False  # raise the decay linearly towards 1, capped at 0.9999
+    return optimizer
 
-    data = config.data = ConfigDict()
+
+def _data() -> ConfigDict:
+    """What is learned from."""
+    data = ConfigDict()
     # digits, npz, folder, tar, tfds, synthetic, or latents: a cache that --mode=prepare made
     data.source = "latents"
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
@@ -83,23 +109,35 @@ def get_config(variant: str = "") -> ConfigDict:
     data.class_names = "imagenet"  # imagenet (told by WordNet ids), a text file with one name per line, or "" for numbers
     data.random_flip = False
     data.num_threads = 4  # of each process, that read examples; their number changes nothing but the speed
+    return data
 
-    prepare = config.prepare = ConfigDict()  # what --mode=prepare makes a latent cache of
+
+def _prepare() -> ConfigDict:
+    """What --mode=prepare makes a latent cache of."""
+    prepare = ConfigDict()
     prepare.source = "folder"  # folder, tar, tfds or npz
     prepare.path = ""
     prepare.image_size = 256  # side after the crop
     prepare.shard_size = 4096  # images per file
     prepare.dtype = "bfloat16"  # of the moments: bfloat16 or float32
     prepare.max_broken = 100  # images that may be skipped because they cannot be read
+    return prepare
 
-    autoencoder = config.autoencoder = ConfigDict()  # between pictures and latents
+
+def _autoencoder() -> ConfigDict:
+    """Between pictures and latents."""
+    autoencoder = ConfigDict()
     autoencoder.name = "kl16"  # kl16, or kl8 (needs data.channels 4, data.image_size 32, another data.latent_scale)
     autoencoder.path = ""  # its weights; needed for preparing, and for pictures from latents
     autoencoder.sha256 = ""  # of these weights; training takes it from the latent cache, and others are refused
     autoencoder.batch_size = 32  # pictures per call
     autoencoder.dtype = "bfloat16"  # of decoding; encoding is always float32
+    return autoencoder
 
-    sample = config.sample = ConfigDict()
+
+def _sample() -> ConfigDict:
+    """What sampling makes, and how."""
+    sample = ConfigDict()
     sample.labels = "all"  # "all" in turn, or a list such as 3,3,7
     sample.count = 64  # pictures
     sample.seed = 0
@@ -113,15 +151,23 @@ def get_config(variant: str = "") -> ConfigDict:
     sample.time_shift = 1.0  # flow_matching: bends the time grid
     sample.batch_size = 64  # pictures per call
     sample.num_segments = 8  # scan segments of the loop: more compile longer and pad less
+    return sample
 
-    debug = config.debug = ConfigDict()  # for looking into a run; all slow it down
+
+def _debug() -> ConfigDict:
+    """For looking into a run; all slow it down."""
+    debug = ConfigDict()
     debug.nans = False  # stop at the first operation that gives a NaN
     debug.log_compiles = False  # say what is compiled, and when
     debug.profile_steps = 0  # steps to trace for XProf or TensorBoard, into WORKDIR/plugins/profile; 0 = none
     debug.profile_start = 10  # steps to let pass before
+    return debug
 
-    evaluation = config.evaluation = ConfigDict()
+
+def _evaluation() -> ConfigDict:
+    """How samples are judged."""
+    evaluation = ConfigDict()
     evaluation.kind = "none"  # none, or small_images (classifier and raw-pixel Frechet distance)
     evaluation.count = 1000  # class-balanced samples
     evaluation.seed = 1  # other noise than the sample grids
-    return config
+    return evaluation

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 import fsspec
 
 from djepa_jax import hosts
+from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME
 from djepa_jax.paths import PathError, bucket_reason
+from djepa_jax.units import format_bytes, format_seconds
 
-METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"  # as in `data.latents`, which imports more than some users have
 UNFINISHED = ".unfinished"  # ends the name of a file that is not whole
 BLOCK_BYTES = 2**25  # of one request
 THREADS = 8  # files that are copied or compared at the same time
@@ -130,7 +131,7 @@ def hasher(kind: str):
 def copy_items(plan: Plan, missing: list[Item], folder: pathlib.Path) -> None:
     """Copy files, several at a time; the first failure ends it at once."""
     stop, total = threading.Event(), sum(item.bytes for item in missing)
-    say(f"copying {plan.url} to {folder}: {len(missing)} of {len(plan.items)} files, {describe_size(total)}")
+    say(f"copying {plan.url} to {folder}: {len(missing)} of {len(plan.items)} files, {format_bytes(total)}")
     progress = Progress(total, say)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         futures = [pool.submit(copy_one, item, folder / item.name, plan.flag, stop, progress.add) for item in missing]
@@ -181,8 +182,6 @@ class Progress:
 
     def add(self, count: int) -> None:
         """Note bytes that have arrived; called by several threads."""
-        from djepa_jax.logs import format_seconds  # needs packages that sampling does without
-
         with self._lock:
             self.done += count
             now = time.monotonic()
@@ -191,16 +190,7 @@ class Progress:
             self._told = now
             rate = self.done / max(now - self._start, 1e-9)
             left = format_seconds((self.total - self.done) / rate)
-            self._say(f"copied {describe_size(self.done)} of {describe_size(self.total)}, {describe_size(rate)}/s, {left} left")
-
-
-def describe_size(count: float) -> str:
-    """Bytes as people write them."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+            self._say(f"copied {format_bytes(self.done)} of {format_bytes(self.total)}, {format_bytes(rate)}/s, {left} left")
 
 
 def say(text: str) -> None:

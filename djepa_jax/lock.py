@@ -28,7 +28,7 @@ MISSING = "0"  # what a bucket takes for the version of an object that is not th
 
 
 def lock_workdir(
-    workdir: str | os.PathLike, name: str = LOCK_NAME, say: Callable[[str], None] = print
+    workdir: str | os.PathLike, name: str = LOCK_NAME, say: Callable[[str], None] = print, what: str = ""
 ) -> contextlib.AbstractContextManager[None]:
     """Hold a workdir for this process; a lock never outlives its process by more than `STALE_SECONDS`.
 
@@ -36,26 +36,28 @@ def lock_workdir(
         workdir: a folder that exists.
         name: of the lock's file in it.
         say: is told what is being waited for.
+        what: is in use then, for messages; the workdir.
 
     Raises:
         PathError: another process holds it, named by host and process id.
     """
     path = as_path(workdir) / name
-    return _lease(path, workdir, say) if is_remote(path) else _file_lock(path, workdir)
+    what = what or f'--workdir "{workdir}"'
+    return _lease(path, what, say) if is_remote(path) else _file_lock(path, what)
 
 
-def _in_use(workdir, owner: str) -> PathError:
-    return PathError(f'--workdir "{workdir}" is in use by {owner}; wait for it, stop it, or choose another folder.')
+def _in_use(what: str, owner: str) -> PathError:
+    return PathError(f"{what} is in use by {owner}; wait for it, stop it, or choose another folder.")
 
 
 @contextlib.contextmanager
-def _file_lock(path: epath.Path, workdir) -> Iterator[None]:
+def _file_lock(path: epath.Path, what: str) -> Iterator[None]:
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _in_use(workdir, file.read().strip() or "another process") from None
+            raise _in_use(what, file.read().strip() or "another process") from None
         except OSError as error:
             raise PathError(
                 f"{path} cannot be locked ({error.strerror}): its file system has no locks; choose another."
@@ -68,12 +70,12 @@ def _file_lock(path: epath.Path, workdir) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lease(path: epath.Path, workdir, say) -> Iterator[None]:
+def _lease(path: epath.Path, what: str, say) -> Iterator[None]:
     own = {"owner": f"process {os.getpid()} on {socket.gethostname()}", "token": uuid.uuid4().hex}
     lease = _Lease(path, own)
-    lease.replace(_free_version(lease, workdir, say))
+    lease.replace(_free_version(lease, what, say))
     if lease.lost_to is not None:
-        raise _in_use(workdir, lease.lost_to)
+        raise _in_use(what, lease.lost_to)
     ended = threading.Event()
     renewer = threading.Thread(target=_keep_renewing, args=(lease, ended), daemon=True)
     renewer.start()
@@ -86,7 +88,7 @@ def _lease(path: epath.Path, workdir, say) -> Iterator[None]:
             lease.remove()
 
 
-def _free_version(lease: "_Lease", workdir, say) -> str:
+def _free_version(lease: "_Lease", what: str, say) -> str:
     """Return, when nobody holds the lock, the version of it that may be replaced; an owner that renews it is alive.
 
     Clocks of two machines are never compared: what counts is whether the object changes while it is watched.
@@ -103,7 +105,7 @@ def _free_version(lease: "_Lease", workdir, say) -> str:
         if version == MISSING:
             return version
         if version != first:
-            raise _in_use(workdir, owner)
+            raise _in_use(what, owner)
     return first
 
 

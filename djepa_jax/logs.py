@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
 from djepa_jax.paths import as_path, is_remote, write_bytes
+from djepa_jax.units import format_seconds
 
 METRICS_NAME = "metrics.jsonl"
 MIRROR_SECONDS = 120.0  # between copies of the metrics to a bucket
@@ -251,17 +252,6 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.start += time.perf_counter() - start
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration as people write it: 42 s, 3 min 05 s, 2 h 07 min."""
-    seconds = round(max(seconds, 0))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, seconds = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def describe_parameters(params: dict) -> str:

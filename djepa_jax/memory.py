@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from djepa_jax import sharding
 from djepa_jax.train_step import TrainSpec
+from djepa_jax.units import format_bytes
 
 # What a layer keeps for its backward pass, per token: numbers of its width, and copies of the attention weights.
 # Fitted to XLA's plans on the CPU; tests/test_memory.py holds the result to a factor of 2.
@@ -132,12 +133,3 @@ def describe(plan: MemoryPlan, choosing: bool = False) -> str:
         f"{text}\nthis may not fit: {'' if choosing else 'raise config.microbatches (same result), '}set config.model.remat to "
         "dots or full (same result), split the state over devices with config.mesh=(1,-1,1), or lower config.batch_size"
     )
-
-
-def format_bytes(size: float) -> str:
-    """A size with three digits or so: 512 B, 3.2 MiB, 79 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"

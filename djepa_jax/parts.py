@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from djepa_jax.lock import LOCK_NAME, lock_workdir
-from djepa_jax.paths import PathError, is_remote, write_json
+from djepa_jax.paths import is_remote, write_json
 
 PROGRESS_NAME, ARCHIVE_NAME, ARRAY_ENDING = "progress.json", "archive.tmp", ".npy"
 
@@ -48,11 +48,7 @@ class Parts:
             PathError: another process samples into the same file.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(lock_workdir(self.folder))
-            except PathError as error:
-                raise PathError(f'--out "{self.target}" is being written, or cannot be: {error}') from error
+        with lock_workdir(self.folder, what=f'--out "{self.target}"'):
             yield
 
     def begin(self) -> int:

@@ -18,7 +18,8 @@ from djepa_jax import __version__, class_names, hosts, sharding
 from djepa_jax import config as configuration
 from djepa_jax.config import ConfigError
 from djepa_jax.data import latents
-from djepa_jax.data.latents import METADATA_NAME, SHARDS_NAME, Metadata, Shard
+from djepa_jax.data.latents import Metadata, Shard
+from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME
 from djepa_jax.data.records import ANY_CLASS, DataError, Robust
 from djepa_jax.data.sources import Unlabelled, open_source
 from djepa_jax.decoder import Autoencoder

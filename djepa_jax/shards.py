@@ -13,15 +13,16 @@ import numpy as np
 
 from djepa_jax.data import latents
 from djepa_jax.data.images import BrokenImage
-from djepa_jax.data.latents import SHARDS_NAME, Shard
+from djepa_jax.data.latents import Shard
+from djepa_jax.data.layout import SHARDS_NAME
 from djepa_jax.data.pipeline import read_in_order
 from djepa_jax.data.records import DataError
 from djepa_jax.decoder import Autoencoder
-from djepa_jax.logs import format_seconds
 from djepa_jax.manifest import file_sha256
 from djepa_jax.models.autoencoder_kl import LOG_VARIANCE_RANGE
 from djepa_jax.paths import write_json
 from djepa_jax.shares import Shares
+from djepa_jax.units import format_seconds
 
 AHEAD = 3  # batches of images that may wait, read, for the autoencoder
 PROGRESS_SECONDS = 10.0  # between lines within a shard

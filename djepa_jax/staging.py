@@ -19,7 +19,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from djepa_jax.downloads import BLOCK_BYTES, METADATA_NAME, THREADS, Item, Plan, copy_items, hasher, make_plan, say
+from djepa_jax.data.layout import METADATA_NAME
+from djepa_jax.downloads import BLOCK_BYTES, THREADS, Item, Plan, copy_items, hasher, make_plan, say
 from djepa_jax.paths import PathError, as_path, check_local, is_remote, write_bytes, write_json
 
 LOCK_NAME, RECORD_NAME = ".lock", ".copied.json"

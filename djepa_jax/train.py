@@ -33,6 +33,7 @@ from djepa_jax.staging import local_copy
 from djepa_jax.starting import Start
 from djepa_jax.step_program import StepProgram, announce_and_compile, compile_to_fit
 from djepa_jax.train_step import TrainState
+from djepa_jax.units import format_seconds
 
 LAG = 2  # steps between running one and reading its metrics, so that the device never waits for the host
 
@@ -234,7 +235,7 @@ class _Run:
         compiled = compiler(program, state, batch, say)
         fingerprints(state)  # so that the first save has nothing to compile
         hosts.wait_for_all("compiled")  # one that is much later than the others at its first step counts as lost
-        say(f"compiled in {logs.format_seconds(time.perf_counter() - start)}")
+        say(f"compiled in {format_seconds(time.perf_counter() - start)}")
         # Looking for NaNs needs the old state, and runs the step operation by operation.
         return program.jitted(donate=False) if self.config.debug.nans else compiled
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from flax import nnx
 
 from djepa_jax import masking
@@ -200,8 +201,7 @@ def accumulate(spec: TrainSpec, gradient_of: Callable, examples: dict, token_key
 
 def split_chunks(x: jax.Array, parts: int, chunk_size: int) -> jax.Array:
     """`[B, ...]` -> `[parts, B / parts, ...]`; part j has chunks j, j + parts, ..., so every device has a share of it."""
-    x = x.reshape(-1, parts, chunk_size, *x.shape[1:])  # [chunks / parts, parts, chunk, ...]; einops takes no keys
-    return jnp.swapaxes(x, 0, 1).reshape(parts, -1, *x.shape[3:])
+    return rearrange(x, "(c p e) ... -> p (c e) ...", p=parts, e=chunk_size)
 
 
 def apply_update(config: OptimizerConfig, optimizer, state: TrainState, grads, metrics):

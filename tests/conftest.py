@@ -169,3 +169,19 @@ def empty(store, monkeypatch):
     store.objects.clear()
     store.requests.clear()
     return store
+
+
+@pytest.fixture
+def bucket(store, tmp_path):
+    """The bucket with a latent cache in it."""
+    from staged import with_cache
+
+    return with_cache(store, tmp_path / "original")
+
+
+@pytest.fixture
+def again(bucket, tmp_path):
+    """Copy the cache as the next process would: again(url) gives the copy."""
+    from staged import copy_anew
+
+    return functools.partial(copy_anew, bucket, tmp_path / "staged")

@@ -21,6 +21,7 @@ from djepa_jax.data.images import decode_image
 from djepa_jax.data.records import MAX_PIXELS, DataError
 from djepa_jax.data.tfds_source import open_tfds
 from djepa_jax.lock import lock_workdir
+from djepa_jax.paths import PathError
 
 CLASSES = ("n01440764", "n01443537")
 COUNTS = {"train": dict.fromkeys(CLASSES, 5), "validation": 5}
@@ -141,7 +142,7 @@ def test_what_another_run_is_writing_stays(tars, data_dir):
     running = leave_incomplete(data_dir)
     with (
         lock_workdir(data_dir, LOCK),
-        pytest.raises(DataError, match=f'--data_dir "{data_dir}" is in use by process .*; wait for it, stop it'),
+        pytest.raises(PathError, match=f'--data_dir "{data_dir}" is in use by process .*; wait for it, stop it'),
     ):
         prepare_tfds(tars, str(data_dir))
     assert list(running.iterdir())

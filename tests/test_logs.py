@@ -14,13 +14,6 @@ from tensorboardX.record_writer import RecordWriter, masked_crc32c
 from djepa_jax import logs
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (-3, "0 s")]
-)
-def test_durations_read_like_speech(seconds, text):
-    assert logs.format_seconds(seconds) == text
-
-
 def test_progress_line_names_step_losses_rate_and_time_left():
     stream = io.StringIO()
     logs.ProgressLine(100, stream).show(7, {"loss": 1.5, "jepa_loss": 0.5, "skipped_steps": 2.0}, 1234.5, 65)

@@ -9,7 +9,7 @@ from tiny import load_config, tiny_config
 
 from djepa_jax import config as configuration
 from djepa_jax import memory, sharding
-from djepa_jax.memory import MemoryPlan, describe, format_bytes, memory_plan
+from djepa_jax.memory import MemoryPlan, describe, memory_plan
 from djepa_jax.train_step import init_state, make_train_step
 
 GIB = 2**30
@@ -120,8 +120,3 @@ def test_what_is_said_when_it_does_not_fit():
     assert all(key in text for key in ("may not fit", "microbatches", "model.remat", "mesh=(1,-1,1)", "batch_size"))
     text = describe(MemoryPlan(GIB, GIB, 2 * GIB, 6 * GIB, 3 * GIB, False))
     assert "state alone" in text and "mesh=(1,-1,1)" in text and "microbatches" not in text
-
-
-def test_sizes_are_rounded_for_people():
-    sizes = {0: "0 B", 1023: "1023 B", 1536: "1.5 KiB", 200 * 2**20: "200 MiB", 3 * GIB: "3.0 GiB", 4000 * GIB: "4000 GiB"}
-    assert {size: format_bytes(size) for size in sizes} == sizes

@@ -3,7 +3,6 @@
 The bucket is an `ObjectStore` in this process, on loopback.
 """
 
-import functools
 import os
 import pathlib
 import shutil
@@ -13,7 +12,7 @@ import pytest
 from buckets import refusal
 from caches import SHA
 from object_store import ObjectStore
-from staged import LATENTS, NAMES, URL, copy_anew, downloaded, files, with_cache
+from staged import LATENTS, NAMES, URL, downloaded, files
 from tiny import CONFIG, load_config
 
 from djepa_jax import downloads, staging
@@ -22,19 +21,6 @@ from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import open_data
 from djepa_jax.paths import PathError
 from djepa_jax.staging import local_copy, local_source, staging_folder
-
-
-@pytest.fixture
-def bucket(store, tmp_path) -> ObjectStore:
-    """The bucket with a latent cache in it."""
-    return with_cache(store, tmp_path / "original")
-
-
-@pytest.fixture
-def again(bucket, tmp_path):
-    """Copy as the next process would: again(url) gives the copy."""
-    return functools.partial(copy_anew, bucket, tmp_path / "staged")
-
 
 # ---------------------------------------------------------------- the program
 

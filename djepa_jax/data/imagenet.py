@@ -21,7 +21,7 @@ from djepa_jax.class_names import imagenet
 from djepa_jax.data.records import MAX_FILE_BYTES, DataError
 from djepa_jax.data.tar_index import Member, walk_tar
 from djepa_jax.lock import lock_workdir
-from djepa_jax.paths import PathError, check_writable
+from djepa_jax.paths import check_writable
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 NAME, LOCK = "imagenet2012", ".imagenet2012.lock"
@@ -107,13 +107,9 @@ def _check_room(files: dict[str, pathlib.Path], root: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _alone(data_dir: str) -> Iterator[None]:
-    """Hold the folder for this process; raises DataError if another one prepares ImageNet there."""
+    """Hold the folder for this process; raises PathError if another one prepares ImageNet there."""
     check_writable(data_dir, "--data_dir")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock_workdir(data_dir, LOCK))
-        except PathError as error:
-            raise DataError(str(error).replace("--workdir", "--data_dir")) from error
+    with lock_workdir(data_dir, LOCK, what=f'--data_dir "{data_dir}"'):
         yield
 
 

@@ -18,11 +18,11 @@ import numpy as np
 from array_record.python import array_record_module
 
 from djepa_jax.class_names import IMAGENET, imagenet, resolve
+from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME
 from djepa_jax.data.records import DataError
 from djepa_jax.manifest import file_sha256
 
 FORMAT = 1
-METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": np.float32}
 HEADER = struct.Struct("<iH")  # class, bytes of the key
 WRITER_OPTIONS = "group_size:1,uncompressed"  # moments are as good as noise

@@ -49,6 +49,7 @@ class Denoiser(nnx.Module):
         self.input_proj = Linear(token_dim, width, rngs=rngs, dtype=dtype)
 
         def make_block(key):
+            """One layer, with parameters of its own."""
             return DenoiserBlock(width, dtype=dtype, rngs=nnx.Rngs(key))
 
         self.blocks = nnx.vmap(make_block)(jax.random.split(rngs.params(), depth))

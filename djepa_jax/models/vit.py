@@ -220,6 +220,7 @@ class Stack(nnx.Module):
         self.depth, self.dtype, self.remat, self.unroll = depth, dtype, remat, unroll
 
         def make_block(key):
+            """One layer, with parameters of its own."""
             return Block(
                 width,
                 num_heads,
