@@ -13,9 +13,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.num_steps = 875_000  # optimiser steps of the whole training
     config.batch_size = 2048  # examples per step, over all devices
-    config.microbatches = 0  # parts of a batch that follow one another (same result); 0 = as few as fit the memory
+    config.microbatches = (
+        0  # parts of a batch that follow one another (same result); 0 = as few as fit the memory
+    )
     config.seed = 0  # initial values, masks, noise, order of the data
-    config.compute_dtype = "bfloat16"  # of the matrix products: bfloat16, or float32 (true float32, slow on accelerators)
+    # of the matrix products: bfloat16, or float32 (true float32, slow on accelerators)
+    config.compute_dtype = "bfloat16"
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = what is left
     config.checkpoint_every = 5000  # steps; one is always written at the end
     config.keep_checkpoints = 2  # the newest that stay
@@ -52,7 +55,9 @@ def _model() -> ConfigDict:
     model.dropout = 0.1  # after projections and inside the MLPs
     model.attention_dropout = 0.1  # on attention weights
     model.remat = "dots"  # none, dots (keep matrix products), full (keep nothing)
-    model.scan_unroll = 1  # layers per iteration of the scans; more compile longer and may run faster
+    model.scan_unroll = (
+        1  # layers per iteration of the scans; more compile longer and may run faster
+    )
     return model
 
 
@@ -66,7 +71,9 @@ def _loss() -> ConfigDict:
     loss.noise_multiplicity = 4  # draws of (time, noise) per token and step
     loss.mask_ratio_min = 0.7
     loss.mask_ratio_std = 0.25
-    loss.mask_group = 1  # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
+    loss.mask_group = (
+        1  # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
+    )
     return loss
 
 
@@ -94,7 +101,9 @@ def _data() -> ConfigDict:
     # digits, npz, folder, tar, tfds, synthetic, or latents: a cache that --mode=prepare made
     data.source = "latents"
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
-    data.staging = ""  # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
+    data.staging = (
+        ""  # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
+    )
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
@@ -102,13 +111,17 @@ def _data() -> ConfigDict:
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1
-    # image_latents: the network sees (latents - shift) * scale. 0.2325 is for kl16; the published one for kl8 is 0.18215
+    # image_latents: the network sees (latents - shift) * scale. 0.2325 is for kl16; the published
+    # one for kl8 is 0.18215
     data.latent_scale = 0.2325
     data.latent_shift = 0.0
     data.num_classes = 1000
-    data.class_names = "imagenet"  # imagenet (told by WordNet ids), a text file with one name per line, or "" for numbers
+    # imagenet (told by WordNet ids), a text file with one name per line, or "" for numbers
+    data.class_names = "imagenet"
     data.random_flip = False
-    data.num_threads = 4  # of each process, that read examples; their number changes nothing but the speed
+    data.num_threads = (
+        4  # of each process, that read examples; their number changes nothing but the speed
+    )
     return data
 
 
@@ -127,9 +140,12 @@ def _prepare() -> ConfigDict:
 def _autoencoder() -> ConfigDict:
     """Between pictures and latents."""
     autoencoder = ConfigDict()
-    autoencoder.name = "kl16"  # kl16, or kl8 (needs data.channels 4, data.image_size 32, another data.latent_scale)
+    # kl16, or kl8 (needs data.channels 4, data.image_size 32, another data.latent_scale)
+    autoencoder.name = "kl16"
     autoencoder.path = ""  # its weights; needed for preparing, and for pictures from latents
-    autoencoder.sha256 = ""  # of these weights; training takes it from the latent cache, and others are refused
+    autoencoder.sha256 = (
+        ""  # of these weights; training takes it from the latent cache, and others are refused
+    )
     autoencoder.batch_size = 32  # pictures per call
     autoencoder.dtype = "bfloat16"  # of decoding; encoding is always float32
     return autoencoder
@@ -159,7 +175,9 @@ def _debug() -> ConfigDict:
     debug = ConfigDict()
     debug.nans = False  # stop at the first operation that gives a NaN
     debug.log_compiles = False  # say what is compiled, and when
-    debug.profile_steps = 0  # steps to trace for XProf or TensorBoard, into WORKDIR/plugins/profile; 0 = none
+    debug.profile_steps = (
+        0  # steps to trace for XProf or TensorBoard, into WORKDIR/plugins/profile; 0 = none
+    )
     debug.profile_start = 10  # steps to let pass before
     return debug
 

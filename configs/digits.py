@@ -2,7 +2,8 @@
 
     python -m djepa_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Variants: `:flow` (flow matching, the default) and `:diffusion`. The 1,797 images ship inside scikit-learn. Measured
+Variants: `:flow` (flow matching, the default) and `:diffusion`. The 1,797 images ship inside
+    scikit-learn. Measured
 results: docs/benchmarks.md.
 """
 
@@ -40,7 +41,8 @@ def get_config(variant: str = "flow") -> ConfigDict:
 
     config.loss.name = "flow_matching"
     config.loss.noise_multiplicity = 2
-    # With the recipe's 0.7 at most 4 of the 16 tokens are ever visible in training, too few to learn what the later
+    # With the recipe's 0.7 at most 4 of the 16 tokens are ever visible in training, too few to
+    # learn what the later
     # steps of sampling need: backgrounds turn grey (docs/benchmarks.md has both figures).
     config.loss.mask_ratio_min = 0.2
     config.loss.mask_ratio_std = 0.4

@@ -1,10 +1,12 @@
 """What the three ImageNet configurations share: the paper's recipe, and variations of it.
 
-    python -m djepa_jax.main --config=configs/djepa_b.py:no_jepa+flow --workdir=DIR --config.data.path=CACHE
-    python -m djepa_jax.main --config=configs/djepa_b.py:pixels --workdir=DIR --config.data.path=IMAGENET/train
-    python -m djepa_jax.main --config=configs/djepa_b.py:debug --workdir=DIR
+    python -m djepa_jax.main --config=configs/djepa_b.py:no_jepa+flow --workdir=DIR
+    --config.data.path=CACHE python -m djepa_jax.main --config=configs/djepa_b.py:pixels
+    --workdir=DIR --config.data.path=IMAGENET/train python -m djepa_jax.main
+    --config=configs/djepa_b.py:debug --workdir=DIR
 
-Variants are joined with "+" in any order. `:512` needs latents of its own, so it goes to `--mode=prepare` as well.
+Variants are joined with "+" in any order. `:512` needs latents of its own, so it goes to
+`--mode=prepare` as well.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,9 @@ def flow(config: ConfigDict) -> None:
 
 
 def no_jepa(config: ConfigDict) -> None:
-    """Without the JEPA loss and its head: masked generation with a denoiser, nothing else changed."""
+    """Without the JEPA loss and its head: masked generation with a denoiser, nothing else
+    changed.
+    """
     config.loss.jepa_weight = 0.0
 
 
@@ -38,7 +42,9 @@ def unconditional(config: ConfigDict) -> None:
 
 
 def pixels(config: ConfigDict) -> None:
-    """Raw pixels in patches of 16 x 16: 256 tokens of 768 values, no autoencoder. Images are decoded while training."""
+    """Raw pixels in patches of 16 x 16: 256 tokens of 768 values, no autoencoder. Images are
+    decoded while training.
+    """
     config.data.modality = "image_pixels"
     config.data.source = "folder"
     config.data.image_size = 256
@@ -54,7 +60,9 @@ def size_512(config: ConfigDict) -> None:
 
 
 def debug(config: ConfigDict) -> None:
-    """The same code, tiny, on made-up examples (latents with their posterior): under a minute on two cores, to see it run."""
+    """The same code, tiny, on made-up examples (latents with their posterior): under a minute on
+    two cores, to see it run.
+    """
     config.data.source = "synthetic"
     config.model.size = "custom"
     config.model.width, config.model.num_heads = 32, 2
@@ -66,10 +74,15 @@ def debug(config: ConfigDict) -> None:
     config.optimizer.warmup_steps = 5
     config.log_every, config.sample_every, config.checkpoint_every = 5, 0, 10
     config.sample.count = config.sample.batch_size = 4
-    config.sample.num_ar_steps, config.sample.num_denoise_steps, config.sample.num_segments = 4, 5, 1
+    config.sample.num_ar_steps, config.sample.num_denoise_steps, config.sample.num_segments = (
+        4,
+        5,
+        1,
+    )
 
 
-# In the order in which they are applied, whatever the order typed: a later one may build on those before it.
+# In the order in which they are applied, whatever the order typed: a later one may build on those
+# before it.
 VARIANTS: dict[str, Callable[[ConfigDict], None]] = {
     "diffusion": lambda config: None,
     "flow": flow,
@@ -109,9 +122,14 @@ def parse_variants(file: str, variant: str) -> list[str]:
     names = variant.split("+")
     for name in names:
         if name not in VARIANTS:
-            raise ValueError(f'{file} has no variant "{name}"; it has {", ".join(VARIANTS)}, also joined with "+".')
+            raise ValueError(
+                f'{file} has no variant "{name}"; it has {", ".join(VARIANTS)}, also joined with '
+                '"+".'
+            )
         if names.count(name) > 1:
             raise ValueError(f'{file}:{variant} names the variant "{name}" twice; name it once.')
     if set(LOSSES) <= set(names):
-        raise ValueError(f"{file}:{variant} asks for two token losses, {' and '.join(LOSSES)}; name one of them.")
+        raise ValueError(
+            f"{file}:{variant} asks for two token losses, {' and '.join(LOSSES)}; name one of them."
+        )
     return [name for name in VARIANTS if name in names]

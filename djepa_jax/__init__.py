@@ -10,11 +10,13 @@ __all__ = ["Model", "load"]
 
 
 def __getattr__(name: str):
-    """The Python interface, imported when it is first used, so that the package itself imports in no time."""
+    """The Python interface, imported when it is first used, so that the package itself imports in
+    no time.
+    """
     if name in __all__:
-        from djepa_jax import api
+        from djepa_jax.sampling import model
 
-        return getattr(api, name)
+        return getattr(model, name)
     raise AttributeError(f"module 'djepa_jax' has no attribute {name!r}")
 
 

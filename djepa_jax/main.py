@@ -1,4 +1,6 @@
-"""Command line: `python -m djepa_jax.main --config=FILE --workdir=DIR [--mode=MODE]`, MODE a key of `COMMANDS`."""
+"""Command line: `python -m djepa_jax.main --config=FILE --workdir=DIR [--mode=MODE]`, MODE a key of
+`COMMANDS`.
+"""
 
 import os
 import pathlib
@@ -10,12 +12,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from djepa_jax import failures, hosts, json_config, meeting
-from djepa_jax.compilation import use_compilation_cache
-from djepa_jax.config import flatten
-from djepa_jax.decoder import has_autoencoder, makes_latents
-from djepa_jax.generate import command_line
-from djepa_jax.paths import as_path
+from djepa_jax.checkpoints.autoencoder import has_autoencoder, makes_latents
+from djepa_jax.config import json_config
+from djepa_jax.config.experiment import flatten
+from djepa_jax.runtime import distributed, errors, rendezvous
+from djepa_jax.runtime.compilation_cache import use_compilation_cache
+from djepa_jax.runtime.storage import as_path
+from djepa_jax.sampling.generator import command_line
 
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 USAGE = (
@@ -36,50 +39,101 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     """Read the command line into flags of its own (no global state).
 
     Raises:
-        UsageError, ConfigError: an unknown flag, key or variant, a missing file, or a value of the wrong type.
+        UsageError, ConfigError: an unknown flag, key or variant, a missing file, or a value of the
+            wrong type.
     """
     values = flags.FlagValues()
     flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and samples.", flag_values=values)
     flags.DEFINE_string(
-        "out", "", "sample: where to write; the .png and .npz go side by side. export: the folder to write.", flag_values=values
+        "workdir", None, "Folder of checkpoints, metrics and samples.", flag_values=values
     )
-    flags.DEFINE_bool("latents_only", False, "sample: write latents and no pictures.", flag_values=values)
-    flags.DEFINE_string("source", "", "import: a .pth or .safetensors file, or an export folder.", flag_values=values)
-    flags.DEFINE_enum("format", "orbax", EXPORT_FORMATS, "export: how the weights are written.", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "export: replace an export that is there.", flag_values=values)
-    flags.DEFINE_bool("measure_scale", False, "prepare: store the measured scale and shift of the latents.", flag_values=values)
-    flags.DEFINE_string("license", "", "export: licence of the weights, for the model card.", flag_values=values)
     flags.DEFINE_string(
-        "restore_from", "", "train: PATH@STEP, go on from that step; newer ones in the workdir are set aside.", flag_values=values
+        "out",
+        "",
+        "sample: where to write; the .png and .npz go side by side. export: the folder to write.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "latents_only", False, "sample: write latents and no pictures.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "source",
+        "",
+        "import: a .pth or .safetensors file, or an export folder.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "format",
+        "orbax",
+        EXPORT_FORMATS,
+        "export: how the weights are written.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "export: replace an export that is there.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "measure_scale",
+        False,
+        "prepare: store the measured scale and shift of the latents.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "license", "", "export: licence of the weights, for the model card.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "restore_from",
+        "",
+        "train: PATH@STEP, go on from that step; newer ones in the workdir are set aside.",
+        flag_values=values,
     )
     _define_distributed(values)
     values = read_flags(values, argv, USAGE, required=lambda values: REQUIRED[values.mode])
     if values.restore_from and values.mode != "train":
-        raise UsageError(f"--restore_from is for --mode=train; to {values.mode}, copy the workdir and go back in the copy.")
+        raise UsageError(
+            f"--restore_from is for --mode=train; to {values.mode}, copy the workdir and go back "
+            "in the copy."
+        )
     if values.latents_only and values.mode != "sample":
         raise UsageError(f"--latents_only is for --mode=sample; to {values.mode}, leave it out.")
     if values.distributed != "none" and values.mode in ("import", "export"):
-        raise UsageError(f"--mode={values.mode} is for one process; leave out --distributed ({meeting.VARIABLE}).")
+        raise UsageError(
+            f"--mode={values.mode} is for one process; leave out --distributed "
+            f"({rendezvous.VARIABLE})."
+        )
     return values
 
 
 def _define_distributed(values: flags.FlagValues) -> None:
     """The flags that tell where several processes meet (`meeting.Rendezvous`)."""
-    default = os.environ.get(meeting.VARIABLE, "none")
+    default = os.environ.get(rendezvous.VARIABLE, "none")
     kinds = "none: alone; tpu, slurm: as these tell; explicit: as the next three flags tell."
     flags.DEFINE_string("distributed", default, kinds, flag_values=values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", 0, "How many there are.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Which one this is, from 0.", flag_values=values)
-    flags.DEFINE_integer("rendezvous_timeout", meeting.TIMEOUT, "Seconds to wait for the others.", flag_values=values)
-    flags.DEFINE_integer("heartbeat_timeout", meeting.HEARTBEAT, "Seconds after which a silent one is dead.", flag_values=values)
+    flags.DEFINE_integer(
+        "rendezvous_timeout",
+        rendezvous.TIMEOUT,
+        "Seconds to wait for the others.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        rendezvous.HEARTBEAT,
+        "Seconds after which a silent one is dead.",
+        flag_values=values,
+    )
 
 
 def read_flags(
-    values: flags.FlagValues, argv: Sequence[str], usage: str, required: Callable[[flags.FlagValues], Sequence[str]]
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    usage: str,
+    required: Callable[[flags.FlagValues], Sequence[str]],
 ) -> flags.FlagValues:
-    """Add `--config` and `--config_json` to the flags in `values` and read the command line into them.
+    """Add `--config` and `--config_json` to the flags in `values` and read the command line into
+    them.
 
     `required` tells, from the values, which flags must be given.
 
@@ -88,7 +142,9 @@ def read_flags(
         HelpRequest: -h, --help or --helpfull was typed.
     """
     argv = _join_config([_with_underscores(word) for word in argv])
-    flags.DEFINE_string("config_json", None, "Configuration as data: JSON over the defaults.", flag_values=values)
+    flags.DEFINE_string(
+        "config_json", None, "Configuration as data: JSON over the defaults.", flag_values=values
+    )
     if {"-h", "--help", "--helpfull"} & set(argv):
         _define_config(values, argv[:1], None)
         raise HelpRequest(f"{usage}\n\n{values.main_module_help() or values.get_help()}")
@@ -110,12 +166,21 @@ def read_flags(
 
 
 def _define_config(values: flags.FlagValues, argv: Sequence[str], stored: dict | None) -> None:
-    """The flag `--config` with what follows a dot: of a file, a program that will run, or of what JSON gave."""
+    """The flag `--config` with what follows a dot: of a file, a program that will run, or of what
+    JSON gave.
+    """
     if stored is not None:
-        config_flags.DEFINE_config_dict("config", ConfigDict(stored), flag_values=values, sys_argv=argv)
+        config_flags.DEFINE_config_dict(
+            "config", ConfigDict(stored), flag_values=values, sys_argv=argv
+        )
         return
-    sys.modules.pop("config_config", None)  # ml_collections would load the file on top of the one before
-    text = "Configuration file, perhaps with :variant. It is a Python program: use only those you trust."
+    sys.modules.pop(
+        "config_config", None
+    )  # ml_collections would load the file on top of the one before
+    text = (
+        "Configuration file, perhaps with :variant. It is a Python program: use only those you "
+        "trust."
+    )
     config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
 
 
@@ -137,7 +202,11 @@ def _join_config(argv: Sequence[str]) -> list[str]:
 
 def _overridden(argv: Sequence[str]) -> list[str]:
     """The keys that the command line sets."""
-    return [word.split("=")[0].removeprefix("--config.") for word in argv if word.startswith("--config.")]
+    return [
+        word.split("=")[0].removeprefix("--config.")
+        for word in argv
+        if word.startswith("--config.")
+    ]
 
 
 def _explain(error: Exception, argv: Sequence[str], usage: str, known: dict) -> str:
@@ -153,7 +222,10 @@ def _explain(error: Exception, argv: Sequence[str], usage: str, known: dict) -> 
     if isinstance(error, flags.UnrecognizedFlagError):
         return f"{error}\n{usage}"
     if isinstance(error, OSError):
-        return f'--config "{path}" cannot be read; name a Python file such as configs/digits.py, perhaps with :variant.'
+        return (
+            f'--config "{path}" cannot be read; name a Python file such as configs/digits.py, '
+            "perhaps with :variant."
+        )
     if path and not known:
         while error.__context__ is not None:  # the innermost one is the file's own
             error = error.__context__
@@ -175,16 +247,16 @@ def _known_keys(path: str) -> dict:
 
 def run_training(values: flags.FlagValues) -> None:
     """Train, or go on with training."""
-    from djepa_jax.train import train
+    from djepa_jax.training.loop import train
 
     result = train(values.config, values.workdir, restore_from=values.restore_from)
-    if hosts.is_main():
+    if distributed.is_main():
         summarise(result, values.config, values.workdir)
 
 
 def run_sampling(values: flags.FlagValues) -> None:
     """Draw samples from the latest checkpoint into files."""
-    from djepa_jax.sampling import run_sample
+    from djepa_jax.sampling.sample_to_npz import run_sample
 
     for path in run_sample(values.config, values.workdir, values.out, values.latents_only):
         print(f"wrote {path}")
@@ -192,18 +264,21 @@ def run_sampling(values: flags.FlagValues) -> None:
 
 def run_evaluation(values: flags.FlagValues) -> None:
     """Judge samples of the latest checkpoint."""
-    from djepa_jax.evaluation.runner import run_evaluate
+    from djepa_jax.evaluation.evaluate import run_evaluate
 
     record = run_evaluate(values.config, values.workdir)
-    if not hosts.is_main():
+    if not distributed.is_main():
         return
-    print(f"step {record['step']}: accuracy {record['accuracy']:.3f}, Frechet distance {record['frechet_distance']:.3f}")
+    print(
+        f"step {record['step']}: accuracy {record['accuracy']:.3f}, Frechet distance "
+        f"{record['frechet_distance']:.3f}"
+    )
     print(f"wrote {as_path(values.workdir) / 'evaluation.json'}")
 
 
 def run_importing(values: flags.FlagValues) -> None:
     """Make a checkpoint of weights from elsewhere."""
-    from djepa_jax.interop.importing import run_import
+    from djepa_jax.checkpoints.convert.importing import run_import
 
     for line in run_import(values.config, values.workdir, values.source):
         print(line)
@@ -211,16 +286,18 @@ def run_importing(values: flags.FlagValues) -> None:
 
 def run_exporting(values: flags.FlagValues) -> None:
     """Make a folder of a trained model that can be taken anywhere."""
-    from djepa_jax.export import run_export
+    from djepa_jax.checkpoints.export import run_export
 
-    folder = run_export(values.config, values.workdir, values.out, values.format, values.overwrite, values.license)
+    folder = run_export(
+        values.config, values.workdir, values.out, values.format, values.overwrite, values.license
+    )
     for path in sorted(folder.iterdir()):
         print(f"wrote {path}")
 
 
 def run_preparing(values: flags.FlagValues) -> None:
     """Make a latent cache of a data set."""
-    from djepa_jax.prepare import run_prepare
+    from djepa_jax.data.prepare_latents import run_prepare
 
     run_prepare(values.config, values.workdir, values.measure_scale)
 
@@ -243,14 +320,24 @@ REQUIRED = {mode: ("config", "workdir") for mode in COMMANDS} | {
 def summarise(result, config, workdir: str) -> None:
     """Say how training ended, where the pictures are and what to try next."""
     if not result.finished:
-        rest = "goes on from there" if result.step < config.num_steps else "makes the samples and the evaluation"
+        rest = (
+            "goes on from there"
+            if result.step < config.num_steps
+            else "makes the samples and the evaluation"
+        )
         print(f"stopped at step {result.step} of {config.num_steps}; the same command {rest}.")
         return
-    print(f"\nTraining is complete ({result.step} steps); to start afresh, name another --workdir or remove {workdir}.")
+    print(
+        f"\nTraining is complete ({result.step} steps); to start afresh, name another --workdir "
+        f"or remove {workdir}."
+    )
     if result.grid:
         print(f"Samples:  {result.grid}")
     if result.evaluation:
-        figures = f"accuracy {result.evaluation['accuracy']:.3f}, Frechet distance {result.evaluation['frechet_distance']:.3f}"
+        figures = (
+            f"accuracy {result.evaluation['accuracy']:.3f}, Frechet distance "
+            f"{result.evaluation['frechet_distance']:.3f}"
+        )
         print(f"Quality:  {figures} ({as_path(workdir) / 'evaluation.json'})")
     print(f"Try next (in {pathlib.Path.cwd()}):")
     for extra in next_steps(config):
@@ -264,21 +351,31 @@ def next_steps(config) -> list[tuple[str, ...]]:
     if makes_latents(config) and not has_autoencoder(config):  # of which no picture can be made
         sample, ending = ("--mode=sample", "--latents_only"), "npz"
     return [
-        (*sample, f"--out=one_class.{ending}", f"--config.sample.labels={min(3, last)}", "--config.sample.count=25"),
+        (
+            *sample,
+            f"--out=one_class.{ending}",
+            f"--config.sample.labels={min(3, last)}",
+            "--config.sample.count=25",
+        ),
         (*sample, f"--out=fewer_steps.{ending}", f"--config.sample.num_ar_steps={few}"),
         (*sample, f"--out=strong_guidance.{ending}", "--config.sample.cfg_scale=4.0"),
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: parse, run, and turn every expected failure into one line and exit status 2 (130 for Ctrl-C)."""
+    """Entry point: parse, run, and turn every expected failure into one line and exit status 2 (130
+    for Ctrl-C).
+    """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
     try:
         values = parse(sys.argv if argv is None else argv)
         names = ("coordinator", "num_processes", "process_id")
         place = {name: values[name].value for name in names}
-        meeting.start(meeting.Rendezvous(values.distributed, **place, **_timeouts(values)), saves=values.mode == "train")
+        rendezvous.start(
+            rendezvous.Rendezvous(values.distributed, **place, **_timeouts(values)),
+            saves=values.mode == "train",
+        )
         use_compilation_cache()
         COMMANDS[values.mode](values)
         return 0
@@ -289,9 +386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return _exit_status(130)
     except Exception as error:
-        text = failures.expected(error)
+        text = errors.expected(error)
         if text is None:
-            if hosts.alone():
+            if distributed.alone():
                 raise
             traceback.print_exc()
             text = f"{type(error).__name__} in process {jax.process_index()}"
@@ -304,8 +401,10 @@ def _timeouts(values: flags.FlagValues) -> dict[str, int]:
 
 
 def _exit_status(status: int) -> int:
-    """The status to end with. One of several processes ends at once, for JAX would first wait for the others."""
-    if not hosts.alone():
+    """The status to end with. One of several processes ends at once, for JAX would first wait for
+    the others.
+    """
+    if not distributed.alone():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

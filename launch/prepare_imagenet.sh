@@ -39,7 +39,7 @@ if [ -z "$dry_run" ]; then
   [ -z "$missing" ] || die "not in $tars: $missing; image-net.org gives both archives (ILSVRC 2012, tasks 1 and 2) after registration"
 fi
 prepare "$platform" prepare
-run "$PYTHON" -m djepa_jax.data.imagenet "--tars=$tars" "--data_dir=$data_dir"
+run "$PYTHON" -m djepa_jax.data.ilsvrc "--tars=$tars" "--data_dir=$data_dir"
 encode=("$PYTHON" -m djepa_jax.main --mode=prepare "--config=$config" "--workdir=$cache_dir"
   --config.prepare.source=tfds "--config.prepare.path=imagenet2012@$data_dir" ${extra[@]+"${extra[@]}"})
 if [ -z "$publish" ]; then

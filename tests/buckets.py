@@ -11,8 +11,8 @@ from object_store import ObjectStore
 from orbax.checkpoint._src.path import gcs_utils
 from processes import LEASE
 
-from djepa_jax import lock
 from djepa_jax.main import main
+from djepa_jax.runtime import lock
 
 WORKDIR = "gs://bucket/run"
 

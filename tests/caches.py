@@ -5,8 +5,8 @@ import pathlib
 
 import numpy as np
 
-from djepa_jax.data.latents import DTYPES, Metadata, Shard, file_sha256, pack, write_shard
-from djepa_jax.paths import write_json
+from djepa_jax.data.latent_cache import DTYPES, Metadata, Shard, file_sha256, pack, write_shard
+from djepa_jax.runtime.storage import write_json
 
 SHAPE = (4, 4, 6)  # of the moments of one image: three channels of means, three of log-variances
 COUNTS = (5, 4, 3)
@@ -15,7 +15,9 @@ SHA = "ab" * 32  # of the autoencoder
 
 
 def entries(dtype: str = "bfloat16") -> list[tuple[int, str, np.ndarray]]:
-    """Class, key and moments of every image; keys of every length, so that arrays begin anywhere in a record."""
+    """Class, key and moments of every image; keys of every length, so that arrays begin anywhere in
+    a record.
+    """
     moments = np.random.default_rng(0).standard_normal((TOTAL, 2, *SHAPE)).astype(DTYPES[dtype])
     return [(i % 3, "é" * (i % 2) + "k" * i + str(i), moments[i]) for i in range(TOTAL)]
 
@@ -29,7 +31,9 @@ def write_cache(folder: pathlib.Path, dtype: str = "bfloat16") -> pathlib.Path:
         path = folder / "shards" / f"{number:05d}-of-00003.array_record"
         write_shard(path, [pack(*entry) for entry in chosen])
         classes = {str(label): [entry[0] for entry in chosen].count(label) for label in range(3)}
-        shards.append(Shard(path.name, count, path.stat().st_size, file_sha256(path), classes, {}, 0.0, 1.0))
+        shards.append(
+            Shard(path.name, count, path.stat().st_size, file_sha256(path), classes, {}, 0.0, 1.0)
+        )
     metadata = Metadata(
         format=1,
         count=TOTAL,

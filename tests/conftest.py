@@ -5,8 +5,11 @@ import json
 import os
 import pathlib
 
-# Most of the time goes into compiling; without optimisations it is a third. XLA_FLAGS=" " tests what users run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Most of the time goes into compiling; without optimisations it is a third. XLA_FLAGS=" " tests
+# what users run.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 
@@ -17,12 +20,20 @@ import pytest  # noqa: E402
 from flax import nnx  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from djepa_jax.interop.official import from_official  # noqa: E402
-from djepa_jax.losses import TOKEN_LOSSES  # noqa: E402
-from djepa_jax.models.djepa import ModelConfig, split_model  # noqa: E402
+from djepa_jax.checkpoints.convert.official import from_official  # noqa: E402
+from djepa_jax.core.losses import TOKEN_LOSSES  # noqa: E402
+from djepa_jax.core.models.djepa import ModelConfig, split_model  # noqa: E402
 
 # Files of few and long tests come first, so that no worker is left alone with them at the end.
-LONG = ("test_hosts", "test_train", "test_pipeline_proof", "test_recipes", "test_debugging", "test_kill", "test_mesh_programs")
+LONG = (
+    "test_hosts",
+    "test_train",
+    "test_pipeline_proof",
+    "test_recipes",
+    "test_debugging",
+    "test_kill",
+    "test_mesh_programs",
+)
 PARITY = pathlib.Path(__file__).parent / "fixtures" / "parity"
 VARIANTS = ("gauss", "flow", "gauss_p2")
 
@@ -69,7 +80,9 @@ class Parity:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """One cache for all worker processes, so that a second call of the command line compiles nothing anew."""
+    """One cache for all worker processes, so that a second call of the command line compiles
+    nothing anew.
+    """
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -109,7 +122,9 @@ class Spy:
 
 
 def assert_close(actual, expected, tolerance: float):
-    """Largest difference within `tolerance` times the largest absolute value of the expected array."""
+    """Largest difference within `tolerance` times the largest absolute value of the expected
+    array.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
@@ -130,7 +145,9 @@ def trained(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def saved_run(tmp_path_factory, compilation_cache) -> pathlib.Path:
-    """The workdir of one tiny run with two saved steps, made in a process of its own; to be copied, not changed."""
+    """The workdir of one tiny run with two saved steps, made in a process of its own; to be copied,
+    not changed.
+    """
     from workdirs import run
 
     workdir = tmp_path_factory.mktemp("saved") / "run"
@@ -141,17 +158,25 @@ def saved_run(tmp_path_factory, compilation_cache) -> pathlib.Path:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A `launching.Machine` with a copy of the repository, and nothing set that the launch scripts look at."""
+    """A `launching.Machine` with a copy of the repository, and nothing set that the launch scripts
+    look at.
+    """
     from launching import Machine, copy_repository
 
-    for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_", "CUDA_", "DJEPA_", "SLURM_"))]:
+    for name in [
+        name
+        for name in os.environ
+        if name.startswith(("JAX_", "XLA_", "CUDA_", "DJEPA_", "SLURM_"))
+    ]:
         monkeypatch.delenv(name)
     return Machine(tmp_path, copy_repository(tmp_path, "launch", "configs"))
 
 
 @pytest.fixture(scope="module")
 def store():
-    """A bucket whose objects may be read and written, and that tells nothing about itself; for this process, too."""
+    """A bucket whose objects may be read and written, and that tells nothing about itself; for this
+    process, too.
+    """
     from buckets import reached
     from object_store import ObjectStore
 
@@ -163,7 +188,7 @@ def store():
 @pytest.fixture
 def empty(store, monkeypatch):
     """That bucket with nothing in it; a lock that is lost does not end the tests."""
-    from djepa_jax import lock
+    from djepa_jax.runtime import lock
 
     monkeypatch.setattr(lock, "_give_way", lambda path, owner: 1 / 0)
     store.objects.clear()

@@ -5,13 +5,13 @@ import random
 from collections.abc import Callable
 
 import jax
+from djepa_jax.sampling.sample_to_npz.generator import placed_params
 from tiny import tiny_config
 
-from djepa_jax import config as configuration
-from djepa_jax import sharding
-from djepa_jax.checkpoint import Checkpoints
-from djepa_jax.generate import placed_params
-from djepa_jax.stored import find_model
+from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.checkpoints.stored import find_model
+from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.core import sharding
 
 
 def resume(workdir: pathlib.Path) -> tuple[int | None, str]:

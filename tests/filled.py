@@ -4,20 +4,26 @@ import pathlib
 
 import jax
 import numpy as np
+from djepa_jax.config.experiment.settings import Settings
 
-from djepa_jax import config as configuration
-from djepa_jax.checkpoint import Checkpoints
-from djepa_jax.models.djepa import split_model
-from djepa_jax.settings import Settings
+from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.core.models.djepa import split_model
 
 
 def save_model(workdir: pathlib.Path, config, **changes) -> str:
-    """A workdir with a model of a config; `changes` are of the stored configuration, with __ for the dot."""
-    stored = Settings(configuration.resolved(config)).updated({key.replace("__", "."): value for key, value in changes.items()})
+    """A workdir with a model of a config; `changes` are of the stored configuration, with __ for
+    the dot.
+    """
+    stored = Settings(configuration.resolved(config)).updated(
+        {key.replace("__", "."): value for key, value in changes.items()}
+    )
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):
-        mean, spread = {"scale": (1.0, 0.0), "bias": (0.0, 0.1), "kernel": (0.0, 0.25)}.get(path[-1].key, (0.0, 1.0))
+        mean, spread = {"scale": (1.0, 0.0), "bias": (0.0, 0.1), "kernel": (0.0, 0.25)}.get(
+            path[-1].key, (0.0, 1.0)
+        )
         return rng.normal(mean, spread, leaf.shape).astype(leaf.dtype)
 
     _, abstract = split_model(configuration.build(stored).train.model)

@@ -1,13 +1,15 @@
-"""What keeps a run, in a process of its own, from going on: places where it is held, and a source that fails."""
+"""What keeps a run, in a process of its own, from going on: places where it is held, and a source
+that fails.
+"""
 
 import os
 import time
 
-from djepa_jax import train
-from djepa_jax.checkpoint import Checkpoints
-from djepa_jax.hosts import StopSignals
-from djepa_jax.reporting import Reporter
-from djepa_jax.starting import Start
+from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.runtime.distributed import StopSignals
+from djepa_jax.training import loop
+from djepa_jax.training.initial_state import Start
+from djepa_jax.training.reporting import Reporter
 
 STEPS = 40  # of the small runs (`workdirs`)
 
@@ -38,14 +40,15 @@ PLACES = {
 
 
 def hold_at(place: str | int, gate: str | None) -> None:
-    """Let the process say that it is at a place and wait there: until it was asked to stop, or the file `gate` is there.
+    """Let the process say that it is at a place and wait there: until it was asked to stop, or the
+    file `gate` is there.
 
-    Places are `PLACES`, where "saving" is that of the last step, in the background; and numbers of steps. All of several
-    processes have to be held at the same place.
+    Places are `PLACES`, where "saving" is that of the last step, in the background; and numbers of
+    steps. All of several processes have to be held at the same place.
     """
     entered, enter = [], StopSignals.__enter__
     StopSignals.__enter__ = lambda self: entered.append(self) or enter(self)
-    owner, name = PLACES.get(place, (train._Run, "_between_steps"))
+    owner, name = PLACES.get(place, (loop._Run, "_between_steps"))
     function, wanted = getattr(owner, name), {"saving": STEPS}.get(place, place)
 
     def held(self, *arguments):

@@ -1,4 +1,6 @@
-"""The launch scripts in a copy of the repository, on a machine whose programs are not the real ones."""
+"""The launch scripts in a copy of the repository, on a machine whose programs are not the real
+ones.
+"""
 
 import os
 import pathlib
@@ -30,19 +32,21 @@ def launch(checkout: pathlib.Path, script: str, *arguments: str, **environment: 
     )
 
 
-# Takes the place of Python everywhere: notes its arguments, makes environments that hold itself, runs $PROGRAM.
+# Takes the place of Python everywhere: notes its arguments, makes environments that hold itself,
+# runs $PROGRAM.
 FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$LOG"
 case "$*" in
   --version) echo "Python 3.12.1" ;;
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   "-c import jax"*) echo "[FakeDevice]" ;;
-  "-m djepa_jax.data.imagenet"*) exit "${IMAGENET_STATUS:-0}" ;;
+  "-m djepa_jax.data.ilsvrc"*) exit "${IMAGENET_STATUS:-0}" ;;
   "-m djepa_jax.main"*) eval "${PROGRAM:-}" ;;
 esac
 """
 TOOLS = (
-    "bash basename cat chmod cmp cp date dirname env find git grep gzip head hostname mkdir mktemp mv paste rm sed seq "
+    "bash basename cat chmod cmp cp date dirname env find git grep gzip head hostname mkdir "
+    "mktemp mv paste rm sed seq "
     "setsid sleep sort tail tar tee touch wc"
 )
 
@@ -82,20 +86,44 @@ def commit(checkout: pathlib.Path) -> None:
         ["add", "launch", "configs", "requirements.txt", "pyproject.toml"],
         [*identity, "commit", "-qm", "x"],
     ):
-        subprocess.run(["git", *command], cwd=checkout, check=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
+        subprocess.run(
+            ["git", *command],
+            cwd=checkout,
+            check=True,
+            env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"},
+        )
 
 
 def one_error(done, *texts: str) -> None:
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (done.returncode, done.stdout, done.stderr)
-    assert done.stderr.startswith("error: ") and all(text in done.stderr for text in texts), done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (
+        done.returncode,
+        done.stdout,
+        done.stderr,
+    )
+    assert done.stderr.startswith("error: ") and all(text in done.stderr for text in texts), (
+        done.stderr
+    )
 
 
-TPU = ["--name=t", "--zone=z", "--accelerator_type=v6e-8", "--config=configs/digits.py", "--workdir=gs://b/run"]
+TPU = [
+    "--name=t",
+    "--zone=z",
+    "--accelerator_type=v6e-8",
+    "--config=configs/digits.py",
+    "--workdir=gs://b/run",
+]
 
 
 def installing(machine: Machine, jax: str, extra: str = "") -> list[list[str]]:
     """The commands that make .venv."""
-    pip = [str(machine.checkout / ".venv/bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [
+        str(machine.checkout / ".venv/bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     return [
         [machine.environment["DJEPA_PYTHON"], "-m", "venv", ".venv"],
         [*pip, "setuptools>=69", "wheel", jax, "-r", "requirements.txt"],
@@ -114,7 +142,9 @@ def dry_run(machine: Machine, script: str, *arguments: str) -> list[list[str]]:
     before = [(path, path.stat().st_mtime_ns) for path in sorted(machine.checkout.rglob("*"))]
     done = machine.launch(script, *arguments)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert [(path, path.stat().st_mtime_ns) for path in sorted(machine.checkout.rglob("*"))] == before
+    assert [
+        (path, path.stat().st_mtime_ns) for path in sorted(machine.checkout.rglob("*"))
+    ] == before
     assert machine.log() == []
     return [shlex.split(line) for line in done.stdout.splitlines()]
 

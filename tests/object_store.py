@@ -1,4 +1,5 @@
-"""A Google Cloud Storage bucket in memory, on loopback: enough of its JSON interface for gcsfs, TensorStore and Orbax.
+"""A Google Cloud Storage bucket in memory, on loopback: enough of its JSON interface for gcsfs,
+TensorStore and Orbax.
 
 with ObjectStore() as store:
     subprocess.run(command, env=os.environ | store.environment)  # may use gs://bucket/...
@@ -38,7 +39,9 @@ class Version:
     name: str
     data: bytes
     generation: int
-    stamp: str = dataclasses.field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime()))
+    stamp: str = dataclasses.field(
+        default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+    )
 
     def resource(self) -> dict:
         """What clients are told about it."""
@@ -61,11 +64,13 @@ class ObjectStore:
         page: names in one answer to a listing, at most.
 
     Attributes:
-        objects: content by name. Whatever is assigned or deleted here is a change like any other for clients.
+        objects: content by name. Whatever is assigned or deleted here is a change like any other
+            for clients.
         requests: methods and paths, in the order of their arrival.
-        before_upload: called with name and content before something is stored. A status that it returns becomes the
-            answer, and nothing is stored.
-        bucket_readable: whether clients may see the bucket itself (`storage.buckets.get`), as well as its objects.
+        before_upload: called with name and content before something is stored. A status that it
+            returns becomes the answer, and nothing is stored.
+        bucket_readable: whether clients may see the bucket itself (`storage.buckets.get`), as well
+            as its objects.
     """
 
     def __init__(self, bucket: str = "bucket", page: int = PAGE):
@@ -73,12 +78,16 @@ class ObjectStore:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.before_upload: Callable[[str, bytes], int | None] | None = None
-        self.begun: dict[str, tuple[str, dict, bytearray]] = {}  # resumable uploads: name, query, content up to now
+        self.begun: dict[
+            str, tuple[str, dict, bytearray]
+        ] = {}  # resumable uploads: name, query, content up to now
         self._versions: dict[str, Version] = {}
         self._generation = int(time.time() * 1e6)
         self._lock = threading.RLock()
         self._server = _Server(self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -96,11 +105,14 @@ class ObjectStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that lead a process here instead of to Google, without credentials or a metadata server."""
+        """Variables that lead a process here instead of to Google, without credentials or a
+        metadata server.
+        """
         return {
             "STORAGE_EMULATOR_HOST": self.url,  # gcsfs and google-cloud-storage
             "FSSPEC_GCS": json.dumps({"token": "anon"}),
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would ask over gRPC what kind of bucket it is
+            # would ask over gRPC what kind of bucket it is
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore sends it and looks for no other
             "GCE_METADATA_ROOT": "127.0.0.1:9",
@@ -110,8 +122,11 @@ class ObjectStore:
         }
 
     @contextlib.contextmanager
-    def refused_uploads(self, pattern: str = "*", status: int = 403, after_bytes: int = 0) -> Iterator[None]:
-        """Answer uploads of names that match `pattern` with `status`, once `after_bytes` of them have been stored.
+    def refused_uploads(
+        self, pattern: str = "*", status: int = 403, after_bytes: int = 0
+    ) -> Iterator[None]:
+        """Answer uploads of names that match `pattern` with `status`, once `after_bytes` of them
+        have been stored.
 
         403 is final; after 429 and 5xx clients try again, TensorStore for many minutes.
         """
@@ -130,7 +145,8 @@ class ObjectStore:
     def held_uploads(self, pattern: str) -> Iterator[threading.Event]:
         """Let uploads of names that match `pattern` wait; the event is set when the first one does.
 
-        At the end they get the answer 503: who is still there tries again, what a killed process sent is lost.
+        At the end they get the answer 503: who is still there tries again, what a killed process
+        sent is lost.
         """
         reached, released = threading.Event(), threading.Event()
 
@@ -201,14 +217,22 @@ class ObjectStore:
     def listing(self, query: dict[str, str]) -> dict:
         """One page of names and folders, in their order."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-        first, last = max(query.get("startOffset", ""), query.get("pageToken", "")), query.get("endOffset")
+        first, last = (
+            max(query.get("startOffset", ""), query.get("pageToken", "")),
+            query.get("endOffset"),
+        )
         size = min(int(query.get("maxResults", PAGE)), self.page)
         answer, items, folders = {"kind": "storage#objects"}, [], []
         with self._lock:
             for name in sorted(self.objects):
                 cut = name.find(delimiter, len(prefix)) if delimiter else -1
                 key = name if cut < 0 else name[: cut + len(delimiter)]
-                if not name.startswith(prefix) or key < first or (last and name >= last) or key in folders:
+                if (
+                    not name.startswith(prefix)
+                    or key < first
+                    or (last and name >= last)
+                    or key in folders
+                ):
                     continue
                 if len(items) + len(folders) == size:
                     answer["nextPageToken"] = key
@@ -217,7 +241,11 @@ class ObjectStore:
                     items.append(self.get(name, {}).resource())
                 else:
                     folders.append(key)
-        return answer | ({"items": items} if items else {}) | ({"prefixes": folders} if folders else {})
+        return (
+            answer
+            | ({"items": items} if items else {})
+            | ({"prefixes": folders} if folders else {})
+        )
 
 
 class _Server(ThreadingHTTPServer):
@@ -243,7 +271,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = dict(parse_qsl(url.query, keep_blank_values=True))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = [unquote(part) for part in re.sub("^(/upload|/download)?/(storage/v1/)?", "", url.path).split("/")]
+        parts = [
+            unquote(part)
+            for part in re.sub("^(/upload|/download)?/(storage/v1/)?", "", url.path).split("/")
+        ]
         self.store = self.server.store
         self.store.requests.append(f"{self.command} {unquote(url.path)}")
         try:
@@ -266,19 +297,30 @@ class _Handler(BaseHTTPRequestHandler):
     def _bucket(self, objects: bool, query: dict[str, str]) -> None:
         if self.command != "GET" or not (objects or self.store.bucket_readable):
             raise Refused(403, "The bucket itself is not yours.")
-        self._send(200, self.store.listing(query) if objects else {"kind": "storage#bucket", "name": self.store.bucket})
+        self._send(
+            200,
+            self.store.listing(query)
+            if objects
+            else {"kind": "storage#bucket", "name": self.store.bucket},
+        )
 
     def _object(self, name: str, action: list[str], query: dict[str, str]) -> None:
-        """Answer about an object; `action` is what follows its name, and ends with the name that a copy shall have."""
+        """Answer about an object; `action` is what follows its name, and ends with the name that a
+        copy shall have.
+        """
         if self.command == "DELETE":
             self.store.delete(name, query)
             self._send(204)
         elif action:
-            data = bytes(bytearray(self.store.get(name, {}).data))  # another object, so that it is another generation
+            data = bytes(
+                bytearray(self.store.get(name, {}).data)
+            )  # another object, so that it is another generation
             resource = self.store.put(action[-1], data, query)
             if action[0] == "moveTo":
                 self.store.delete(name, {})
-            self._send(200, {"done": True, "resource": resource} if action[0] == "rewriteTo" else resource)
+            self._send(
+                200, {"done": True, "resource": resource} if action[0] == "rewriteTo" else resource
+            )
         elif query.get("alt") == "media":
             self._media(self.store.get(name, query))
         else:
@@ -303,7 +345,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._resume(query["upload_id"], body)
         elif query["uploadType"] == "resumable":
             key = uuid.uuid4().hex
-            self.store.begun[key] = query.get("name") or json.loads(body)["name"], query, bytearray()
+            self.store.begun[key] = (
+                query.get("name") or json.loads(body)["name"],
+                query,
+                bytearray(),
+            )
             location = f"{self.store.url}/upload/storage/v1/b/{self.store.bucket}/o?uploadType=resumable&upload_id={key}"
             self._send(200, headers={"Location": location})
         elif query["uploadType"] == "multipart":
@@ -313,14 +359,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, self.store.put(query["name"], body, query))
 
     def _resume(self, key: str, body: bytes) -> None:
-        """Add to a resumable upload; `Content-Range` says where, and the whole size once that is known."""
+        """Add to a resumable upload; `Content-Range` says where, and the whole size once that is
+        known.
+        """
         if self.command == "DELETE":
             self.store.begun.pop(key, None)
             raise Refused(499, "The upload was cancelled.")
         if key not in self.store.begun:
             raise Refused(410, "There is no such upload.")
         name, query, data = self.store.begun[key]
-        start, size = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"]).groups()
+        start, size = re.fullmatch(
+            r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"]
+        ).groups()
         if start:
             data[int(start) :] = body
         if size == str(len(data)):
@@ -335,7 +385,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, str(value))
         if status not in (204, 304):
-            self.send_header("Content-Type", "application/json" if isinstance(content, dict) else "application/octet-stream")
+            self.send_header(
+                "Content-Type",
+                "application/json" if isinstance(content, dict) else "application/octet-stream",
+            )
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if status not in (204, 304):
@@ -347,4 +400,6 @@ def _parts(content_type: str, body: bytes) -> tuple[str, bytes]:
     boundary = b"--" + re.search('boundary="?([^";]+)', content_type).group(1).encode()
     _, description, content = body[: body.rindex(boundary)].split(boundary, 2)
     line = b"\r\n" if description.startswith(b"\r\n") else b"\n"
-    return json.loads(description.partition(line * 2)[2])["name"], content.partition(line * 2)[2].removesuffix(line)
+    return json.loads(description.partition(line * 2)[2])["name"], content.partition(line * 2)[
+        2
+    ].removesuffix(line)

@@ -1,4 +1,6 @@
-"""Files as the authors' program writes them, the command line that imports them, and what a workdir then holds."""
+"""Files as the authors' program writes them, the command line that imports them, and what a workdir
+then holds.
+"""
 
 import argparse
 import pathlib
@@ -9,11 +11,11 @@ import torch
 from conftest import Parity
 from tiny import CONFIGS
 
-from djepa_jax import config as configuration
 from djepa_jax import main as cli
-from djepa_jax import sharding
-from djepa_jax.checkpoint import Checkpoints
-from djepa_jax.train_step import init_state
+from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.core import sharding
+from djepa_jax.core.train_step import init_state
 
 
 def flags_of(parity: Parity, *extra: str) -> list[str]:
@@ -35,21 +37,31 @@ def flags_of(parity: Parity, *extra: str) -> list[str]:
         "evaluation.kind": "none",
     }
     variant = {"gauss": "diffusion", "flow": "flow"}[c["diffloss"]]
-    return [f"--config={CONFIGS / 'digits.py'}:{variant}", *(f"--config.{k}={v}" for k, v in values.items()), *extra]
+    return [
+        f"--config={CONFIGS / 'digits.py'}:{variant}",
+        *(f"--config.{k}={v}" for k, v in values.items()),
+        *extra,
+    ]
 
 
 def run_import(source, workdir, flags: list[str]) -> int:
     """The exit code of an import by the command line."""
-    return cli.main(["djepa_jax", "--mode=import", f"--source={source}", f"--workdir={workdir}", *flags])
+    return cli.main(
+        ["djepa_jax", "--mode=import", f"--source={source}", f"--workdir={workdir}", *flags]
+    )
 
 
-def as_torch(tensors: dict[str, np.ndarray], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def as_torch(
+    tensors: dict[str, np.ndarray], dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """A state dict."""
     return {name: torch.from_numpy(value.copy()).to(dtype) for name, value in tensors.items()}
 
 
 def training_file(model: dict, average: dict, **more) -> dict:
-    """What the authors' training program saves: plain containers, and the options as a Namespace."""
+    """What the authors' training program saves: plain containers, and the options as a
+    Namespace.
+    """
     options = argparse.Namespace(lr=8e-4, output_dir="runs/a", resume=None, betas=(0.9, 0.95))
     return {"model": model, "model_ema": average, "epoch": 7, "args": options, **more}
 
@@ -61,16 +73,24 @@ def renamed(tensors: dict, prefix: str) -> dict:
 
 def without(tensors: dict, *parts: str) -> dict:
     """The tensors whose names have none of the given parts."""
-    return {name: value for name, value in tensors.items() if not any(part in name for part in parts)}
+    return {
+        name: value for name, value in tensors.items() if not any(part in name for part in parts)
+    }
 
 
 def read_workdir(workdir, flags: list[str], step: int | None = None) -> tuple[dict, int]:
-    """The parts of the training state in a workdir's checkpoint (the latest), by name, and its step."""
-    experiment = configuration.build(cli.parse(["djepa_jax", f"--workdir={workdir}", *flags]).config)
+    """The parts of the training state in a workdir's checkpoint (the latest), by name, and its
+    step.
+    """
+    experiment = configuration.build(
+        cli.parse(["djepa_jax", f"--workdir={workdir}", *flags]).config
+    )
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     shardings = sharding.state_shardings(abstract, mesh)
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
     checkpoints = Checkpoints(workdir)
     meta = checkpoints.read_meta(step)
     parts = checkpoints.restore(placed, meta)

@@ -1,4 +1,6 @@
-"""Image files made of the two photographs that scikit-learn ships, and folders and tar files of them."""
+"""Image files made of the two photographs that scikit-learn ships, and folders and tar files of
+them.
+"""
 
 import functools
 import io
@@ -75,17 +77,25 @@ def write_shards(root: pathlib.Path, images=None, shards: int = 3) -> str:
     return str(root)
 
 
-def write_imagenet(root: pathlib.Path, classes: tuple[str, ...], per_class: int = 5, validation: int = 5) -> dict[str, bytes]:
+def write_imagenet(
+    root: pathlib.Path, classes: tuple[str, ...], per_class: int = 5, validation: int = 5
+) -> dict[str, bytes]:
     """The two tar files of ILSVRC 2012 with a few images; returns all images by their name."""
     root.mkdir(parents=True, exist_ok=True)
     images, inner = {}, {}
     for number, wnid in enumerate(classes):
-        files = {f"{wnid}_{i + 1}.JPEG": encode(crop(NAMES[number % 2], 10 * number + i)) for i in range(per_class)}
+        files = {
+            f"{wnid}_{i + 1}.JPEG": encode(crop(NAMES[number % 2], 10 * number + i))
+            for i in range(per_class)
+        }
         inner[f"{wnid}.tar"] = pathlib.Path(write_tar(root / "inner.tar", files)).read_bytes()
         images |= files
     (root / "inner.tar").unlink(missing_ok=True)
     write_tar(root / "ILSVRC2012_img_train.tar", inner)
-    files = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": encode(crop("temple", 50 + i)) for i in range(validation)}
+    files = {
+        f"ILSVRC2012_val_{i + 1:08d}.JPEG": encode(crop("temple", 50 + i))
+        for i in range(validation)
+    }
     write_tar(root / "ILSVRC2012_img_val.tar", files)
     return images | files
 

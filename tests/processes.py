@@ -1,4 +1,6 @@
-"""Processes of their own with one CPU device each, which start at once: they are copies of one that has imported everything."""
+"""Processes of their own with one CPU device each, which start at once: they are copies of one that
+has imported everything.
+"""
 
 import contextlib
 import dataclasses
@@ -18,22 +20,24 @@ from collections.abc import Iterator
 import fsspec
 import jax
 import pytest
+from djepa_jax.config.experiment.settings import Settings
 from holding import FailingSource, hold_at
 from jax._src import cache_key
 from small_autoencoder import registered
 
-from djepa_jax import lock, meeting, prepare, step_program, train
-from djepa_jax.checkpoint import Checkpoints
+from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.core.train_step import TrainState
+from djepa_jax.data import prepare_latents
 from djepa_jax.main import main
-from djepa_jax.reporting import Reporter
-from djepa_jax.settings import Settings
-from djepa_jax.train_step import TrainState
+from djepa_jax.runtime import lock, rendezvous
+from djepa_jax.training import compile_step, loop
+from djepa_jax.training.reporting import Reporter
 
 FILE_LIMIT = 50_000  # bytes; metrics stay below, arrays do not
 LEASE = 0.5, 6.0  # seconds to renew, until it is stale
 LIMIT = 600  # seconds after which a process counts as hanging
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes", "djepa_jax.train", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["processes", "djepa_jax.training.loop", "sklearn.datasets"])
 
 
 def start(function, *arguments) -> multiprocessing.Process:
@@ -53,8 +57,8 @@ RESERVED = []  # sockets that keep ports for this process
 def free_port() -> int:
     """A port for processes that start later, which nobody else takes meanwhile.
 
-    It is below those that the operating system hands out, and its neighbour, which stays bound, keeps it from others who
-    come here.
+    It is below those that the operating system hands out, and its neighbour, which stays bound,
+    keeps it from others who come here.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000, 2)
@@ -108,7 +112,9 @@ class Training:
         """Return when it has said a text."""
         deadline = time.monotonic() + LIMIT
         while text not in self.output:
-            assert (self.process.is_alive() and time.monotonic() < deadline) or text in self.output, self.output
+            assert (
+                self.process.is_alive() and time.monotonic() < deadline
+            ) or text in self.output, self.output
             time.sleep(0.01)
 
     def finish(self) -> tuple[int, str]:
@@ -140,17 +146,19 @@ def _trouble(
     gate: str | None = None,
     fail_after: int | None = None,
 ) -> None:
-    """Make every step last at least `pace` seconds, or the disk full when the step `full_from` is saved.
+    """Make every step last at least `pace` seconds, or the disk full when the step `full_from` is
+    saved.
 
-    With a full disk the next step waits for the save to fail. No pictures are made at the end, unless there are to be
-    `pictures`. A `simple` step takes no time to compile. `storage` is the environment of an `ObjectStore`. `hold` and `gate`
-    as `hold_at` describes them. All readings of examples after `fail_after` of them fail.
+    With a full disk the next step waits for the save to fail. No pictures are made at the end,
+    unless there are to be `pictures`. A `simple` step takes no time to compile. `storage` is the
+    environment of an `ObjectStore`. `hold` and `gate` as `hold_at` describes them. All readings of
+    examples after `fail_after` of them fail.
     """
     if storage is not None:
         reach(storage)
     if fail_after is not None:
-        open_data = train.open_data
-        train.open_data = lambda *arguments: FailingSource(open_data(*arguments), fail_after)
+        open_data = loop.open_data
+        loop.open_data = lambda *arguments: FailingSource(open_data(*arguments), fail_after)
     save, poll = Checkpoints.save, Checkpoints.poll
 
     def limited_save(self, state, *arguments):
@@ -169,13 +177,15 @@ def _trouble(
     if not pictures:
         Reporter.final_grid = lambda self, step, state: None
     if simple:
-        step_program.make_train_step = lambda spec: simple_step
+        compile_step.make_train_step = lambda spec: simple_step
     if hold is not None:
         hold_at(hold, gate)
 
 
 def reach(storage: dict[str, str]) -> None:
-    """Let this process use an `ObjectStore`, given its environment, and find out soon whether a lock's owner is alive."""
+    """Let this process use an `ObjectStore`, given its environment, and find out soon whether a
+    lock's owner is alive.
+    """
     os.environ.update(storage)
     tempfile.tempdir = None  # it may be among them
     fsspec.config.set_conf_env(fsspec.config.conf)
@@ -183,7 +193,9 @@ def reach(storage: dict[str, str]) -> None:
 
 
 def simple_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    """In place of the training step: all arrays depend on all batches and their order, and on the arrays before."""
+    """In place of the training step: all arrays depend on all batches and their order, and on the
+    arrays before.
+    """
     signal = jax.numpy.mean(batch["image"] / 255.0) + jax.numpy.mean(batch["label"])
 
     def moved(tree, share):
@@ -191,40 +203,63 @@ def simple_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
 
     params, opt_state = moved(state.params, 0.9), moved(state.opt_state, 0.5)
     ema_params = jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, state.ema_params, params)
-    state = dataclasses.replace(state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
+    state = dataclasses.replace(
+        state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+    )
     return state, {"loss": signal, "bad_streak": state.bad_streak}
 
 
 class Member:
-    """One of several processes that run the command line together, with two devices each, or four if it is alone.
+    """One of several processes that run the command line together, with two devices each, or four
+    if it is alone.
 
     Args:
         compiled: folder of compiled programs.
         log: file that gets what it prints.
         arguments: of the command line.
         place: port and index of the process; None for one that is alone.
-        troubles: as `_trouble` describes them; the training step is the real one, and pictures are made.
+        troubles: as `_trouble` describes them; the training step is the real one, and pictures are
+            made.
     """
 
-    def __init__(self, compiled: str, log: pathlib.Path, arguments: tuple, place: tuple | None = None, **troubles):
+    def __init__(
+        self,
+        compiled: str,
+        log: pathlib.Path,
+        arguments: tuple,
+        place: tuple | None = None,
+        **troubles,
+    ):
         self._log = log
         if place is not None:
-            where = (f"--coordinator=127.0.0.1:{place[0]}", "--num_processes=2", f"--process_id={place[1]}")
+            where = (
+                f"--coordinator=127.0.0.1:{place[0]}",
+                "--num_processes=2",
+                f"--process_id={place[1]}",
+            )
             arguments = (*arguments, "--distributed=explicit", *where, "--heartbeat_timeout=10")
         troubles = {"simple": False, "pictures": True} | troubles
-        self.process = start(_member, compiled, str(log), arguments, 4 if place is None else 2, troubles)
+        self.process = start(
+            _member, compiled, str(log), arguments, 4 if place is None else 2, troubles
+        )
 
     @property
     def log(self) -> str:
         """What it has printed so far, without what the library below JAX prints."""
         lines = self._log.read_text().splitlines() if self._log.exists() else []
-        return "".join(f"{line}\n" for line in lines if "[Gloo]" not in line and not line.startswith("3 is connected"))
+        return "".join(
+            f"{line}\n"
+            for line in lines
+            if "[Gloo]" not in line and not line.startswith("3 is connected")
+        )
 
     def wait_for(self, text: str) -> None:
         """Return when it has printed a text."""
         deadline = time.monotonic() + LIMIT
         while text not in self.log:
-            assert (self.process.is_alive() and time.monotonic() < deadline) or text in self.log, self.log
+            assert (self.process.is_alive() and time.monotonic() < deadline) or text in self.log, (
+                self.log
+            )
             time.sleep(0.02)
 
     def status(self) -> int | None:
@@ -233,13 +268,19 @@ class Member:
         return self.process.exitcode
 
 
-def _member(compiled: str, log: str, arguments: tuple[str, ...], devices: int, troubles: dict) -> None:
+def _member(
+    compiled: str, log: str, arguments: tuple[str, ...], devices: int, troubles: dict
+) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles sooner
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles sooner
+    )
     jax.config.update("jax_num_cpu_devices", devices)
-    keep_compiled(f"{compiled}/{devices}")  # programs for two times two devices are others than for four
+    keep_compiled(
+        f"{compiled}/{devices}"
+    )  # programs for two times two devices are others than for four
     _compile_once()
     _trouble(**troubles)
     status = main(["djepa_jax", *arguments])
@@ -249,7 +290,9 @@ def _member(compiled: str, log: str, arguments: tuple[str, ...], devices: int, t
 
 
 def _compile_once() -> None:
-    """Let process 1 take the programs that process 0 compiles; JAX would have it compile them anew, though they are the same."""
+    """Let process 1 take the programs that process 0 compiles; JAX would have it compile them anew,
+    though they are the same.
+    """
     cache_key._hash_accelerator_config = lambda *_: None
     jax.config.update("jax_share_binary_between_hosts", True)
 
@@ -261,13 +304,23 @@ class Preparation:
         config: what `run_prepare` takes.
         folder: of the cache.
         compiled: folder of compiled programs.
-        limit: bytes that a file may have once the first message was sent, as if the disk were full then.
+        limit: bytes that a file may have once the first message was sent, as if the disk were full
+            then.
         share: port and index, if this is one of two processes that share the work.
     """
 
-    def __init__(self, config, folder: pathlib.Path, compiled: str, limit: int | None = None, share: tuple | None = None):
+    def __init__(
+        self,
+        config,
+        folder: pathlib.Path,
+        compiled: str,
+        limit: int | None = None,
+        share: tuple | None = None,
+    ):
         self._pipe, theirs = CONTEXT.Pipe(duplex=False)
-        self.process = start(_prepare, config.to_dict(), str(folder), compiled, limit, share, theirs)
+        self.process = start(
+            _prepare, config.to_dict(), str(folder), compiled, limit, share, theirs
+        )
         theirs.close()
 
     @property
@@ -290,11 +343,16 @@ class Preparation:
         return self.process.exitcode
 
 
-def _prepare(config: dict, folder: str, compiled: str, limit: int | None, share: tuple | None, pipe) -> None:
+def _prepare(
+    config: dict, folder: str, compiled: str, limit: int | None, share: tuple | None, pipe
+) -> None:
     keep_compiled(compiled)
     if share is not None:
         port, index = share
-        meeting.start(meeting.Rendezvous("explicit", f"127.0.0.1:{port}", 2, index, heartbeat=10), saves=False)
+        rendezvous.start(
+            rendezvous.Rendezvous("explicit", f"127.0.0.1:{port}", 2, index, heartbeat=10),
+            saves=False,
+        )
 
     def say(text: str) -> None:
         pipe.send(text)
@@ -304,7 +362,7 @@ def _prepare(config: dict, folder: str, compiled: str, limit: int | None, share:
 
     try:
         with registered():
-            prepare.run_prepare(Settings(config), folder, say=say)
+            prepare_latents.run_prepare(Settings(config), folder, say=say)
         pipe.send("done")
     except (OSError, ValueError) as error:
         pipe.send(f"failed: {error}")

@@ -1,4 +1,6 @@
-"""Autoencoders filled by a rule, and a tiny one beside the real ones: its weight files and the caches made with it."""
+"""Autoencoders filled by a rule, and a tiny one beside the real ones: its weight files and the
+caches made with it.
+"""
 
 import contextlib
 import functools
@@ -13,13 +15,15 @@ from photos import write_folder
 from safetensors.numpy import save_file
 from tiny import load_config
 
-from djepa_jax import decoder
-from djepa_jax.interop import autoencoder as interop
-from djepa_jax.interop.autoencoder import LATENT_DIFFUSION, names_of
-from djepa_jax.models.autoencoder_kl import AUTOENCODERS, AutoencoderConfig, split_autoencoder
+from djepa_jax.checkpoints import autoencoder
+from djepa_jax.checkpoints.convert import autoencoder as interop
+from djepa_jax.checkpoints.convert.autoencoder import LATENT_DIFFUSION, names_of
+from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, AutoencoderConfig, split_autoencoder
 
 NAME = "small"  # as which tests register it
-SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2), num_blocks=1, encoder_attention=(1,), latent_channels=4)
+SMALL = AutoencoderConfig(
+    channels=32, multipliers=(1, 2), num_blocks=1, encoder_attention=(1,), latent_channels=4
+)
 PIXELS, LATENTS = 16, 8  # sides of an image and of its latent map
 FLAGS = (
     "--config.data.num_classes=2",
@@ -34,7 +38,9 @@ FLAGS = (
 
 
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of PyTorch's shape whose values depend on its name alone; the reference numbers were made with these."""
+    """A tensor of PyTorch's shape whose values depend on its name alone; the reference numbers were
+    made with these.
+    """
     values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) >= 2:
         return (values * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
@@ -42,12 +48,17 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @functools.cache
-def shapes_of(config: AutoencoderConfig, layout: str = LATENT_DIFFUSION) -> dict[str, tuple[int, ...]]:
+def shapes_of(
+    config: AutoencoderConfig, layout: str = LATENT_DIFFUSION
+) -> dict[str, tuple[int, ...]]:
     """Names in a layout, and the shapes that PyTorch gives these tensors."""
     _, abstract = split_autoencoder(config)
     leaves, names = traverse_util.flatten_dict(abstract, sep="/"), names_of(config, layout)
     shapes = {names[path]: leaf.shape for path, leaf in leaves.items()}
-    return {name: (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape for name, shape in shapes.items()}
+    return {
+        name: (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape
+        for name, shape in shapes.items()
+    }
 
 
 def tensors(config: AutoencoderConfig = SMALL) -> dict[str, np.ndarray]:
@@ -63,27 +74,45 @@ def write_weights(path: pathlib.Path, **changes: np.ndarray) -> str:
 
 def cache_config(weights: str, path: str, *flags: str, source: str = "folder"):
     """Settings to make a latent cache with the small autoencoder."""
-    places = (f"--config.autoencoder.path={weights}", f"--config.prepare.source={source}", f"--config.prepare.path={path}")
+    places = (
+        f"--config.autoencoder.path={weights}",
+        f"--config.prepare.source={source}",
+        f"--config.prepare.path={path}",
+    )
     return load_config("default", *FLAGS, *places, *flags)
 
 
 def folder_config(root: pathlib.Path):
-    """Settings for a cache of twelve images in three shards, and what it is made of, below `root`."""
+    """Settings for a cache of twelve images in three shards, and what it is made of, below
+    `root`.
+    """
     images, weights = write_folder(root / "images"), write_weights(root / "small.safetensors")
-    return cache_config(weights, images, "--config.prepare.shard_size=5", "--config.prepare.dtype=float32")
+    return cache_config(
+        weights, images, "--config.prepare.shard_size=5", "--config.prepare.dtype=float32"
+    )
 
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """With the small autoencoder beside the real ones, and functions that are compiled once for all caches."""
+    """With the small autoencoder beside the real ones, and functions that are compiled once for all
+    caches.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUTOENCODERS, NAME, SMALL)
-        for module, name in ((decoder, "make_encoder"), (decoder, "make_decoder"), (interop, "split_autoencoder")):
+        for module, name in (
+            (autoencoder, "make_encoder"),
+            (autoencoder, "make_decoder"),
+            (interop, "split_autoencoder"),
+        ):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield
 
 
 def files_of(folder: pathlib.Path) -> dict[str, bytes]:
     """All files of a cache but the locks."""
-    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+    found = {
+        str(path.relative_to(folder)): path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name[0] != "."
+    }
     return {name: path.read_bytes() for name, path in sorted(found.items())}

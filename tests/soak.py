@@ -2,12 +2,14 @@
 
     bash launch/soak.sh [--minutes=60] [--folder=DIR] [--seed=0] [--report=FILE.md]
 
-Every life of the run is the same command on another number of devices (8, 4, 1, 8, ...), and ends by SIGKILL, SIGTERM,
-Ctrl-C or a full disk; between lives files of the newest checkpoint are damaged. What must hold: a life goes on from the
-step that was reported saved last, or from the one before if that was damaged; signals lose nothing; the log has every
-step once. Exit status 1 if anything does not hold.
+Every life of the run is the same command on another number of devices (8, 4, 1, 8, ...), and ends
+by SIGKILL, SIGTERM, Ctrl-C or a full disk; between lives files of the newest checkpoint are
+damaged. What must hold: a life goes on from the step that was reported saved last, or from the one
+before if that was damaged; signals lose nothing; the log has every step once. Exit status 1 if
+anything does not hold.
 
-On a file system of less than 1 GiB a disk is really filled; elsewhere the process may write no larger files. For the first:
+On a file system of less than 1 GiB a disk is really filled; elsewhere the process may write no
+larger files. For the first:
 
     mount -t tmpfs -o size=200m tmpfs DIR
 """
@@ -31,12 +33,35 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = (8, 4, 1, 8)
-ENDINGS = ("kill", "kill", "kill", "term", "interrupt", "full disk", "damage")  # "damage": a kill, then the newest step is hurt
-TRAINING = ("num_steps=1000000", "batch_size=32", "checkpoint_every=20", "log_every=1", "sample_every=0", "evaluation.kind=none")
-MODEL = ("width=32", "encoder_depth=1", "predictor_depth=1", "denoiser_depth=1", "denoiser_width=32", "scan_unroll=1")
+ENDINGS = (
+    "kill",
+    "kill",
+    "kill",
+    "term",
+    "interrupt",
+    "full disk",
+    "damage",
+)  # "damage": a kill, then the newest step is hurt
+TRAINING = (
+    "num_steps=1000000",
+    "batch_size=32",
+    "checkpoint_every=20",
+    "log_every=1",
+    "sample_every=0",
+    "evaluation.kind=none",
+)
+MODEL = (
+    "width=32",
+    "encoder_depth=1",
+    "predictor_depth=1",
+    "denoiser_depth=1",
+    "denoiser_width=32",
+    "scan_unroll=1",
+)
 FLAGS = [*(f"--config.{flag}" for flag in TRAINING), *(f"--config.model.{flag}" for flag in MODEL)]
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles sooner
-ROOM = 30_000  # bytes by which the log may grow when the disk is about to be full; less than a checkpoint has
+# bytes by which the log may grow when the disk is about to be full; less than a checkpoint has
+ROOM = 30_000
 SMALL = 2**30  # bytes of a file system that may be filled
 
 
@@ -55,7 +80,9 @@ class Life:
     to_first_step: float | None = None  # seconds
     to_end: float | None = None  # seconds from the signal to the end
     lasted: float = 0.0  # seconds
-    blocked: list[float] = dataclasses.field(default_factory=list)  # seconds that saves took from training
+    blocked: list[float] = dataclasses.field(
+        default_factory=list
+    )  # seconds that saves took from training
 
 
 class Child:
@@ -69,9 +96,18 @@ class Child:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [sys.executable, "-u", "-m", "djepa_jax.main", "--config=configs/digits.py", f"--workdir={folder / 'run'}"]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "djepa_jax.main",
+            "--config=configs/digits.py",
+            f"--workdir={folder / 'run'}",
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen([*command, *FLAGS], cwd=ROOT, env=os.environ | settings, **pipes)
+        self.process = subprocess.Popen(
+            [*command, *FLAGS], cwd=ROOT, env=os.environ | settings, **pipes
+        )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -141,7 +177,9 @@ def live(folder: pathlib.Path, ending: str, devices: int, rng: random.Random) ->
 
 @contextlib.contextmanager
 def ballast(folder: pathlib.Path, left: int):
-    """Fill a small file system but for `left` bytes, and keep it so until the end of the context."""
+    """Fill a small file system but for `left` bytes, and keep it so until the end of the
+    context.
+    """
     path, stop = folder / "ballast", threading.Event()
 
     def fill():
@@ -160,11 +198,15 @@ def ballast(folder: pathlib.Path, left: int):
 
 
 def damage(run: pathlib.Path, rng: random.Random) -> int | None:
-    """Hurt a file of the newest sealed step; returns the step before it, or None where there are not two."""
+    """Hurt a file of the newest sealed step; returns the step before it, or None where there are
+    not two.
+    """
     steps = sorted(int(path.parent.name) for path in run.glob("checkpoints/*/manifest.json"))
     if len(steps) < 2:
         return None
-    path = rng.choice(sorted(path for path in (run / "checkpoints" / str(steps[-1])).rglob("*") if path.is_file()))
+    path = rng.choice(
+        sorted(path for path in (run / "checkpoints" / str(steps[-1])).rglob("*") if path.is_file())
+    )
     data = bytearray(path.read_bytes())
     how = rng.choice(("flip", "cut", "remove"))
     if how == "remove" or not data:
@@ -178,18 +220,27 @@ def damage(run: pathlib.Path, rng: random.Random) -> int | None:
 
 
 def check(life: Life, known: int) -> list[str]:
-    """What does not hold of a life; `known` is the newest step that was saved and not damaged since."""
+    """What does not hold of a life; `known` is the newest step that was saved and not damaged
+    since.
+    """
     wrong = []
     if life.to_first_step is not None and life.resumed != known:
-        wrong.append(f"went on from step {life.resumed}, though step {known} was the newest good one")
+        wrong.append(
+            f"went on from step {life.resumed}, though step {known} was the newest good one"
+        )
     if life.ending in ("term", "interrupt") and (life.status != 0 or life.saved < life.last):
-        wrong.append(f"ended with status {life.status} at step {life.last}, step {life.saved} saved: {life.error}")
+        wrong.append(
+            f"ended with status {life.status} at step {life.last}, step {life.saved} saved: "
+            f"{life.error}"
+        )
     if life.ending == "full disk" and (life.status != 2 or "make room" not in life.error.lower()):
         wrong.append(f"a full disk ended with status {life.status}: {life.error}")
     return wrong
 
 
-def soak(folder: pathlib.Path, minutes: float, seed: int, say=print) -> tuple[list[Life], list[str]]:
+def soak(
+    folder: pathlib.Path, minutes: float, seed: int, say=print
+) -> tuple[list[Life], list[str]]:
     """Live until the time is up, then once more in peace; the lives, and what did not hold."""
     rng, lives, wrong, known, run = random.Random(seed), [], [], 0, folder / "run"
     deadline, ending = time.monotonic() + 60 * minutes, ""
@@ -197,11 +248,16 @@ def soak(folder: pathlib.Path, minutes: float, seed: int, say=print) -> tuple[li
         ending = rng.choice(ENDINGS) if time.monotonic() < deadline else "last"
         life = live(folder, ending.replace("last", "term"), DEVICES[len(lives) % len(DEVICES)], rng)
         found = check(life, known)
-        if life.to_first_step is not None or life.saved:  # one killed before that may not have met the damage
+        if (
+            life.to_first_step is not None or life.saved
+        ):  # one killed before that may not have met the damage
             known = recorded(run)
         if life.saved > known:
             found.append(f"step {life.saved} was reported saved, {known} is on record")
-        what = f"{life.ending}, {life.devices} devices, steps {life.resumed} to {life.last}, saved {known}"
+        what = (
+            f"{life.ending}, {life.devices} devices, steps {life.resumed} to {life.last}, saved "
+            f"{known}"
+        )
         say(f"life {len(lives) + 1}: {what}", *found, flush=True)
         wrong += [f"life {len(lives) + 1}: {text}" for text in found]
         lives.append(life)
@@ -223,21 +279,34 @@ def check_log(run: pathlib.Path, last: int) -> list[str]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if line["step"] <= last]
     complete = steps == list(range(1, last + 1))
-    wrong = [] if complete else [f"the log of {last} saved steps has {len(steps)} lines, or another order"]
-    return wrong + [f"step {line['step']} has no finite loss" for line in lines if line["loss"] is None]
+    wrong = (
+        []
+        if complete
+        else [f"the log of {last} saved steps has {len(steps)} lines, or another order"]
+    )
+    return wrong + [
+        f"step {line['step']} has no finite loss" for line in lines if line["loss"] is None
+    ]
 
 
 def describe(lives: list[Life], wrong: list[str], minutes: float) -> str:
     """The report as Markdown."""
-    counts = {ending: sum(life.ending == ending for life in lives) for ending in dict.fromkeys(ENDINGS)}
-    lost = [max(0, a.last - b.resumed) for a, b in zip(lives, lives[1:], strict=False) if b.to_first_step and a.ending == "kill"]
+    counts = {
+        ending: sum(life.ending == ending for life in lives) for ending in dict.fromkeys(ENDINGS)
+    }
+    lost = [
+        max(0, a.last - b.resumed)
+        for a, b in zip(lives, lives[1:], strict=False)
+        if b.to_first_step and a.ending == "kill"
+    ]
     first = [life.to_first_step for life in lives if life.to_first_step]
     blocked = [seconds for life in lives for seconds in life.blocked]
     ended = [life.to_end for life in lives if life.ending in ("term", "interrupt")]
     idle = sum(blocked) + sum(ended) + sum(life.to_first_step or life.lasted for life in lives)
     rows = {
         "minutes": f"{minutes:.0f}",
-        "lives": f"{len(lives)} ({', '.join(f'{count} {ending}' for ending, count in counts.items())})",
+        "lives": f"{len(lives)} "
+        f"({', '.join(f'{count} {ending}' for ending, count in counts.items())})",
         "devices": f"{' -> '.join(map(str, DEVICES))}, in turn",
         "steps of the run at the end": f"{max(life.last for life in lives):,}",
         "promises broken": f"{len(wrong)}",
@@ -245,7 +314,8 @@ def describe(lives: list[Life], wrong: list[str], minutes: float) -> str:
         "seconds from the command to the first step": _spread(first, "{:.1f}"),
         "seconds that a save kept training waiting": _spread(blocked, "{:.2f}"),
         "seconds from SIGTERM or Ctrl-C to the end": _spread(ended, "{:.1f}"),
-        "share of the time not spent training": f"{idle / (60 * minutes):.0%} (starts, saves, ends)",
+        "share of the time not spent training": f"{idle / (60 * minutes):.0%} (starts, saves, "
+        "ends)",
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join([*table, *(f"- {text}" for text in wrong)]) + "\n"
@@ -260,7 +330,9 @@ def _spread(values: list[float], form: str) -> str:
 
 def main() -> int:
     """Read the flags, soak, write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/soak"))
     parser.add_argument("--seed", type=int, default=0)

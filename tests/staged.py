@@ -5,8 +5,8 @@ import pathlib
 from caches import write_cache
 from object_store import ObjectStore
 
-from djepa_jax import staging
-from djepa_jax.staging import local_copy
+from djepa_jax.runtime import staging
+from djepa_jax.runtime.staging import local_copy
 
 URL = "gs://bucket/data/cache"
 LATENTS = (

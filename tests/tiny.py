@@ -35,13 +35,20 @@ def load_config(name: str, *extra: str):
     """A shipped config by name, perhaps with :variant, with further flags."""
     file, _, variant = name.partition(":")
     return parse(
-        ["djepa_jax", f"--config={CONFIGS / file}.py" + (f":{variant}" if variant else ""), "--workdir=unused", *extra]
+        [
+            "djepa_jax",
+            f"--config={CONFIGS / file}.py" + (f":{variant}" if variant else ""),
+            "--workdir=unused",
+            *extra,
+        ]
     ).config
 
 
 def tiny_config(*extra: str, variant: str = "flow"):
     """The tiny digits config with further flags."""
-    return parse(["djepa_jax", f"--config={CONFIG}:{variant}", "--workdir=unused", *TINY, *extra]).config
+    return parse(
+        ["djepa_jax", f"--config={CONFIG}:{variant}", "--workdir=unused", *TINY, *extra]
+    ).config
 
 
 def run(*arguments: str) -> int:

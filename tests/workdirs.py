@@ -9,8 +9,8 @@ import orbax.checkpoint as ocp
 from processes import Training
 from tiny import CONFIG, TINY
 
-from djepa_jax.optimizer import path_name
-from djepa_jax.orbax_io import stored_arrays
+from djepa_jax.checkpoints.orbax_io import stored_arrays
+from djepa_jax.core.optimizer import path_name
 
 STEPS, EVERY = 40, 20
 # All runs have these, so that they share one compiled step.
@@ -23,19 +23,31 @@ def compiled() -> str:
 
 
 def run(workdir: pathlib.Path, *arguments: str, **troubles) -> tuple[int, str]:
-    """Train in a process of its own to the end: exit status and output. It saves every `EVERY` steps."""
+    """Train in a process of its own to the end: exit status and output. It saves every `EVERY`
+    steps.
+    """
     return Training(
-        compiled(), *RUN, f"--config.checkpoint_every={EVERY}", f"--workdir={workdir}", *arguments, **troubles
+        compiled(),
+        *RUN,
+        f"--config.checkpoint_every={EVERY}",
+        f"--workdir={workdir}",
+        *arguments,
+        **troubles,
     ).finish()
 
 
 def arrays(workdir: pathlib.Path, step: int = STEPS) -> dict[str, np.ndarray]:
     """Every array of a step, by path."""
     folder = workdir / "checkpoints" / str(step) / "state"
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored_arrays(folder))
+    restore_args = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored_arrays(folder)
+    )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        path_name(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same_arrays(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -48,7 +60,9 @@ def assert_same_arrays(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
 def digest(folder: pathlib.Path) -> dict[str, str]:
     """Every file and folder below one, but for the lock's file."""
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
         for path in sorted(folder.rglob("*"))
         if path.name != ".lock"
     }

@@ -1,11 +1,21 @@
-"""Encoded images of any kind -> upright RGB, and the centre crop that ImageNet results are measured with."""
+"""Encoded images of any kind -> upright RGB, and the centre crop that ImageNet results are measured
+with.
+"""
 
 import io
 
 import numpy as np
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # no others: Pillow can be made to run programs for some
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "PPM",
+    "TIFF",
+)  # no others: Pillow can be made to run programs for some
 MAX_ASPECT = 64  # of the sides of an image; more is cut from the ends before anything is enlarged
 BITS_PER_SAMPLE = 258  # TIFF tag
 ORIENTATION = 0x0112  # EXIF tag
@@ -29,34 +39,42 @@ class BrokenImage(ValueError):
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     """Decode an image file into RGB, turned upright as its EXIF data says.
 
-    Transparent parts show white, 16-bit gray is scaled to 8 bits, an animation gives its first frame.
+    Transparent parts show white, 16-bit gray is scaled to 8 bits, an animation gives its first
+    frame.
 
     Raises:
-        BrokenImage: not an image, cut off, of values with an unknown range, or of more than `max_pixels` pixels;
-            the last is found before anything is decoded.
+        BrokenImage: not an image, cut off, of values with an unknown range, or of more than
+            `max_pixels` pixels; the last is found before anything is decoded.
     """
     try:
         image = _open(data)
         if image.width * image.height > max_pixels:
-            raise BrokenImage(f"it has {image.width} x {image.height} pixels, the limit is {max_pixels} in all")
+            raise BrokenImage(
+                f"it has {image.width} x {image.height} pixels, the limit is {max_pixels} in all"
+            )
         image.load()
         return _turn_upright(_to_rgb(image), image)
     except BrokenImage:
         raise
-    except Exception as error:  # damaged files make Pillow's readers fail in ways that nobody has listed
+    except (
+        Exception
+    ) as error:  # damaged files make Pillow's readers fail in ways that nobody has listed
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _open(data: bytes) -> Image.Image:
     """Read the header.
 
-    Not `Image.open`, which judges the size by a limit of its own, with a warning that cannot be caught in threads.
+    Not `Image.open`, which judges the size by a limit of its own, with a warning that cannot be
+    caught in threads.
     """
     for name in FORMATS:
         factory, accepts = Image.OPEN[name]
         if accepts(data[:16]) is True:
             return factory(io.BytesIO(data), "")
-    raise BrokenImage(f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file" if data else "it is empty")
+    raise BrokenImage(
+        f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file" if data else "it is empty"
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -75,7 +93,9 @@ def _wide_gray_to_rgb(image: Image.Image) -> Image.Image:
     bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
     top = 2**bits - 1
     if bits > 16 or values.min() < 0 or values.max() > top:
-        raise BrokenImage("it holds whole numbers of more than 16 bits or with a sign, whose range is not known")
+        raise BrokenImage(
+            "it holds whole numbers of more than 16 bits or with a sign, whose range is not known"
+        )
     gray = ((values * 255 + top // 2) // top).astype(np.uint8)
     if "transparency" in image.info:
         gray[values == image.info["transparency"]] = 255
@@ -84,7 +104,9 @@ def _wide_gray_to_rgb(image: Image.Image) -> Image.Image:
 
 def _turn_upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     try:
-        orientation = original.getexif().get(ORIENTATION)  # after loading, when TIFF files have been turned already
+        orientation = original.getexif().get(
+            ORIENTATION
+        )  # after loading, when TIFF files have been turned already
     except Exception:  # the pixels are whole, whatever is wrong with the note on them
         return rgb
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
@@ -93,20 +115,24 @@ def _turn_upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """The middle square of an RGB image, as ADM and its successors cut it: uint8 `[size, size, 3]`.
 
-    Halved with a box filter while the short side is at least twice `size`, then resized to it with a bicubic filter.
-    Small images are enlarged.
+    Halved with a box filter while the short side is at least twice `size`, then resized to it with
+    a bicubic filter. Small images are enlarged.
     """
     image = _shorten(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image)[top : top + size, left : left + size]
 
 
 def _shorten(image: Image.Image) -> Image.Image:
-    """Cut the ends off a strip: a line of pixels would be enlarged to more than the memory holds."""
+    """Cut the ends off a strip: a line of pixels would be enlarged to more than the memory
+    holds.
+    """
     longest = MAX_ASPECT * min(image.size)
     left, top = max(0, image.width - longest) // 2, max(0, image.height - longest) // 2
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from djepa_jax.class_names import IMAGENET, imagenet
+from djepa_jax.config.class_names import IMAGENET, imagenet
 from djepa_jax.data.images import BrokenImage, center_crop, decode_image, to_channels
 
 MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which decodes into 200 MB
@@ -27,7 +27,9 @@ class DataError(ValueError):
 
 
 class Records(Protocol):
-    """Random access to encoded images with labels; must pickle, and be readable from several threads."""
+    """Random access to encoded images with labels; must pickle, and be readable from several
+    threads.
+    """
 
     labels: np.ndarray | None
     """All labels `[n]`, where they are known without reading the images."""
@@ -53,21 +55,28 @@ class Records(Protocol):
         """What an image is called in messages."""
 
     def digest(self) -> str:
-        """A checksum of what is there: names, and what is cheap to know besides; not of where it lies."""
+        """A checksum of what is there: names, and what is cheap to know besides; not of where it
+        lies.
+        """
 
 
 def checksum(*parts: str | np.ndarray) -> str:
     """The sha256 of texts and arrays, one after the other with their sizes."""
     digest = hashlib.sha256()
     for part in parts:
-        array = np.frombuffer(part.encode(errors="surrogateescape"), np.uint8) if isinstance(part, str) else part
+        array = (
+            np.frombuffer(part.encode(errors="surrogateescape"), np.uint8)
+            if isinstance(part, str)
+            else part
+        )
         digest.update(f"{array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
 class ImageSource:
-    """A source over `Records`: every example is decoded, cropped to a square and given its channels.
+    """A source over `Records`: every example is decoded, cropped to a square and given its
+    channels.
 
     Args:
         records: the encoded images.
@@ -76,7 +85,9 @@ class ImageSource:
         max_pixels: images of more count as broken.
     """
 
-    def __init__(self, records: Records, shape: Sequence[int], num_classes: int, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self, records: Records, shape: Sequence[int], num_classes: int, max_pixels: int = MAX_PIXELS
+    ):
         self.records, self.num_classes, self.max_pixels = records, num_classes, max_pixels
         self.size, _, self.channels = shape
 
@@ -97,7 +108,9 @@ class ImageSource:
         return {"image": to_channels(pixels, self.channels), "label": np.int32(label)}
 
     def _read(self, index: int) -> tuple[bytes, int]:
-        """An image file and its label. Storage that fails says nothing about the image, so it is asked again."""
+        """An image file and its label. Storage that fails says nothing about the image, so it is
+        asked again.
+        """
         for wait in (*WAITS, None):
             try:
                 return self.records[index]
@@ -105,10 +118,14 @@ class ImageSource:
                 reason = error.strerror or str(error)
                 if wait is None:
                     raise DataError(
-                        f"{self.key(index)} cannot be read ({reason}), after {len(WAITS) + 1} attempts; nothing was left out "
-                        f"for it. Run the same command again once its storage answers; if it stays so, {self.records.remedy}."
+                        f"{self.key(index)} cannot be read ({reason}), after {len(WAITS) + 1} "
+                        "attempts; nothing was left out "
+                        "for it. Run the same command again once its storage answers; if it "
+                        f"stays so, {self.records.remedy}."
                     ) from error
-            logger.warning("%s cannot be read (%s); trying again in %s s", self.key(index), reason, wait)
+            logger.warning(
+                "%s cannot be read (%s); trying again in %s s", self.key(index), reason, wait
+            )
             time.sleep(wait)
 
     def digest(self) -> str:
@@ -133,8 +150,8 @@ class ImageSource:
 class Robust:
     """An `ImageSource` that gives the next readable image in the place of a broken one.
 
-    Which image that is depends on the index alone, so the order of examples stays a function of the seed. Broken
-    images are logged once and counted, in each process for itself.
+    Which image that is depends on the index alone, so the order of examples stays a function of the
+    seed. Broken images are logged once and counted, in each process for itself.
 
     Args:
         source: the images.
@@ -142,7 +159,9 @@ class Robust:
         limit: what the setting of `max_broken` is called.
     """
 
-    def __init__(self, source: ImageSource, max_broken: int = MAX_BROKEN, limit: str = "data.max_broken"):
+    def __init__(
+        self, source: ImageSource, max_broken: int = MAX_BROKEN, limit: str = "data.max_broken"
+    ):
         self.source, self.max_broken, self._limit = source, max_broken, limit
         self._broken: dict[int, str] = {}  # why, by index
         self._lock = threading.Lock()
@@ -175,14 +194,21 @@ class Robust:
             count = len(self._broken)
         if count > self.max_broken:
             raise self._error()
-        logger.warning("skipping %s: %s (broken image %d, %d allowed)", self.key(position), reason, count, self.max_broken)
+        logger.warning(
+            "skipping %s: %s (broken image %d, %d allowed)",
+            self.key(position),
+            reason,
+            count,
+            self.max_broken,
+        )
 
     def _error(self) -> DataError:
         broken = self.broken
         shown = "; ".join(f"{key}: {reason}" for key, reason in list(broken.items())[:SHOWN])
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         return DataError(
-            f"{len(broken)} of {len(self)} images cannot be read, {self.max_broken} are allowed: {shown}{more}. "
+            f"{len(broken)} of {len(self)} images cannot be read, {self.max_broken} are allowed: "
+            f"{shown}{more}. "
             f"Repair or remove them, or raise {self._limit}."
         )
 
@@ -224,7 +250,12 @@ class Renumbered:
     """
 
     def __init__(self, records: Records, numbers: np.ndarray, class_names: tuple[str, ...]):
-        self.records, self.numbers, self.class_names, self.remedy = records, numbers, class_names, records.remedy
+        self.records, self.numbers, self.class_names, self.remedy = (
+            records,
+            numbers,
+            class_names,
+            records.remedy,
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -232,7 +263,10 @@ class Renumbered:
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         data, label = self.records[index]
         if not 0 <= label < len(self.numbers):
-            raise DataError(f"{self.key(index)} is of class {label}, but only classes 0 to {len(self.numbers) - 1} have a name.")
+            raise DataError(
+                f"{self.key(index)} is of class {label}, but only classes 0 to "
+                f"{len(self.numbers) - 1} have a name."
+            )
         return data, int(self.numbers[label])
 
     @property
@@ -249,11 +283,14 @@ class Renumbered:
         return checksum(self.records.digest(), self.numbers)
 
 
-def match_classes(records: Records, num_classes: int, names: str | Sequence[str], where: str) -> Records:
+def match_classes(
+    records: Records, num_classes: int, names: str | Sequence[str], where: str
+) -> Records:
     """The records with their labels as the config counts classes.
 
-    Where classes have names, those must fit: with the ImageNet names they must be WordNet ids, which say what they are, so
-    that some may be absent; otherwise there must be `num_classes` of them.
+    Where classes have names, those must fit: with the ImageNet names they must be WordNet ids,
+    which say what they are, so that some may be absent; otherwise there must be `num_classes` of
+    them.
 
     Args:
         records: the images.
@@ -270,20 +307,30 @@ def match_classes(records: Records, num_classes: int, names: str | Sequence[str]
     if names == IMAGENET:
         return _by_wordnet_id(records, where)
     if len(own) != num_classes:
-        remedy = f"set --config.data.num_classes={len(own)}, or {'remove' if len(own) > num_classes else 'add'} classes"
-        raise DataError(f"{where} holds {len(own)} classes ({_shown(own)}), data.num_classes is {num_classes}; {remedy}.")
+        remedy = (
+            f"set --config.data.num_classes={len(own)}, or "
+            f"{'remove' if len(own) > num_classes else 'add'} classes"
+        )
+        raise DataError(
+            f"{where} holds {len(own)} classes ({_shown(own)}), data.num_classes is "
+            f"{num_classes}; {remedy}."
+        )
     return records
 
 
 def _by_wordnet_id(records: Records, where: str) -> Records:
-    """Records with the labels of ImageNet. Raises DataError for classes that are not called by WordNet ids."""
+    """Records with the labels of ImageNet. Raises DataError for classes that are not called by
+    WordNet ids.
+    """
     known = {wnid: number for number, (wnid, _) in enumerate(imagenet())}
     own = records.class_names
     foreign = next((name for name in own if name not in known), None)
     if foreign is not None:
         raise DataError(
-            f'data.class_names is "{IMAGENET}", but {where} holds the class "{foreign}", which is not the WordNet id of one of '
-            f"ImageNet's 1000 classes, such as n01440764; remove it, or, for classes of your own, set "
+            f'data.class_names is "{IMAGENET}", but {where} holds the class "{foreign}", which is '
+            "not the WordNet id of one of "
+            "ImageNet's 1000 classes, such as n01440764; remove it, or, for classes of your own, "
+            "set "
             f"--config.data.num_classes={len(own)} --config.data.class_names="
         )
     numbers = np.array([known[name] for name in own], np.int32)
@@ -305,4 +352,7 @@ def check_labels(labels: Sequence[int] | np.ndarray | None, num_classes: int) ->
 
 def label_error(what: str, label: int, num_classes: int) -> DataError:
     """The error for a label out of range; `what` comes before "class N"."""
-    return DataError(f"{what} class {label}, data.num_classes is {num_classes}; labels run from 0 to num_classes - 1.")
+    return DataError(
+        f"{what} class {label}, data.num_classes is {num_classes}; labels run from 0 to "
+        "num_classes - 1."
+    )

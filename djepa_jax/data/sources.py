@@ -15,9 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
-from djepa_jax.data.folders import open_folder
-from djepa_jax.data.latents import DTYPES, LatentCache, check_cache, read_metadata
-from djepa_jax.data.npz import read_npz
+from djepa_jax.data.arrays import read_npz
+from djepa_jax.data.image_folder import open_folder
+from djepa_jax.data.latent_cache import DTYPES, LatentCache, check_cache, read_metadata
 from djepa_jax.data.records import (
     ANY_CLASS,
     MAX_BROKEN,
@@ -29,9 +29,9 @@ from djepa_jax.data.records import (
     checksum,
     match_classes,
 )
-from djepa_jax.data.tars import open_tars
-from djepa_jax.data.tfds_source import open_tfds
-from djepa_jax.staging import local_source, reachable
+from djepa_jax.data.tfds import open_tfds
+from djepa_jax.data.webdataset import open_tars
+from djepa_jax.runtime.staging import local_source, reachable
 
 
 class Source(Protocol):
@@ -62,8 +62,12 @@ class ArraySource:
 
 
 def load_digits() -> ArraySource:
-    """The 1,797 handwritten 8 x 8 digits that ship inside scikit-learn, 0..16 spread over 0..255."""
-    from sklearn.datasets import load_digits as load  # a second of import that other sources do not need
+    """The 1,797 handwritten 8 x 8 digits that ship inside scikit-learn, 0..16 spread over
+    0..255.
+    """
+    from sklearn.datasets import (
+        load_digits as load,
+    )  # a second of import that other sources do not need
 
     digits = load()
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # [1797, 8, 8, 1]
@@ -71,7 +75,8 @@ def load_digits() -> ArraySource:
 
 
 def load_npz(path: str, key: str = "data.path") -> ArraySource:
-    """Arrays `images` (or `latents`) and `labels` of an npz file; images without a channel axis get one.
+    """Arrays `images` (or `latents`) and `labels` of an npz file; images without a channel axis get
+    one.
 
     Args:
         path: the file.
@@ -82,12 +87,17 @@ def load_npz(path: str, key: str = "data.path") -> ArraySource:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise ValueError(f'{key} is "{path}", where there is no file; name an npz file with arrays "images" and "labels".')
+        raise ValueError(
+            f'{key} is "{path}", where there is no file; name an npz file with arrays "images" '
+            'and "labels".'
+        )
     try:
         images, labels = read_npz(file, ("latents", "images"), ("labels",))
-    except Exception as error:  # damaged files make zip, its compressors and numpy fail in ways that nobody has listed
+    # damaged files make zip, its compressors and numpy fail in ways that nobody has listed
+    except Exception as error:
         raise ValueError(
-            f'{key} "{path}" is not an npz file with arrays "images" (or "latents") and "labels": {error}'
+            f'{key} "{path}" is not an npz file with arrays "images" (or "latents") and "labels": '
+            f"{error}"
         ) from error
     _check_arrays(path, images, labels)
     return ArraySource(images if images.ndim == 4 else images[..., None], labels)
@@ -96,15 +106,19 @@ def load_npz(path: str, key: str = "data.path") -> ArraySource:
 def _check_arrays(path: str, images: np.ndarray, labels: np.ndarray) -> None:
     if images.ndim not in (3, 4) or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
-            f'"{path}" holds {images.dtype} images of shape {images.shape} and {labels.dtype} labels of shape {labels.shape}; '
+            f'"{path}" holds {images.dtype} images of shape {images.shape} and {labels.dtype} '
+            f"labels of shape {labels.shape}; "
             "it needs images [n, H, W, C] and one whole number per image as labels [n]."
         )
     if len(images) != len(labels) or len(images) == 0:
         raise ValueError(
-            f'"{path}" holds {len(images)} images and {len(labels)} labels; it needs as many of one as of the other.'
+            f'"{path}" holds {len(images)} images and {len(labels)} labels; it needs as many of '
+            "one as of the other."
         )
     if images.dtype.kind == "f" and not np.isfinite(images).all():
-        raise ValueError(f'"{path}" holds values that are not finite; find and remove those examples.')
+        raise ValueError(
+            f'"{path}" holds values that are not finite; find and remove those examples.'
+        )
 
 
 def open_source(
@@ -126,17 +140,21 @@ def open_source(
         path: where its data is; what can be written is told by the function that reads it.
         modality: tells what examples must look like; images in files are cropped to that.
         num_classes: labels run from 0 to one less; `ANY_CLASS` where they do not matter.
-        class_names: as `config.data.class_names`; must fit the names of the data's classes, if those have some.
+        class_names: as `config.data.class_names`; must fit the names of the data's classes, if
+            those have some.
         max_pixels: image files of more count as broken.
         max_broken: broken image files that may be skipped.
         group: where in the config the settings are, for messages.
         staging: as `config.data.staging`.
 
     Raises:
-        ValueError: unknown name, missing data, examples of another shape, classes that do not fit, too many broken images.
+        ValueError: unknown name, missing data, examples of another shape, classes that do not fit,
+            too many broken images.
     """
     if name not in SOURCES:
-        raise ValueError(f'{group}.source is "{name}"; it must be one of {", ".join(sorted(SOURCES))}.')
+        raise ValueError(
+            f'{group}.source is "{name}"; it must be one of {", ".join(sorted(SOURCES))}.'
+        )
     _check_path(name, path, group)
     path = local_source(name, path, staging, group)
     if name == "synthetic":
@@ -162,11 +180,13 @@ def _check_path(name: str, path: str, group: str) -> None:
     make = ""
     if name == "latents":
         make = (
-            "; make one with --mode=prepare --workdir=CACHE --config.prepare.path=IMAGES --config.autoencoder.path=WEIGHTS, or "
+            "; make one with --mode=prepare --workdir=CACHE --config.prepare.path=IMAGES "
+            "--config.autoencoder.path=WEIGHTS, or "
             "of ImageNet's archives with launch/prepare_imagenet.sh"
         )
     raise DataError(
-        f'{group}.path is empty, and {group}.source is "{name}"; name {WHAT[name]} with --config.{group}.path=PATH{make}.'
+        f'{group}.path is empty, and {group}.source is "{name}"; name {WHAT[name]} with '
+        f"--config.{group}.path=PATH{make}."
     )
 
 
@@ -175,8 +195,10 @@ def _check_image_modality(name: str, modality) -> None:
     height, width, channels = modality.example_shape
     if modality.example_dtype != np.uint8 or height != width or channels not in (1, 3):
         raise DataError(
-            f'data.source "{name}" gives square uint8 images with 1 or 3 channels, the config expects '
-            f"{modality.example_dtype} examples of shape {(height, width, channels)}; choose another data.modality or "
+            f'data.source "{name}" gives square uint8 images with 1 or 3 channels, the config '
+            "expects "
+            f"{modality.example_dtype} examples of shape {(height, width, channels)}; choose "
+            "another data.modality or "
             'data.channels, or data.source "npz".'
         )
 
@@ -190,17 +212,25 @@ def open_data(config, modality) -> Source:
     data = config.data
     if data.source == "latents":
         _check_path(data.source, data.path, "data")
-        check_cache(read_metadata(reachable(data.path)), data)  # names every difference, where an array tells of one
+        check_cache(
+            read_metadata(reachable(data.path)), data
+        )  # names every difference, where an array tells of one
     num_classes = ANY_CLASS if data.unconditional else data.num_classes
     path = local_source(data.source, data.path, data.staging)
     names = data.class_names
     if data.source == "latents":
-        check_cache(read_metadata(pathlib.Path(path)), data)  # of the copy, should the bucket's have changed since
-    source = open_source(data.source, path, modality, num_classes, class_names=names, max_broken=data.max_broken)
+        check_cache(
+            read_metadata(pathlib.Path(path)), data
+        )  # of the copy, should the bucket's have changed since
+    source = open_source(
+        data.source, path, modality, num_classes, class_names=names, max_broken=data.max_broken
+    )
     if data.random_flip and data.modality == "image_latents" and "mirror" not in source[0]:
         raise DataError(
-            f'data.random_flip is True, but data.path "{data.path}" holds latents without those of the mirror images, which '
-            "only an autoencoder can make; set --config.data.random_flip=False, or use a cache that --mode=prepare made."
+            f'data.random_flip is True, but data.path "{data.path}" holds latents without those '
+            "of the mirror images, which "
+            "only an autoencoder can make; set --config.data.random_flip=False, or use a cache "
+            "that --mode=prepare made."
         )
     return Unlabelled(source) if data.unconditional else source
 
@@ -229,13 +259,20 @@ class Unlabelled:
 
 
 class Synthetic:
-    """Made-up examples, noise around a value of their class, for trying a configuration without data.
+    """Made-up examples, noise around a value of their class, for trying a configuration without
+    data.
 
-    Latents come as a cache has them: moments, of which training draws a sample, and those of a mirror image.
+    Latents come as a cache has them: moments, of which training draws a sample, and those of a
+    mirror image.
     """
 
     def __init__(self, modality, num_classes: int, count: int = 512):
-        self.shape, self.dtype, self.num_classes, self.count = modality.example_shape, modality.example_dtype, num_classes, count
+        self.shape, self.dtype, self.num_classes, self.count = (
+            modality.example_shape,
+            modality.example_dtype,
+            num_classes,
+            count,
+        )
         self.labels = np.arange(count) % num_classes
 
     def __len__(self) -> int:
@@ -246,17 +283,28 @@ class Synthetic:
         rng, label = np.random.default_rng(index), index % self.num_classes
         values = rng.standard_normal(self.shape) + np.sin(1 + label)
         if self.dtype == np.uint8:
-            return {"image": np.clip(128 + 40 * values, 0, 255).astype(np.uint8), "label": np.int32(label)}
+            return {
+                "image": np.clip(128 + 40 * values, 0, 255).astype(np.uint8),
+                "label": np.int32(label),
+            }
         maps = {"image": values, "mirror": values[:, ::-1]}
-        return {name: synthetic_moments(mean) for name, mean in maps.items()} | {"label": np.int32(label)}
+        return {name: synthetic_moments(mean) for name, mean in maps.items()} | {
+            "label": np.int32(label)
+        }
 
 
 def synthetic_moments(mean: np.ndarray) -> np.ndarray:
-    """Means and log variances `[h, w, 2c]` of a made-up posterior around `mean`, in the type of a cache."""
+    """Means and log variances `[h, w, 2c]` of a made-up posterior around `mean`, in the type of a
+    cache.
+    """
     return np.concatenate([mean, np.full(mean.shape, -2.0)], axis=-1).astype(DTYPES["bfloat16"])
 
 
-ARRAY_SOURCES = {"digits": lambda path, key: load_digits(), "npz": load_npz, "latents": lambda path, key: LatentCache(path)}
+ARRAY_SOURCES = {
+    "digits": lambda path, key: load_digits(),
+    "npz": load_npz,
+    "latents": lambda path, key: LatentCache(path),
+}
 FILE_SOURCES = {"folder": open_folder, "tar": open_tars, "tfds": open_tfds}
 SOURCES = {"synthetic", *ARRAY_SOURCES, *FILE_SOURCES}
 PATHLESS = {"synthetic", "digits"}

@@ -10,7 +10,12 @@ BLOCK = 512
 MAX_NAME_BYTES = 2**16  # of an extended header, which holds a long name
 FILES, FOLDER, LINKS = (b"0", b"\0", b"7"), b"5", (b"1", b"2")
 LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"L", b"K", b"x", b"g"
-PREAMBLES = (LONG_NAME, LONG_LINK, EXTENDED, GLOBAL)  # entries that tell something about the next, or about all
+PREAMBLES = (
+    LONG_NAME,
+    LONG_LINK,
+    EXTENDED,
+    GLOBAL,
+)  # entries that tell something about the next, or about all
 
 
 class Member(NamedTuple):
@@ -30,7 +35,8 @@ class _Header(NamedTuple):
 def walk_tar(fd: int, file: str, start: int = 0, stop: int | None = None) -> Iterator[Member]:
     """The files in an uncompressed tar file, in their order; nothing is unpacked.
 
-    Not with Python's `tarfile`, which takes a damaged header for the end and memory without limit for a long name.
+    Not with Python's `tarfile`, which takes a damaged header for the end and memory without limit
+    for a long name.
 
     Args:
         fd: the open file.
@@ -39,13 +45,16 @@ def walk_tar(fd: int, file: str, start: int = 0, stop: int | None = None) -> Ite
         stop: where it ends; None for the end of the file.
 
     Raises:
-        DataError: not a tar file, damaged, cut off, or with links, special files or names that lead outside.
+        DataError: not a tar file, damaged, cut off, or with links, special files or names that lead
+            outside.
     """
     position, stop, known = start, os.fstat(fd).st_size if stop is None else stop, {}
     while True:
         block = os.pread(fd, BLOCK, position)
         if position + BLOCK > stop or len(block) < BLOCK:
-            raise DataError(f'"{file}" is cut off at byte {position}, or is no tar file; make or copy it again.')
+            raise DataError(
+                f'"{file}" is cut off at byte {position}, or is no tar file; make or copy it again.'
+            )
         if not block.strip(b"\0"):
             return
         try:
@@ -55,7 +64,9 @@ def walk_tar(fd: int, file: str, start: int = 0, stop: int | None = None) -> Ite
                 raise ValueError(f'"{_text(header.name)}" claims {size} bytes, more than there are')
             extra = _read_preamble(fd, header, data) if header.kind in PREAMBLES else None
         except ValueError as error:
-            raise DataError(f'"{file}" is no uncompressed tar file, or damaged at byte {position}: {error}.') from error
+            raise DataError(
+                f'"{file}" is no uncompressed tar file, or damaged at byte {position}: {error}.'
+            ) from error
         position = data + -(-size // BLOCK) * BLOCK
         if extra is not None:
             known |= extra
@@ -79,7 +90,9 @@ def _parse_header(block: bytes, known: dict[bytes, bytes]) -> _Header:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
     if kind in PREAMBLES:
         return _Header(name, kind, size)
-    return _Header(known.get(b"path", name), kind, _number(known[b"size"]) if b"size" in known else size)
+    return _Header(
+        known.get(b"path", name), kind, _number(known[b"size"]) if b"size" in known else size
+    )
 
 
 def _number(field: bytes) -> int:
@@ -94,7 +107,10 @@ def _number(field: bytes) -> int:
 
 def _read_preamble(fd: int, header: _Header, offset: int) -> dict[bytes, bytes]:
     """What an extended header says about the file after it."""
-    if header.kind in (LONG_LINK, GLOBAL):  # links are refused anyway; a global header holds comments
+    if header.kind in (
+        LONG_LINK,
+        GLOBAL,
+    ):  # links are refused anyway; a global header holds comments
         return {}
     if header.size > MAX_NAME_BYTES:
         raise ValueError(f"an extended header claims {header.size} bytes")
@@ -103,7 +119,9 @@ def _read_preamble(fd: int, header: _Header, offset: int) -> dict[bytes, bytes]:
         return {b"path": data.split(b"\0", 1)[0]}
     found = {}
     while data:
-        length = int(data.partition(b" ")[0])  # of the record "LENGTH NAME=VALUE" and the end of its line
+        length = int(
+            data.partition(b" ")[0]
+        )  # of the record "LENGTH NAME=VALUE" and the end of its line
         name, _, value = data[:length].partition(b" ")[2].removesuffix(b"\n").partition(b"=")
         if not 5 <= length <= len(data) or name.startswith(b"GNU.sparse"):
             raise ValueError("an extended header is damaged, or describes a sparse file")
@@ -114,7 +132,9 @@ def _read_preamble(fd: int, header: _Header, offset: int) -> dict[bytes, bytes]:
 
 
 def _safe_name(file: str, header: _Header) -> str:
-    """The name of a file or folder. Raises DataError for anything that could lead out of a folder it is put into."""
+    """The name of a file or folder. Raises DataError for anything that could lead out of a folder
+    it is put into.
+    """
     name, wrong = _text(header.name), None
     if header.kind in LINKS:
         wrong = "is a link"
@@ -123,7 +143,9 @@ def _safe_name(file: str, header: _Header) -> str:
     elif not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
         wrong = "is not a path inside the archive"
     if wrong:
-        raise DataError(f'"{name}" in "{file}" {wrong}; such archives are refused, make one of plain files.')
+        raise DataError(
+            f'"{name}" in "{file}" {wrong}; such archives are refused, make one of plain files.'
+        )
     return name
 
 

@@ -1,0 +1,1 @@
+"""Which file holds which weights: saving, restoring, exporting, converting."""

@@ -1,0 +1,169 @@
+"""An autoencoder with its weights, jitted on a mesh: pictures to moments, latents to pictures."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from djepa_jax.checkpoints.convert.autoencoder import from_tensors
+from djepa_jax.checkpoints.convert.tensor_files import open_tensors
+from djepa_jax.checkpoints.integrity import file_sha256
+from djepa_jax.config.experiment import ConfigError
+from djepa_jax.core import sharding
+from djepa_jax.core.modalities.image_pixels import to_pixels, to_range
+from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, decode_tiled, split_autoencoder
+from djepa_jax.runtime.staging import local_copy
+
+TILE, OVERLAP = 64, 16  # latents; maps up to 64 x 64 (1024 pixels with KL-16) are decoded whole
+
+
+class Autoencoder:
+    """An autoencoder as `config.autoencoder` describes it. Encoding is float32, decoding in the
+    configured type.
+
+    Attributes:
+        config: shape of the networks.
+        sha256: of the weight file.
+        batch_size: images per call of a jitted function.
+
+    Raises:
+        ConfigError: no file is named, or its sha256 is not the one that is asked for.
+        SourceError, MismatchError: the file cannot be read, or is of another autoencoder.
+    """
+
+    def __init__(self, settings, mesh, staging: str = ""):
+        if not settings.path:
+            raise ConfigError(
+                "config.autoencoder.path is empty; name the weights (kl16.ckpt, or a .safetensors "
+                "file)."
+            )
+        path = local_copy(settings.path, staging, "config.autoencoder.path")
+        self.config, self._mesh = AUTOENCODERS[settings.name], mesh
+        self.sha256 = check_sha256(settings, path)
+        params = read_autoencoder(path, settings.name)
+        divisor = sharding.batch_divisor(mesh)
+        self.batch_size = -(-settings.batch_size // divisor) * divisor
+        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._encode = jax.jit(make_encoder(settings.name), out_shardings=sharding.replicated(mesh))
+        self._decode = jax.jit(
+            make_decoder(settings.name, settings.dtype), out_shardings=sharding.replicated(mesh)
+        )
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Moments of images and of their mirror images: uint8 `[n, H, W, 3]` -> float32 `[n, 2, h,
+        w, 2c]`.
+        """
+        return self._in_batches(self._encode, images)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents in the autoencoder's own scale, `[n, h, w, c]` -> uint8 `[n, H, W, 3]`."""
+        return self._in_batches(self._decode, latents)
+
+    def _in_batches(self, function: Callable, arrays: np.ndarray) -> np.ndarray:
+        """Apply a jitted function batch by batch; the last one is padded, so that one program
+        serves all.
+        """
+        place, results = sharding.batch_sharding(self._mesh), []
+        for start in range(0, len(arrays), self.batch_size):
+            chosen = np.arange(start, start + self.batch_size) % len(arrays)
+            results.append(
+                np.asarray(function(self._params, jax.device_put(arrays[chosen], place)))
+            )
+        return np.concatenate(results)[: len(arrays)]
+
+
+def makes_latents(config) -> bool:
+    """Whether a model makes latents, of which an autoencoder makes pictures."""
+    return config.data.modality == "image_latents"
+
+
+def has_autoencoder(config) -> bool:
+    """Whether a model makes latents, and the config names what makes pictures of them."""
+    return makes_latents(config) and bool(config.autoencoder.path)
+
+
+def check_sha256(settings, path: pathlib.Path) -> str:
+    """The sha256 of the weights in `path`, which `config.autoencoder` names; empty if there is no
+    such file.
+
+    Raises:
+        ConfigError: it is not the one that `config.autoencoder` asks for.
+    """
+    found = (
+        file_sha256(path) if path.is_file() else ""
+    )  # without one, reading it says what is wrong
+    if found and settings.sha256 and found != settings.sha256:
+        raise ConfigError(
+            f'config.autoencoder.path "{settings.path}" has sha256 {found}, but the latents are '
+            "those of the autoencoder with "
+            f"sha256 {settings.sha256} (config.autoencoder.sha256): another one makes wrong "
+            "pictures of them. Name that file."
+        )
+    return found
+
+
+def weights_sha256(config) -> str:
+    """As `check_sha256`, of the file that a config names; one in a bucket is copied first."""
+    return check_sha256(
+        config.autoencoder,
+        local_copy(config.autoencoder.path, config.data.staging, "config.autoencoder.path"),
+    )
+
+
+def stored_sha256(stored: dict) -> str:
+    """Of the autoencoder whose latents a stored configuration's model learned; empty where that is
+    not known.
+    """
+    return stored.get("autoencoder", {}).get("sha256", "")
+
+
+def with_autoencoder(config, sha256: str):
+    """A copy of a config in which the latents are those of the autoencoder with a certain sha256;
+    the config if that is empty.
+    """
+    if not sha256:
+        return config
+    if hasattr(config, "updated"):  # Settings
+        return config.updated({"autoencoder.sha256": sha256})
+    copy = config.copy_and_resolve_references()
+    copy.autoencoder.sha256 = sha256
+    return copy
+
+
+def read_autoencoder(path: pathlib.Path, name: str) -> dict:
+    """Parameters of the autoencoder called `name` in `AUTOENCODERS`, from a file in either known
+    layout.
+
+    Raises:
+        SourceError, MismatchError: the file cannot be read, or is of another autoencoder.
+    """
+    flag = "--config.autoencoder.path"
+    tensors = next(iter(open_tensors(path, flag).weights.values()))
+    return from_tensors(tensors, AUTOENCODERS[name], f'{flag} "{path}"')
+
+
+def make_encoder(name: str) -> Callable:
+    """The function (params, uint8 images `[B, H, W, 3]`) -> moments `[B, 2, h, w, 2c]` of image and
+    mirror image.
+    """
+    graph, _ = split_autoencoder(AUTOENCODERS[name])
+
+    def encode(params, images):
+        both = jnp.concatenate([images, images[:, :, ::-1]])  # [2B, H, W, 3]
+        moments = nnx.merge(graph, params).encode(to_range(both))
+        return jnp.stack(jnp.split(moments, 2), axis=1)
+
+    return encode
+
+
+def make_decoder(name: str, dtype: str) -> Callable:
+    """The function (params, latents `[B, h, w, c]`) -> uint8 images `[B, H, W, 3]`."""
+    graph, _ = split_autoencoder(AUTOENCODERS[name], jnp.dtype(dtype))
+
+    def decode(params, latents):
+        return to_pixels(decode_tiled(nnx.merge(graph, params).decode, latents, TILE, OVERLAP))
+
+    return decode

@@ -1,0 +1,168 @@
+"""Names and layouts of the authors' PyTorch parameters, as one table used in both directions.
+
+PyTorch linears are `[out, in]`, ours `[in, out]`; the authors number their blocks, we stack them on
+a leading layer axis; the qkv projection is `[3 D, D]` there and `[D, 3, D]` here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from einops import rearrange
+from flax import traverse_util
+
+LAYER = "{i}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one array is written by the authors (`to_official`) and by us (`from_official`)."""
+
+    from_official: Callable[[np.ndarray], np.ndarray]
+    to_official: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(np.transpose, np.transpose)
+
+
+def _split_linear(parts: int) -> Layout:
+    """A linear whose output is `parts` vectors: `[(parts out), in]` <-> `[in, parts, out]`."""
+    return Layout(
+        lambda x: rearrange(x, "(p o) i -> i p o", p=parts),
+        lambda x: rearrange(x, "i p o -> (p o) i"),
+    )
+
+
+def _split_bias(parts: int) -> Layout:
+    return Layout(
+        lambda x: rearrange(x, "(p o) -> p o", p=parts), lambda x: rearrange(x, "p o -> (p o)")
+    )
+
+
+def _leading_ones(count: int) -> Layout:
+    """An array that the authors keep behind `count` axes of length one."""
+    return Layout(lambda x: x.reshape(x.shape[count:]), lambda x: x.reshape((1,) * count + x.shape))
+
+
+def _linear(ours: str, theirs: str) -> dict:
+    return {
+        f"{ours}/kernel": (f"{theirs}.weight", LINEAR),
+        f"{ours}/bias": (f"{theirs}.bias", SAME),
+    }
+
+
+def _split(ours: str, theirs: str, parts: int) -> dict:
+    return {
+        f"{ours}/kernel": (f"{theirs}.weight", _split_linear(parts)),
+        f"{ours}/bias": (f"{theirs}.bias", _split_bias(parts)),
+    }
+
+
+def _norm(ours: str, theirs: str) -> dict:
+    return {f"{ours}/scale": (f"{theirs}.weight", SAME), f"{ours}/bias": (f"{theirs}.bias", SAME)}
+
+
+def _stack(ours: str, blocks: str, norm: str) -> dict:
+    """The blocks of one ViT and the norm behind them."""
+    inner, theirs = f"{ours}/stack/blocks", f"{blocks}.{LAYER}"
+    return {
+        **_norm(f"{inner}/attention_norm", f"{theirs}.norm1"),
+        **_split(f"{inner}/attention/qkv", f"{theirs}.attn.qkv", 3),
+        f"{inner}/attention/q_norm/scale": (f"{theirs}.attn.q_norm.weight", SAME),
+        f"{inner}/attention/k_norm/scale": (f"{theirs}.attn.k_norm.weight", SAME),
+        **_linear(f"{inner}/attention/out", f"{theirs}.attn.proj"),
+        **_norm(f"{inner}/mlp_norm", f"{theirs}.norm2"),
+        **_linear(f"{inner}/mlp/up", f"{theirs}.mlp.fc1"),
+        **_linear(f"{inner}/mlp/down", f"{theirs}.mlp.fc2"),
+        **_norm(f"{ours}/stack/norm", norm),
+    }
+
+
+# Our parameter path -> (the authors' name, layout). A name with {i} stands for one array per layer.
+OFFICIAL_NAMES: Mapping[str, tuple[str, Layout]] = {
+    "context_encoder/class_embedding/table": ("class_emb.weight", SAME),
+    "context_encoder/class_embedding/null": ("fake_latent", SAME),
+    "context_encoder/prefix_table": ("buffer", _leading_ones(1)),
+    **_linear("context_encoder/input_proj", "z_proj"),
+    "context_encoder/positions": ("encoder_pos_embed_learned", _leading_ones(1)),
+    **_norm("context_encoder/input_norm", "z_proj_ln"),
+    **_stack("context_encoder", "encoder_blocks", "encoder_norm"),
+    **_linear("predictor/input_proj", "decoder_embed"),
+    "predictor/mask_token": ("mask_token", _leading_ones(2)),
+    "predictor/positions": ("decoder_pos_embed_learned", _leading_ones(1)),
+    **_stack("predictor", "decoder_blocks", "decoder_norm"),
+    **_linear("jepa_head/up", "jepaloss.net.fc1"),
+    **_norm("jepa_head/norm", "jepaloss.net.norm"),
+    **_linear("jepa_head/down", "jepaloss.net.fc2"),
+    **_linear("denoiser/time_embedding/up", "diffloss.net.time_embed.mlp.0"),
+    **_linear("denoiser/time_embedding/down", "diffloss.net.time_embed.mlp.2"),
+    **_linear("denoiser/cond_proj", "diffloss.net.cond_embed"),
+    **_linear("denoiser/input_proj", "diffloss.net.input_proj"),
+    **_norm("denoiser/blocks/norm", f"diffloss.net.res_blocks.{LAYER}.in_ln"),
+    **_linear("denoiser/blocks/up", f"diffloss.net.res_blocks.{LAYER}.mlp.0"),
+    **_linear("denoiser/blocks/down", f"diffloss.net.res_blocks.{LAYER}.mlp.2"),
+    **_split(
+        "denoiser/blocks/modulation", f"diffloss.net.res_blocks.{LAYER}.adaLN_modulation.1", 3
+    ),
+    **_split("denoiser/final_modulation", "diffloss.net.final_layer.adaLN_modulation.1", 2),
+    **_linear("denoiser/out", "diffloss.net.final_layer.linear"),
+}
+
+
+def to_official(params: dict) -> dict[str, np.ndarray]:
+    """Our parameters (a nested dict) under the authors' names.
+
+    Raises:
+        KeyError: a path that the table does not know.
+    """
+    tensors = {}
+    for path, value in traverse_util.flatten_dict(params, sep="/").items():
+        name, layout = OFFICIAL_NAMES[path]
+        value = np.asarray(value)
+        if LAYER in name:
+            tensors |= {
+                name.replace(LAYER, str(i)): layout.to_official(layer)
+                for i, layer in enumerate(value)
+            }
+        else:
+            tensors[name] = layout.to_official(value)
+    return tensors
+
+
+def official_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
+    """The authors' names and shapes of the tensors that make up a model, from the shapes of our
+    parameters.
+    """
+    hollow = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract
+    )  # no memory
+    return {name: value.shape for name, value in to_official(hollow).items()}
+
+
+def from_official(
+    tensors: Mapping[str, np.ndarray], abstract: dict, place: Callable = np.asarray
+) -> dict:
+    """The authors' tensors, which must be exactly those of `official_shapes(abstract)`, as our
+    parameters.
+
+    Args:
+        tensors: arrays under the authors' names; each is read once, just before it is needed.
+        abstract: the shapes that our model expects, as `models.djepa.split_model` gives them.
+        place: applied to every finished array before the next one is read.
+    """
+    params = {}
+    leaves = traverse_util.flatten_dict(abstract, sep="/").items()
+    for path, leaf in sorted(
+        leaves, key=lambda item: -item[1].size
+    ):  # the largest while memory is empty
+        name, layout = OFFICIAL_NAMES[path]
+        if LAYER not in name:
+            params[path] = place(layout.from_official(tensors[name]))
+            continue
+        value = np.empty(leaf.shape, leaf.dtype)
+        for layer in range(leaf.shape[0]):
+            value[layer] = layout.from_official(tensors[name.replace(LAYER, str(layer))])
+        params[path] = place(value)
+    return traverse_util.unflatten_dict(params, sep="/")

@@ -1,0 +1,79 @@
+"""Flow matching: the denoiser is a velocity field from noise (t = 0) to data (t = 1)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djepa_jax.core.losses.base import Denoiser, guide
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+    """Straight paths xt = t x1 + (1 - t) x0 with target velocity x1 - x0.
+
+    Attributes:
+        noise_multiplicity: draws of (t, noise) per token and step.
+        num_denoise_steps: points of the time grid, so one step fewer; at least 2.
+        sampler: "euler" or "heun".
+        time_shift: s in t / (t + s - s t), which bends the grid; 1 leaves it even.
+    """
+
+    noise_multiplicity: int = 4
+    num_denoise_steps: int = 100
+    sampler: str = "euler"
+    time_shift: float = 1.0
+
+    out_per_channel = 1
+    noises_per_token = 1
+    time_table_size = 0
+
+    @property
+    def denoiser_calls(self) -> int:
+        """One per step of the grid, two with Heun."""
+        return (self.num_denoise_steps - 1) * (2 if self.sampler == "heun" else 1)
+
+    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Times `[..., K]` and noise `[..., K, C]` for tokens of the shape `[..., C]`."""
+        time_key, noise_key = jax.random.split(key)
+        rows = (*shape[:-1], self.noise_multiplicity)
+        return jax.random.uniform(time_key, rows), jax.random.normal(noise_key, (*rows, shape[-1]))
+
+    def loss(
+        self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, t: jax.Array, noise: jax.Array
+    ) -> jax.Array:
+        """Mean squared velocity error per token, averaged over the draws: `[...]`. `x0` is the
+        clean token.
+        """
+        clean = x0.astype(jnp.float32)[..., None, :]  # [..., 1, C]
+        xt = t[..., None] * clean + (1 - t[..., None]) * noise
+        velocity = denoiser(xt, denoiser.time(t), denoiser.condition(cond)[..., None, :])
+        return jnp.square(velocity - (clean - noise)).mean((-1, -2))
+
+    def times(self) -> np.ndarray:
+        """The shifted time grid `[num_denoise_steps]`, from 0 to 1, float32."""
+        t = np.linspace(0.0, 1.0, self.num_denoise_steps, dtype=np.float32)
+        return (t / (t + self.time_shift - self.time_shift * t)).astype(np.float32)
+
+    def sample(self, denoiser: Denoiser, cond, noise, cfg_scale, temperature) -> jax.Array:
+        """Integrate the field from noise to data; see `base.TokenLoss.sample`. Temperature plays no
+        part.
+        """
+        del temperature
+        times = jnp.asarray(self.times())
+        time_table = denoiser.time(times)  # [points, w]
+        condition = denoiser.condition(cond)  # [G, ..., w]
+
+        def velocity(x, time):
+            return guide(denoiser(x, time, condition), cfg_scale)
+
+        def step(x, inputs):
+            dt, time, next_time = inputs
+            slope = velocity(x, time)
+            if self.sampler == "heun":
+                slope = (slope + velocity(x + dt * slope, next_time)) / 2
+            return x + dt * slope, None
+
+        start = noise[..., 0, :].astype(jnp.float32)  # [..., C]
+        return jax.lax.scan(step, start, (jnp.diff(times), time_table[:-1], time_table[1:]))[0]

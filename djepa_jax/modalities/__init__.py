@@ -1,8 +1,0 @@
-"""Modalities by name."""
-
-from djepa_jax.modalities.image_latents import ImageLatents
-from djepa_jax.modalities.image_pixels import ImagePixels
-
-MODALITIES = {"image_pixels": ImagePixels, "image_latents": ImageLatents}
-
-__all__ = ["MODALITIES"]

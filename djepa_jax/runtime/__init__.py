@@ -1,0 +1,1 @@
+"""The machine: processes, storage, locks, metrics, profiles. Knows no model."""

@@ -1,0 +1,152 @@
+"""Names of classes: the ImageNet list, finding a class, and where names come from."""
+
+import numpy as np
+import pytest
+from djepa_jax.config.experiment.class_names import find_class, imagenet, resolve
+
+NAMES = resolve("imagenet", 1000)
+GOLDEN = 207
+FEW = ("cat", "dog", "hot dog", "sea_lion")
+
+
+def test_imagenet_names_are_in_the_order_of_their_index():
+    wnids, names = zip(*imagenet(), strict=True)
+    assert len(names) == 1000 and names == NAMES
+    assert [names[i] for i in (0, GOLDEN, 999)] == ["tench", "golden retriever", "toilet tissue"]
+    assert list(wnids) == sorted(set(wnids)), "the index is the rank of the WordNet id"
+    assert all(name and name == name.strip() for name in names)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        GOLDEN,
+        "207",
+        " 207 ",
+        np.int32(207),
+        np.array(207),
+        "golden retriever",
+        "Golden RETRIEVER",
+        "golden_retriever",
+        "  golden   retriever ",
+        "golden ret",
+        "n02099601",
+    ],
+)
+def test_a_class_has_many_names(wanted):
+    assert find_class(wanted, NAMES) == GOLDEN
+
+
+@pytest.mark.parametrize("index", [0, 42, 999])
+def test_every_way_to_say_a_number_agrees(index):
+    assert {
+        find_class(index, NAMES),
+        find_class(str(index), NAMES),
+        find_class(np.int64(index), NAMES),
+    } == {index}
+
+
+def test_a_whole_name_wins_over_a_part_of_others():
+    assert find_class("dog", FEW) == 1
+    assert find_class("hot", FEW) == 2
+    assert find_class("sea lion", FEW) == find_class("SEA_LION", FEW) == 3, (
+        "names may be written with underscores too"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "candidates"),
+    [
+        ("crane", ["134 crane", "517 crane"]),  # the bird and the machine
+        (
+            "retriever",
+            [
+                "205 flat-coated",
+                "206 curly-coated",
+                "207 golden",
+                "208 Labrador",
+                "209 Chesapeake Bay",
+            ],
+        ),
+    ],
+)
+def test_an_ambiguous_name_lists_its_candidates(word, candidates):
+    with pytest.raises(ValueError, match=f'"{word}" may be any of') as error:
+        find_class(word, NAMES)
+    assert all(candidate in str(error.value) for candidate in candidates)
+
+
+def test_long_lists_are_cut():
+    with pytest.raises(ValueError, match=r"and \d+ more; write the index"):
+        find_class("e", NAMES)
+
+
+def test_an_unknown_name_lists_close_ones():
+    with pytest.raises(
+        ValueError, match='"goldn retriever" is not a class; the closest are 207 golden retriever,'
+    ):
+        find_class("goldn retriever", NAMES)
+    with pytest.raises(ValueError, match="134 crane, 517 crane,"):  # each of two equal names once
+        find_class("crame", NAMES)
+    with pytest.raises(ValueError, match='"zzz" is not a class; there are 0 cat, 1 dog, 2 hot dog'):
+        find_class("zzz", FEW)
+
+
+def test_wordnet_ids_belong_to_the_imagenet_names_alone():
+    with pytest.raises(ValueError, match="n02099601"):
+        find_class("n02099601", resolve("", 1000))
+
+
+@pytest.mark.parametrize(
+    "wanted", [True, np.True_, 3.0, np.float32(3), 2.5, None, b"3", [3], {}, object()]
+)
+def test_what_is_neither_an_index_nor_a_name_is_refused(wanted):
+    with pytest.raises(ValueError, match="is not a class; give an index or a name"):
+        find_class(wanted, FEW)
+
+
+@pytest.mark.parametrize("wanted", [-1, "-1", 4, "4", np.int64(4), 10**30])
+def test_an_index_out_of_range_names_the_range(wanted):
+    with pytest.raises(ValueError, match=f'"{wanted}" is not a class; classes are 0 to 3'):
+        find_class(wanted, FEW)
+
+
+@pytest.mark.parametrize("wanted", ["", "  ", "_"])
+def test_an_empty_name_is_refused(wanted):
+    with pytest.raises(ValueError, match="a class name is empty"):
+        find_class(wanted, FEW)
+
+
+def test_without_names_classes_are_called_by_their_number():
+    assert resolve("", 3) == ("0", "1", "2")
+    with pytest.raises(ValueError, match='"x" is not a class; there are 0, 1, 2.'):
+        find_class("x", resolve("", 3))
+
+
+def test_names_come_from_a_file_or_a_list(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("cat\n  dog \n\nKätzchen\n", "utf-8")
+    assert resolve(str(path), 3) == ("cat", "dog", "Kätzchen")
+    assert resolve(["cat", "dog"], 2) == resolve(("cat", "dog"), 2) == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("spec", "shown"),
+    [("imagenet", '"imagenet" with 1000 names'), (list(FEW), "a list with 4 names")],
+)
+def test_another_number_of_names_is_refused(spec, shown):
+    with pytest.raises(
+        ValueError, match=f"data.class_names is {shown}, data.num_classes is 10; correct either"
+    ):
+        resolve(spec, 10)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    binary = tmp_path / "names.bin"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "missing.txt", tmp_path, binary):
+        with pytest.raises(
+            ValueError,
+            match=f'data.class_names is "{path}", which is neither "imagenet" nor a text file',
+        ):
+            resolve(str(path), 10)

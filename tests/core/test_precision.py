@@ -1,0 +1,82 @@
+"""Float32 means float32: accelerators round the factors of products unless a program asks them not
+to.
+"""
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from small_autoencoder import SMALL
+from tiny import tiny_config
+
+from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.core.models.autoencoder_kl import split_autoencoder
+from djepa_jax.core.sampler import make_sampler
+from djepa_jax.core.train_step import init_state, make_train_step
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+EXACT = (jax.lax.Precision.HIGHEST,) * 2
+
+
+def products(function, *arguments) -> list:
+    """Types of the factors and precision of every matrix product or convolution of a program."""
+    found = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in PRODUCTS:
+                found.append(
+                    ({x.aval.dtype.name for x in equation.invars}, equation.params["precision"])
+                )
+            for inner in jex.core.jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return found
+
+
+def assert_exact(found: list, expected: set):
+    assert set().union(*(types for types, _ in found)) == expected
+    assert all(precision == EXACT for types, precision in found if types == {"float32"})
+
+
+@pytest.mark.parametrize("variant", ["diffusion", "flow"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_and_sampling(variant, dtype):
+    """In bfloat16 programs, too, what stays float32 (time embeddings) is exact."""
+    experiment = configuration.build(
+        tiny_config(f"--config.compute_dtype={dtype}", variant=variant)
+    )
+    state = jax.eval_shape(lambda: init_state(experiment.train))
+    size = experiment.train.plan.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, 8, 8, 1), "uint8"),
+        "label": jax.ShapeDtypeStruct((size,), "int32"),
+    }
+    scales = jnp.ones(experiment.sample.num_ar_steps)
+    numbers = jnp.zeros(2, jnp.int32)
+    for found in (
+        products(make_train_step(experiment.train), state, batch),
+        products(
+            make_sampler(experiment.sample), state.ema_params, numbers, numbers, 0, scales, 1.0
+        ),
+    ):
+        assert_exact(found, {"float32", dtype})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autoencoder(dtype):
+    graph, params = split_autoencoder(SMALL, jnp.dtype(dtype))
+    image, latents = (
+        jax.ShapeDtypeStruct((1, *shape), "float32") for shape in ((16, 16, 3), (8, 8, 4))
+    )
+    for method, argument in (("encode", image), ("decode", latents)):
+        assert_exact(
+            products(
+                lambda params, x, m=method: getattr(nnx.merge(graph, params), m)(x),
+                params,
+                argument,
+            ),
+            {dtype},
+        )

@@ -1,0 +1,89 @@
+"""Meshes, placement rules, and that the published sizes build, trace and shard on eight devices
+(shapes only).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import load_config, tiny_config
+
+from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.core import sharding
+from djepa_jax.core.train_step import init_state, make_train_step
+
+SIZES = {"b": 212_410_656, "l": 687_946_272, "h": 1_427_386_144}
+
+
+def test_mesh_fills_in_what_is_left():
+    assert dict(sharding.make_mesh((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(sharding.make_mesh((1, 1, 1), jax.devices()[:1]).shape) == {
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 1), (-1, -1, 1), (0, 1, 1), (2, 2), (16, 1, 1), (4, 1, 1)]
+)
+def test_mesh_that_does_not_fit_is_refused(shape):
+    with pytest.raises(ValueError, match="mesh"):
+        sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_published_sizes_shard(name, mesh_shape):
+    experiment = configuration.build(load_config(f"djepa_{name}"))
+    abstract = jax.eval_shape(lambda: init_state(experiment.train))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)) == SIZES[name]
+    mesh = sharding.make_mesh(mesh_shape)
+    shardings = sharding.state_shardings(abstract, mesh)
+    held = sum(
+        math.prod(s.shard_shape(leaf.shape))
+        for leaf, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    )
+    whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    parts = mesh_shape[1] * mesh_shape[2]
+    assert held <= whole / mesh_shape[1] * 1.05, "fsdp must split the state"
+    assert held >= whole / parts, "no device holds less than its share"
+    layers = [s.spec for s in jax.tree.leaves(shardings.params["predictor"]["stack"]["blocks"])]
+    assert all(not spec or spec[0] is None for spec in layers), "the layer axis is never split"
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes_trace_a_step(name):
+    experiment = configuration.build(load_config(f"djepa_{name}"))
+    abstract = jax.eval_shape(lambda: init_state(experiment.train))
+    batch = {
+        "image": jax.ShapeDtypeStruct((2048, 16, 16, 16), jnp.float32),
+        "label": jax.ShapeDtypeStruct((2048,), jnp.int32),
+    }
+    state, metrics = jax.eval_shape(make_train_step(experiment.train), abstract, batch)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, abstract)
+    assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+
+
+def test_state_is_created_sharded():
+    experiment = configuration.build(tiny_config())
+    mesh = sharding.make_mesh((1, 8, 1))
+    shardings = sharding.state_shardings(jax.eval_shape(lambda: init_state(experiment.train)), mesh)
+    state = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)()
+    kernel = state.params["predictor"]["stack"]["blocks"]["mlp"]["up"]["kernel"]  # [L, 16, 64]
+    assert kernel.addressable_shards[0].data.shape == (1, 2, 64)
+    moment = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+    mu = next(leaf.mu for leaf in moment if hasattr(leaf, "mu"))
+    assert mu["predictor"]["stack"]["blocks"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    experiment = configuration.build(tiny_config())
+    make = jax.jit(lambda: init_state(experiment.train).params)
+    mesh = sharding.make_mesh((2, 2, 2))
+    shardings = sharding.state_shardings(jax.eval_shape(make), mesh)
+    sharded = jax.jit(lambda: init_state(experiment.train).params, out_shardings=shardings)()
+    for a, b in zip(jax.tree.leaves(make()), jax.tree.leaves(sharded), strict=True):
+        assert (jnp.asarray(a) == jnp.asarray(jax.device_get(b))).all()

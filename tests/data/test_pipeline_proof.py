@@ -1,0 +1,128 @@
+"""The whole way once, with the real autoencoder's shape: archives of ImageNet -> latents ->
+training -> pictures.
+"""
+
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+from djepa_jax.config.experiment.class_names import imagenet
+from djepa_jax.sampling.sample_to_npz.generator import make_grid
+from photos import write_folder, write_imagenet
+from PIL import Image
+from processes import run_command
+from safetensors.numpy import save_file
+from small_autoencoder import tensors
+from tiny import CONFIGS
+
+from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
+from djepa_jax.data.ilsvrc import prepare_tfds
+from djepa_jax.data.latent_cache import LatentCache
+
+CLASSES = (
+    "n01440764",
+    "n01443537",
+)  # the first two, so that a folder of them gives the same labels
+PER_CLASS, SIDE, LATENTS = 5, 32, 2
+FLAGS = f"""
+    --config.data.image_size={LATENTS} --config.data.random_flip=True
+    --config.prepare.image_size={SIDE} --config.prepare.shard_size=4 --config.autoencoder.batch_size=4
+    --config.autoencoder.dtype=float32 --config.compute_dtype=float32 --config.batch_size=8 --config.num_steps=20
+    --config.log_every=5 --config.optimizer.warmup_steps=2 --config.model.size=custom --config.model.width=32
+    --config.model.encoder_depth=1 --config.model.predictor_depth=1 --config.model.num_heads=2 --config.model.remat=none
+    --config.model.denoiser_depth=1 --config.model.denoiser_width=32 --config.sample.labels=0,1 --config.sample.count=6
+    --config.sample.batch_size=6 --config.sample.num_ar_steps=2 --config.sample.num_denoise_steps=4
+    --config.sample.clip_x0=3.0 --config.sample.num_segments=1
+""".split()
+FLAGS.insert(0, f"--config={CONFIGS / 'djepa_b.py'}")  # not above, for its path may have spaces
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of the real autoencoder's size, with values by the rule; 266 MB that are not kept."""
+    path = tmp_path / "kl16.safetensors"
+    save_file(tensors(AUTOENCODERS["kl16"]), path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command in a process of its own, as people do."""
+
+    def command(mode: str, workdir: pathlib.Path, *flags: str) -> None:
+        assert (
+            run_command(
+                str(tmp_path / "compiled"), f"--mode={mode}", f"--workdir={workdir}", *FLAGS, *flags
+            )
+            == 0
+        )
+
+    return command
+
+
+def contents(cache: LatentCache) -> list[tuple[int, bytes, bytes]]:
+    """Class and moments of every image and its mirror image, in an order of their own."""
+    examples = [cache[i] for i in range(len(cache))]
+    return sorted((int(e["label"]), e["image"].tobytes(), e["mirror"].tobytes()) for e in examples)
+
+
+def test_from_archives_to_pictures(run, weights, tmp_path):
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    files = write_imagenet(tmp_path / "archives", CLASSES, PER_CLASS, validation=1)
+    prepare_tfds(str(tmp_path / "archives"), str(tmp_path / "tfds"))
+    weight_flag, cache = f"--config.autoencoder.path={weights}", tmp_path / "latents"
+    prepared = (
+        "--config.prepare.source=tfds",
+        f"--config.prepare.path=imagenet2012@{tmp_path}/tfds#train",
+    )
+    run("prepare", cache, weight_flag, *prepared, "--measure-scale")
+    found = LatentCache(str(cache))
+    assert (
+        len(found) == 2 * PER_CLASS
+        and found.labels.tolist() == [0, 1]
+        and found[0]["image"].shape == (LATENTS, LATENTS, 32)
+    )
+    names = [name for _, name in imagenet()]
+    assert found.class_names == tuple(names)
+
+    scale = (
+        f"--config.data.latent_scale={found.metadata.scale!r}",
+        f"--config.data.latent_shift={found.metadata.shift!r}",
+    )
+    settings = (weight_flag, f"--config.data.path={cache}", *scale)
+    run("train", tmp_path / "run", *settings)
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[-1]["step"] == 20 and all(np.isfinite(line["loss"]) for line in lines)
+
+    run("sample", tmp_path / "run", *settings, f"--out={tmp_path}/pictures")
+    with np.load(tmp_path / "pictures.npz") as arrays:
+        latents, images, labels = arrays["latents"], arrays["arr_0"], arrays["arr_1"]
+    assert (
+        latents.shape == (6, LATENTS, LATENTS, 16)
+        and latents.dtype == np.float32
+        and np.isfinite(latents).all()
+    )
+    assert (
+        images.shape == (6, SIDE, SIDE, 3)
+        and images.dtype == np.uint8
+        and (images.std(axis=(1, 2, 3)) > 1).all()
+    )
+    with Image.open(tmp_path / "pictures.png") as grid:
+        np.testing.assert_array_equal(
+            np.asarray(grid.convert("RGB")), make_grid(images, labels, names)
+        )
+    assert (tmp_path / "run" / "samples" / "step_00000020.png").exists(), (
+        "the grid at the end of training"
+    )
+
+    labelled = [(f"{name[:9]}/{name}", data, 0) for name, data in files.items() if name[0] == "n"]
+    folder = write_folder(tmp_path / "folder", labelled)
+    run("prepare", tmp_path / "of folder", weight_flag, f"--config.prepare.path={folder}")
+    other = LatentCache(str(tmp_path / "of folder"))
+    assert contents(other) == contents(found)
+    assert other.metadata.measured_std == pytest.approx(found.metadata.measured_std, rel=1e-6)

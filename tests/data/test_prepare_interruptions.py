@@ -1,0 +1,135 @@
+"""Making a latent cache when something comes between: killed processes, a full disk, several
+processes at once.
+"""
+
+import random
+import shutil
+import socket
+import time
+
+import pytest
+from photos import NAMES, crop, encode, write_folder
+from processes import Preparation
+from small_autoencoder import cache_config, files_of, write_weights
+
+from djepa_jax.data.latent_cache import LatentCache
+
+COUNT, SHARD = 36, 1
+SHARDS = COUNT // SHARD
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings for a cache of 36 images in 36 shards."""
+    root = tmp_path_factory.mktemp("data")
+    images = [
+        (f"{name}/{i:02d}", encode(crop(name, i)), label)
+        for label, name in enumerate(NAMES)
+        for i in range(COUNT // 2)
+    ]
+    weights = write_weights(root / "small.safetensors")
+    return cache_config(
+        weights, write_folder(root / "images", images), f"--config.prepare.shard_size={SHARD}"
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> str:
+    """Where processes keep what they compiled for one another."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def expected(config, compiled, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a cache that was made without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    messages = Preparation(config, folder, compiled).finish()
+    assert messages[-1] == "done" and len(messages) == SHARDS + 2
+    files = files_of(folder)
+    assert len(files) == 2 * SHARDS + 2 and len(LatentCache(str(folder))) == COUNT
+    return files
+
+
+def test_killed_at_any_moment_and_started_again(config, compiled, expected, tmp_path):
+    rng, kills, folder = random.Random(0), 0, tmp_path / "cache"
+    while kills < 10:
+        process = Preparation(config, folder, compiled)
+        if kills % 3 == 2:
+            time.sleep(rng.uniform(0, 0.5))  # before the first shard, or after
+        else:
+            next(process.messages, None)  # it says something after every shard
+            time.sleep(rng.uniform(0, 0.03))
+        if process.kill() == 0:  # too late
+            assert files_of(folder) == expected
+            shutil.rmtree(folder)
+            continue
+        assert not (folder / "metadata.json").exists() or files_of(folder) == expected
+        kills += 1
+    assert Preparation(config, folder, compiled).finish()[-1] == "done"
+    assert files_of(folder) == expected
+
+
+def test_full_disk_is_one_error_and_nothing_is_lost(config, compiled, expected, tmp_path):
+    for limit in (70_000, 0):  # the first run is allowed one shard, the second none
+        messages = Preparation(config, tmp_path, compiled, limit=limit).finish()
+        assert messages[-1].startswith(
+            f"failed: shard 1 of {SHARDS} cannot be written to {tmp_path} ("
+        )
+        assert (
+            "File too large" in messages[-1]
+            and "finished shards are kept: free some space and run the same" in messages[-1]
+        )
+        found = files_of(tmp_path)
+        whole = [name for name in found if name.endswith(".array_record")]
+        assert len(whole) == 1 and found[whole[0]] == expected[whole[0]]
+    assert Preparation(config, tmp_path, compiled).finish()[-1] == "done"
+    assert files_of(tmp_path) == expected
+
+
+def together(config, compiled: str, *folders) -> list[list[str]]:
+    """What two connected processes say, each of which is to prepare into one of `folders`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = [
+        Preparation(config, folder, compiled, share=(port, index))
+        for index, folder in enumerate(folders)
+    ]
+    return [process.finish() for process in both]
+
+
+def test_two_processes_share_the_work(config, compiled, expected, tmp_path):
+    messages = together(config, compiled, tmp_path, tmp_path)
+    assert all(said[-1] == "done" for said in messages), messages
+    assert [sum("is finished; " in line for line in said) for said in messages] == [SHARDS / 2] * 2
+    assert files_of(tmp_path) == expected and not list(tmp_path.glob(".share*"))
+
+
+def test_folders_that_are_not_shared_are_refused_before_anything_is_encoded(
+    config, compiled, tmp_path
+):
+    (tmp_path / "two").mkdir()
+    for said in together(config, compiled, tmp_path / "one", tmp_path / "two"):
+        assert len(said) == 1 and "is not the same folder for all processes" in said[0], said
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == {}
+
+
+def test_when_one_of_two_processes_fails_both_end_and_say_why(config, compiled, tmp_path):
+    broken = [
+        (f"flower/{i}", b"" if i in (3, 5) else encode(crop("flower", i)), 0) for i in range(8)
+    ]  # of the second's share
+    changed = config.copy_and_resolve_references()
+    changed.prepare.path, changed.prepare.max_broken, changed.data.num_classes = (
+        write_folder(tmp_path / "images", broken),
+        1,
+        1,
+    )
+    first, second = together(changed, compiled, tmp_path / "cache", tmp_path / "cache")
+    assert (
+        "cannot be read: 1 of the latest 1, and prepare.max_broken allows only 0 more: flower/5.jpg"
+        in second[-1]
+    )
+    assert first[-1] == "failed: process 1 cannot go on; what it printed says why."
+    assert not (tmp_path / "cache" / "metadata.json").exists() and not list(
+        (tmp_path / "cache").glob(".share*")
+    )

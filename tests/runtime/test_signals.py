@@ -1,0 +1,147 @@
+"""SIGTERM and Ctrl-C, wherever a run of one process is, and what else ends it early;
+`test_hosts.py` has those of several.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from processes import Training
+from workdirs import EVERY, RUN, STEPS, arrays, assert_same_arrays, compiled, run
+
+from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.runtime import distributed
+from djepa_jax.runtime.distributed import StopSignals
+
+MAKES_THE_REST = (
+    f"stopped at step {STEPS} of {STEPS}; the same command makes the samples and the evaluation."
+)
+
+
+def interrupt(workdir, place, *arguments: str, number=signal.SIGTERM, **troubles) -> str:
+    """Send a signal to a run that is held at a place; what the run says until it ends, with status
+    0.
+    """
+    command = (*RUN, f"--config.checkpoint_every={EVERY}", f"--workdir={workdir}", *arguments)
+    training = Training(compiled(), *command, hold=place, **troubles)
+    training.wait_for(f"holding at {place}")
+    os.kill(training.process.pid, number)
+    status, output = training.finish()
+    assert status == 0 and f"{number.name}: " in output, output
+    return output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_the_same_command_comes_to_the_same_bits(
+    number, saved_run, tmp_path
+):
+    output = interrupt(tmp_path, 7, number=number)
+    assert (
+        f"{number.name}: saving a checkpoint, then stopping; press Ctrl-C again to stop at once."
+        in output
+    )
+    assert "saved step 7 in " in output and Checkpoints(tmp_path).latest_step() == 7
+    assert output.endswith(f"stopped at step 7 of {STEPS}; the same command goes on from there.\n")
+    if number == signal.SIGINT:
+        return  # it is saved in the same way
+    status, output = run(tmp_path)
+    assert status == 0 and "going on from step 7" in output, output
+    assert_same_arrays(arrays(saved_run), arrays(tmp_path))
+
+
+def test_a_signal_during_the_last_save_is_not_lost(tmp_path):
+    output = interrupt(tmp_path, "saving", pictures=True)
+    assert f"saved step {STEPS} in " in output and Checkpoints(tmp_path).latest_step() == STEPS
+    assert output.endswith(f"{MAKES_THE_REST}\n") and "Training is complete" not in output
+    assert "no sample grid" not in output, "a grid was begun"
+    estimated, planned = re.findall("memory per device: .*", output.partition("\nstep 1/")[0])
+    assert "roughly" in estimated and "roughly" not in planned, (
+        "what memory takes is told before the first step"
+    )
+
+
+def test_a_signal_during_the_evaluation_ends_it(saved_run, tmp_path):
+    shutil.copytree(saved_run, tmp_path / "run")
+    output = interrupt(tmp_path / "run", "evaluating", "--config.evaluation.kind=small_images")
+    assert f"SIGTERM: {distributed.SAVED}" in output and output.endswith(f"{MAKES_THE_REST}\n")
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_signal_while_a_checkpoint_is_read_ends_before_anything_is_compiled(saved_run, tmp_path):
+    shutil.copytree(saved_run, tmp_path / "run")
+    output = interrupt(tmp_path / "run", "restoring", f"--config.num_steps={STEPS + 10}")
+    assert f"SIGTERM: {distributed.STARTING}" in output and "compiling" not in output
+    assert output.endswith(
+        f"stopped at step {STEPS} of {STEPS + 10}; the same command goes on from there.\n"
+    )
+
+
+def test_a_reader_that_fails_ends_the_run_with_one_error(tmp_path):
+    """It fails in Grain's threads, while training goes on."""
+    training = Training(compiled(), *RUN, f"--workdir={tmp_path}", fail_after=320)
+    training.wait_for("error: ")
+    status, output = training.finish()
+    assert status == 2 and "\nstep 1/" in output, output
+    assert (
+        re.search(r"\nerror: example \d+ cannot be read\n\Z", output) and "Traceback" not in output
+    ), output
+
+
+# ---------------------------------------------------------------- the handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_asks_second_interrupt_ends(number, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals() as signals:
+        assert not signals.requested(0)
+        os.kill(os.getpid(), number)
+        assert signals.requested(1) and "saving a checkpoint" in capfd.readouterr().out
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, (
+            "the next one would be Python's, after what it waits for"
+        )
+    assert (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        and signal.getsignal(signal.SIGINT) == before
+    )
+
+
+def test_a_signal_counts_when_nobody_reads_what_the_run_says(capfd):
+    """A terminal that is gone, or `| head`: writing fails, and the error would come up anywhere in
+    the training.
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(1)
+    try:
+        with StopSignals() as signals:
+            os.dup2(writer, 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.requested(1) and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(writer)
+
+
+def test_second_interrupt_does_not_wait_for_a_save(tmp_path):
+    code = (
+        "import os, signal, sys, time; from djepa_jax.runtime.distributed import StopSignals\n"
+        "with StopSignals():\n"
+        "    print('ready', flush=True)\n"
+        "    try:\n        time.sleep(600)\n    finally:\n        time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert (
+            process.stdout.readline() == "\n" and "press Ctrl-C again" in process.stdout.readline()
+        )
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == -signal.SIGINT
