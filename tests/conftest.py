@@ -85,7 +85,8 @@ def compilation_cache(tmp_path_factory):
     """
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # spares whoever runs tests again and again
+    jax.config.update("jax_compilation_cache_dir", kept or str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
