@@ -13,9 +13,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.num_steps = 875_000  # optimiser steps of the whole training
     config.batch_size = 2048  # examples per step, over all devices
-    config.microbatches = (
-        0  # parts of a batch that follow one another (same result); 0 = as few as fit the memory
-    )
+    # parts of a batch one after the other (same result); 0 = as few as fit the memory
+    config.grad_accumulation_steps = 0
     config.seed = 0  # initial values, masks, noise, order of the data
     # of the matrix products: bfloat16, or float32 (true float32, slow on accelerators)
     config.compute_dtype = "bfloat16"
@@ -55,9 +54,9 @@ def _model() -> ConfigDict:
     model.dropout = 0.1  # after projections and inside the MLPs
     model.attention_dropout = 0.1  # on attention weights
     model.remat = "dots"  # none, dots (keep matrix products), full (keep nothing)
-    model.scan_unroll = (
-        1  # layers per iteration of the scans; more compile longer and may run faster
-    )
+    model.scan_unroll = 1  # layers per iteration of the scans; more compile longer, may be faster
+    model.condition = "classes"  # classes, or nothing: no labels at all
+    model.condition_options = ConfigDict()  # further arguments of that conditioner
     return model
 
 
@@ -65,6 +64,9 @@ def _loss() -> ConfigDict:
     """What is minimised, and what is hidden and masked for it."""
     loss = ConfigDict()
     loss.name = "diffusion"  # diffusion or flow_matching
+    # Arguments of that loss: clip_x0 of diffusion (clip the implied clean token to +- this; 0 =
+    # off), time_shift of flow_matching (bends the time grid). Those left out have its defaults.
+    loss.options = ConfigDict()
     loss.token_weight = 1.0
     loss.jepa_weight = 1.0  # 0 leaves the JEPA head out
     loss.label_drop_prob = 0.1  # share of labels hidden in training, for guidance
@@ -98,7 +100,7 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     """What is learned from."""
     data = ConfigDict()
-    # digits, npz, folder, tar, tfds, synthetic, or latents: a cache that --mode=prepare made
+    # digits, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache of --mode=prepare)
     data.source = "latents"
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
     data.staging = (
@@ -108,6 +110,7 @@ def _data() -> ConfigDict:
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
     data.modality = "image_latents"  # image_pixels or image_latents
+    data.options = ConfigDict()  # keys of further modalities
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1
@@ -128,7 +131,7 @@ def _data() -> ConfigDict:
 def _prepare() -> ConfigDict:
     """What --mode=prepare makes a latent cache of."""
     prepare = ConfigDict()
-    prepare.source = "folder"  # folder, tar, tfds or npz
+    prepare.source = "folder"  # folder, tar, ilsvrc, tfds or npz
     prepare.path = ""
     prepare.image_size = 256  # side after the crop
     prepare.shard_size = 4096  # images per file
@@ -143,9 +146,7 @@ def _autoencoder() -> ConfigDict:
     # kl16, or kl8 (needs data.channels 4, data.image_size 32, another data.latent_scale)
     autoencoder.name = "kl16"
     autoencoder.path = ""  # its weights; needed for preparing, and for pictures from latents
-    autoencoder.sha256 = (
-        ""  # of these weights; training takes it from the latent cache, and others are refused
-    )
+    autoencoder.sha256 = ""  # of these weights; training takes it from the latent cache
     autoencoder.batch_size = 32  # pictures per call
     autoencoder.dtype = "bfloat16"  # of decoding; encoding is always float32
     return autoencoder
@@ -157,14 +158,13 @@ def _sample() -> ConfigDict:
     sample.labels = "all"  # "all" in turn, or a list such as 3,3,7
     sample.count = 64  # pictures
     sample.seed = 0
+    sample.order = "random"  # in which tokens are revealed: random or raster
     sample.cfg_scale = 3.0  # 1 = no guidance
     sample.cfg_schedule = "linear"  # linear or constant
     sample.temperature = 0.98
     sample.num_ar_steps = 64
     sample.num_denoise_steps = 100
     sample.sampler = "ddpm"  # diffusion: ddpm, ddim; flow_matching: euler, heun
-    sample.clip_x0 = 0.0  # diffusion: clip the implied clean token to +- this; 0 = off
-    sample.time_shift = 1.0  # flow_matching: bends the time grid
     sample.batch_size = 64  # pictures per call
     sample.num_segments = 8  # scan segments of the loop: more compile longer and pad less
     return sample
@@ -175,9 +175,7 @@ def _debug() -> ConfigDict:
     debug = ConfigDict()
     debug.nans = False  # stop at the first operation that gives a NaN
     debug.log_compiles = False  # say what is compiled, and when
-    debug.profile_steps = (
-        0  # steps to trace for XProf or TensorBoard, into WORKDIR/plugins/profile; 0 = none
-    )
+    debug.profile_steps = 0  # steps to trace for XProf, into WORKDIR/plugins/profile
     debug.profile_start = 10  # steps to let pass before
     return debug
 

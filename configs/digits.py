@@ -1,6 +1,6 @@
 """Real 8 x 8 digits: from nothing to legible handwriting in minutes on two CPU cores.
 
-    python -m djepa_jax.main --config=configs/digits.py --workdir=runs/digits
+    djepa --config=digits --workdir=runs/digits
 
 Variants: `:flow` (flow matching, the default) and `:diffusion`. The 1,797 images ship inside
     scikit-learn. Measured
@@ -9,7 +9,7 @@ results: docs/benchmarks.md.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from djepa_jax.config.files import builtin
 
 VARIANTS = ("flow", "diffusion")
 
@@ -18,7 +18,7 @@ def get_config(variant: str = "flow") -> ConfigDict:
     """The digits configuration with one of the two token losses."""
     if variant not in VARIANTS:
         raise ValueError(f'digits.py has no variant "{variant}"; it has {" and ".join(VARIANTS)}.')
-    config = default.get_config()
+    config = builtin("default").get_config()
     config.num_steps = 600
     config.batch_size = 128
     config.compute_dtype = "float32"
@@ -74,5 +74,5 @@ def get_config(variant: str = "flow") -> ConfigDict:
     if variant == "diffusion":
         config.loss.name = "diffusion"
         config.sample.sampler = "ddpm"
-        config.sample.clip_x0 = 1.0
+        config.loss.options.clip_x0 = 1.0
     return config

@@ -1,38 +1,35 @@
-"""D-JEPA-L on ImageNet 256 in VAE latents: 688 M parameters, 480 epochs at batch 2048 (paper, table
-of results).
+"""D-JEPA-L on ImageNet 256 in KL-16 latents: 688 M parameters, 480 epochs at batch 2048.
 
-    # the latents, once
-    python -m djepa_jax.main --mode=prepare --config=configs/djepa_l.py --workdir=CACHE \\
-        --config.prepare.source=folder --config.prepare.path=IMAGENET/train
+    # the latents, once, from an image folder (a folder per class) or ILSVRC's archive
+    djepa --mode=prepare --config=djepa_l --workdir=CACHE \\
+        --config.prepare.source=folder --config.prepare.path=IMAGENET/train \\
         --config.autoencoder.path=kl16.ckpt
     # 8 H200
-    bash launch/train_gpu.sh --config=configs/djepa_l.py --workdir=DIR --config.data.path=CACHE \\
-        --config.autoencoder.path=kl16.ckpt
-    # 32 TPU v6e, from a workstation; every worker copies cache and autoencoder from the bucket to
-    its disk bash launch/train_tpu_vm.sh --name=djepa-l --zone=ZONE --accelerator_type=v6e-32
-    --config=configs/djepa_l.py \\
-        --workdir=gs://BUCKET/djepa_l --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.ckpt
+    bash launch/train_gpu.sh --config=configs/djepa_l.py --workdir=DIR \\
+        --config.data.path=CACHE --config.autoencoder.path=kl16.ckpt
+    # 32 TPU v6e, from a workstation; workers copy cache and autoencoder from the bucket
+    bash launch/train_tpu_vm.sh --name=djepa-l --zone=ZONE --accelerator_type=v6e-32 \\
+        --config=configs/djepa_l.py --workdir=gs://BUCKET/djepa_l \\
+        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.ckpt
     # raw pixels, without latents and autoencoder
-    bash launch/train_gpu.sh --config=configs/djepa_l.py:pixels --workdir=DIR
-    --config.data.path=IMAGENET/train
+    bash launch/train_gpu.sh --config=configs/djepa_l.py:pixels --workdir=DIR \\
+        --config.data.path=IMAGENET/train
 
-Work: 839 EFLOP (flops.py, nothing wasted). Time at 40 % of the speed named, a calculation and not a
-    measurement: 8 x H200, 790 TFLOP/s (taken as what its bfloat16 products reach; the data sheet
-    says 989): 92 hours 32 x TPU v6e, 918 TFLOP/s (data sheet): 20 hours 32 x TPU v4, 275 TFLOP/s
-    (data sheet): 66 hours
-Memory: 10.3 GiB of state. A batch is taken in as many parts as fit (`config.microbatches` chooses
-    itself), by the estimate: 1 part on 8 H200 (92 % of 141 GB each), 2 parts on 32 TPU v6e (31 GiB
-    each).
+Work: 839 EFLOP (`core/flops.py`, nothing wasted). Time at 40 % of the speed named, a calculation
+and not a measurement:
+    8 x H200, 790 TFLOP/s (what its bfloat16 products reach; data sheet 989): 92 hours
+    32 x TPU v6e, 918 TFLOP/s (data sheet): 20 hours
+    32 x TPU v4, 275 TFLOP/s (data sheet): 66 hours
+Memory: 10.3 GiB of state; `config.grad_accumulation_steps` chooses itself by XLA's plan.
 Result of the paper: FID 2.32 without guidance, 1.58 with guidance 3.0; not reproduced here.
-Variants (joined with "+"): flow, no_jepa, unconditional, pixels, 512, debug; see
-configs/recipes.py.
+Variants (joined with "+"): flow, no_jepa, unconditional, pixels, 512, debug; see recipes.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs.recipes import imagenet
+from djepa_jax.config.files import builtin
 
 
 def get_config(variant: str = "diffusion") -> ConfigDict:
     """The paper's row for size L."""
-    return imagenet("L", epochs=480, cfg_scale=3.0, variant=variant)
+    return builtin("recipes").imagenet("L", epochs=480, cfg_scale=3.0, variant=variant)

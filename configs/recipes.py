@@ -1,9 +1,8 @@
 """What the three ImageNet configurations share: the paper's recipe, and variations of it.
 
-    python -m djepa_jax.main --config=configs/djepa_b.py:no_jepa+flow --workdir=DIR
-    --config.data.path=CACHE python -m djepa_jax.main --config=configs/djepa_b.py:pixels
-    --workdir=DIR --config.data.path=IMAGENET/train python -m djepa_jax.main
-    --config=configs/djepa_b.py:debug --workdir=DIR
+    djepa --config=djepa_b:no_jepa+flow --workdir=DIR --config.data.path=CACHE
+    djepa --config=djepa_b:pixels --workdir=DIR --config.data.path=IMAGENET/train
+    djepa --config=djepa_b:debug --workdir=DIR
 
 Variants are joined with "+" in any order. `:512` needs latents of its own, so it goes to
 `--mode=prepare` as well.
@@ -13,7 +12,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs import default
+from djepa_jax.config.files import builtin
 
 STEPS_PER_EPOCH = 625  # 1,281,167 images in whole batches of 2048
 
@@ -21,6 +20,7 @@ STEPS_PER_EPOCH = 625  # 1,281,167 images in whole batches of 2048
 def flow(config: ConfigDict) -> None:
     """Flow matching in place of diffusion."""
     config.loss.name = "flow_matching"
+    config.loss.options = ConfigDict()
     config.sample.sampler = "euler"
 
 
@@ -50,7 +50,8 @@ def pixels(config: ConfigDict) -> None:
     config.data.image_size = 256
     config.data.channels = 3
     config.data.patch_size = 16
-    config.sample.clip_x0 = 1.0
+    if config.loss.name == "diffusion":
+        config.loss.options.clip_x0 = 1.0
 
 
 def size_512(config: ConfigDict) -> None:
@@ -102,7 +103,7 @@ def imagenet(size: str, epochs: int, cfg_scale: float, variant: str) -> ConfigDi
         ValueError: a variant that there is not, one named twice, or two that exclude each other.
     """
     chosen = parse_variants(f"djepa_{size.lower()}.py", variant)
-    config = default.get_config()
+    config = builtin("default").get_config()
     config.model.size = size
     config.num_steps = epochs * STEPS_PER_EPOCH
     config.optimizer.warmup_steps = 100 * STEPS_PER_EPOCH

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djepa_jax.core.optimizer import path_name
+from djepa_jax.core.sharding import path_name
 
 STEP, START = (
     0x9E3779B1,

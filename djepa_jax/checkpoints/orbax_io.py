@@ -20,7 +20,7 @@ from etils import epath
 
 from djepa_jax.checkpoints.fingerprint import fingerprints, host_fingerprint
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, check_manifest, read_manifest
-from djepa_jax.core.optimizer import path_name
+from djepa_jax.core.sharding import path_name
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.runtime.storage import may_pass
 

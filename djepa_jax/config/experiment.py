@@ -1,433 +1,265 @@
-"""From an ml-collections config to the frozen objects that the code works with, with every check on
-the way.
+"""The whole configuration as one frozen object, and what is built from it.
 
-Nothing here touches a file or a device, so that a wrong value is reported before any work is done.
+`Experiment.from_dict` checks every value before a file or a device is touched; below the command
+line nobody sees the ConfigDict of a configuration file.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import jax
+import numpy as np
 
 from djepa_jax.config import class_names
-from djepa_jax.core.losses import SAMPLERS, TOKEN_LOSSES
-from djepa_jax.core.masking import MaskPlan, cfg_scales, reveal_counts
-from djepa_jax.core.modalities import MODALITIES
-from djepa_jax.core.modalities.base import Modality
-from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
-from djepa_jax.core.models.djepa import SIZES, ModelConfig
-from djepa_jax.core.models.vit import REMAT_POLICIES
-from djepa_jax.core.optimizer import OptimizerConfig
-from djepa_jax.core.sampler import SampleSpec
-from djepa_jax.core.train_step import TrainSpec
-
-# Groups that fix what the parameters mean: they must agree between a config and a checkpoint.
-MODEL_KEYS = (
-    *(
-        f"model.{key}"
-        for key in (
-            "width",
-            "encoder_depth",
-            "predictor_depth",
-            "num_heads",
-            "denoiser_depth",
-            "denoiser_width",
-        )
-    ),
-    *(f"model.{key}" for key in ("mlp_ratio", "num_prefix_tokens", "qk_norm")),
-    *(f"data.{key}" for key in ("modality", "image_size", "channels", "patch_size", "num_classes")),
-    *(f"data.{key}" for key in ("latent_scale", "latent_shift")),
-    "loss.name",
-    "loss.jepa_weight above 0",
+from djepa_jax.config.convert import (
+    ConfigError,
+    check_options,
+    convert_group,
+    is_group,
+    keys_of,
+    unknown_key,
 )
-MAX_SEED = 2**31 - 1
-LATER_KEYS = {  # that older stored configs lack, with the value that means what was done then
-    "data.class_names": "",
-    "data.latent_shift": 0.0,
-    "microbatches": 1,
-    "data.max_broken": 100,
-    "data.unconditional": False,
-    "data.device_resident": False,
-    "prepare.source": "folder",
-    "prepare.path": "",
-    "prepare.image_size": 256,
-    "prepare.shard_size": 4096,
-    "prepare.dtype": "bfloat16",
-    "prepare.max_broken": 100,
-    "autoencoder.name": "kl16",
-    "autoencoder.path": "",
-    "autoencoder.sha256": "",
-    "autoencoder.batch_size": 32,
-    "autoencoder.dtype": "bfloat16",
-    "data.num_threads": 2,
-    "debug.nans": False,
-    "debug.log_compiles": False,
-    "debug.profile_steps": 0,
-    "debug.profile_start": 10,
-    "data.staging": "",
-}
-FILE_NAME = "config.json"  # in a workdir: the resolved configuration
+from djepa_jax.config.settings import (
+    AutoencoderSettings,
+    DataSettings,
+    DebugSettings,
+    Dtype,
+    EvaluationSettings,
+    LossSettings,
+    ModelSettings,
+    PrepareSettings,
+    SampleSettings,
+    Settings,
+)
+from djepa_jax.core.bounds import Bound, Natural, Positive, Seed, check_bounds, field_types
+from djepa_jax.core.losses import TOKEN_LOSSES, TokenLoss
+from djepa_jax.core.masking import MaskingConfig
+from djepa_jax.core.modalities import MODALITIES, Modality
+from djepa_jax.core.models.conditioning import CONDITIONERS
+from djepa_jax.core.models.djepa import ModelConfig
+from djepa_jax.core.optimizer import OptimizerConfig
+from djepa_jax.core.sampler import SamplerConfig
+from djepa_jax.core.schedules import guidance_scales, reveal_counts
+from djepa_jax.core.train_step import TrainStepConfig
 
-
-class ConfigError(ValueError):
-    """A value that cannot work; the message names the key, the value and the remedy."""
+SHARED_LOSS_FIELDS = {"noise_multiplicity", "num_denoise_steps", "sampler"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A validated configuration."""
+class Experiment(Settings):
+    """A validated configuration: its keys as in `configs/default.py`, and what they stand for."""
 
-    modality: Modality
-    train: TrainSpec
-    sample: SampleSpec
-    sample_labels: tuple[int, ...]
-    class_names: tuple[str, ...]
+    num_steps: Positive
+    batch_size: Positive
+    grad_accumulation_steps: Natural
+    seed: Seed
+    compute_dtype: Dtype
+    mesh: Annotated[tuple[int, ...], Bound(lambda x: len(x) == 3, "three whole numbers")]
+    checkpoint_every: Positive
+    keep_checkpoints: Positive
+    log_every: Positive
+    sample_every: Natural
+    evaluate_every: Natural
+    max_bad_steps: Positive
+    model: ModelSettings
+    loss: LossSettings
+    optimizer: OptimizerConfig
+    data: DataSettings
+    prepare: PrepareSettings
+    autoencoder: AutoencoderSettings
+    sample: SampleSettings
+    debug: DebugSettings
+    evaluation: EvaluationSettings
 
+    def __post_init__(self):
+        check_bounds(self)
+        for name in ("train", "sampler", "class_names", "sample_conditions"):
+            getattr(self, name)  # built now, so that what cannot work is said at once
 
-def _require(condition: bool, key: str, value, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"config.{key} is {value!r}; {remedy}.")
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "Experiment":
+        """Check nested values, such as a ConfigDict's, and build everything static from them.
 
-
-def _choice(config, key: str, choices) -> None:
-    group, _, name = key.rpartition(".")
-    value = (config[group] if group else config)[name]
-    _require(value in choices, key, value, f"it must be one of {', '.join(sorted(choices))}")
-
-
-def build(config) -> Experiment:
-    """Check a configuration and build everything static from it.
-
-    Raises:
-        ConfigError: a value that cannot work, or a key that is missing.
-    """
-    try:
-        _check_choices(config)
-        _check_numbers(config)
-        return _assemble(config)
-    except ConfigError:
-        raise
-    except (AttributeError, KeyError) as error:
-        text = str(error).strip("'\"").splitlines()[0]
-        raise ConfigError(f"config lacks a key that configs/default.py has: {text}.") from error
-    except ValueError as error:
-        raise ConfigError(f"config: {error}") from error
-
-
-def _assemble(config) -> Experiment:
-    modality = make_modality(config.data)
-    model = make_model_config(config, modality)
-    reveal_counts(modality.num_tokens, config.sample.num_ar_steps)
-    token_loss = make_token_loss(config)
-    train = TrainSpec(
-        model=model,
-        token_loss=token_loss,
-        plan=make_mask_plan(config, modality.num_tokens),
-        optimizer=OptimizerConfig(num_steps=config.num_steps, **config.optimizer),
-        tokenize=modality.tokenize,
-        seed=config.seed,
-        token_weight=config.loss.token_weight,
-        jepa_weight=config.loss.jepa_weight,
-        label_drop_prob=config.loss.label_drop_prob,
-        microbatches=config.microbatches or 1,  # 0: see step_program.py
-    )
-    sample = SampleSpec(
-        model,
-        token_loss,
-        config.sample.num_ar_steps,
-        config.sample.cfg_scale != 1,
-        config.sample.num_segments,
-    )
-    names = class_names.resolve(config.data.class_names, config.data.num_classes)
-    labels = parse_labels(config.sample.labels, names, config.sample.count)
-    return Experiment(modality, train, sample, labels, names)
-
-
-def make_mask_plan(config, num_tokens: int) -> MaskPlan:
-    """How a batch is masked; `loss.mask_group` 0 stands for the whole batch."""
-    loss = config.loss
-    return MaskPlan(
-        num_tokens,
-        config.batch_size,
-        loss.mask_ratio_min,
-        loss.mask_ratio_std,
-        loss.mask_group or config.batch_size,
-    )
-
-
-def _check_choices(config) -> None:
-    _choice(config, "compute_dtype", ("float32", "bfloat16"))
-    _choice(config, "model.size", (*SIZES, "custom"))
-    _choice(config, "model.remat", REMAT_POLICIES)
-    _choice(config, "loss.name", TOKEN_LOSSES)
-    _choice(config, "optimizer.learning_rate_schedule", ("constant", "cosine"))
-    _choice(config, "optimizer.weight_decay_schedule", ("constant", "linear"))
-    _choice(config, "data.modality", MODALITIES)
-    _choice(config, "prepare.dtype", ("float32", "bfloat16"))
-    _choice(config, "autoencoder.name", AUTOENCODERS)
-    _choice(config, "autoencoder.dtype", ("float32", "bfloat16"))
-    _choice(config, "sample.cfg_schedule", ("linear", "constant"))
-    _choice(config, "sample.sampler", SAMPLERS[config.loss.name])
-    _choice(config, "evaluation.kind", ("none", "small_images"))
-
-
-# Bounds of every number: (lowest, highest, what the bounds say), and the keys that they hold for.
-ABOVE_ZERO = (0, math.inf, "it must be above 0")
-AT_LEAST_ZERO = (0, math.inf, "it must be a finite number, at least 0")
-AT_LEAST_ONE = (1, math.inf, "it must be at least 1")
-FINITE = (-math.inf, math.inf, "it must be a finite number")
-MODERATE = (0, 1e6, "it must be a finite number, at least 0 and at most a million")
-SHARE = (0, 1, "it must be at least 0 and below 1")
-SEED = (0, MAX_SEED, f"it must be between 0 and {MAX_SEED}")
-BOUNDS = {
-    AT_LEAST_ONE: "num_steps batch_size checkpoint_every keep_checkpoints log_every max_bad_steps "
-    "model.num_prefix_tokens model.scan_unroll loss.noise_multiplicity data.image_size "
-    "data.channels data.patch_size "
-    "data.num_classes sample.count sample.batch_size sample.num_segments evaluation.count "
-    "prepare.image_size "
-    "prepare.shard_size autoencoder.batch_size data.num_threads",
-    AT_LEAST_ZERO: "microbatches data.max_broken prepare.max_broken sample_every evaluate_every "
-    "debug.profile_steps "
-    "debug.profile_start "
-    "model.width model.encoder_depth model.predictor_depth model.num_heads model.denoiser_depth "
-    "model.denoiser_width "
-    "loss.token_weight loss.jepa_weight loss.mask_group optimizer.warmup_steps "
-    "optimizer.min_learning_rate "
-    "optimizer.weight_decay sample.clip_x0",
-    MODERATE: "sample.cfg_scale sample.temperature",
-    ABOVE_ZERO: "model.mlp_ratio loss.mask_ratio_std optimizer.learning_rate optimizer.epsilon "
-    "optimizer.clip_norm "
-    "data.latent_scale sample.time_shift",
-    SHARE: "model.dropout model.attention_dropout loss.label_drop_prob optimizer.beta1 "
-    "optimizer.beta2 optimizer.ema_decay",
-    FINITE: "data.latent_shift",
-    SEED: "seed sample.seed evaluation.seed",
-}
-
-
-def _is_finite(value) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
-
-
-def _check_numbers(config) -> None:
-    values = flatten(config.to_dict())
-    for bounds, keys in BOUNDS.items():
-        lowest, highest, remedy = bounds
-        for key in keys.split():
-            value = values[key]
-            excluded = (bounds is ABOVE_ZERO and value == 0) or (bounds is SHARE and value == 1)
-            _require(
-                _is_finite(value) and lowest <= value <= highest and not excluded,
-                key,
-                value,
-                remedy,
-            )
-    _require(
-        config.loss.token_weight + config.loss.jepa_weight > 0,
-        "loss.token_weight",
-        0.0,
-        "with a JEPA weight of 0 it must be above 0",
-    )
-    ratio = config.loss.mask_ratio_min
-    _require(
-        math.isfinite(ratio) and 0 < ratio <= 1,
-        "loss.mask_ratio_min",
-        ratio,
-        "it must be above 0 and at most 1",
-    )
-    one = not config.data.unconditional or config.data.num_classes == 1
-    _require(
-        one, "data.num_classes", config.data.num_classes, "with data.unconditional it must be 1"
-    )
-    least, most = (1, 1000) if config.loss.name == "diffusion" else (2, math.inf)
-    steps = config.sample.num_denoise_steps
-    _require(
-        least <= steps <= most,
-        "sample.num_denoise_steps",
-        steps,
-        f"it must be between {least} and {most}",
-    )
-    sha256 = config.autoencoder.sha256
-    hexadecimal = sha256 == "" or (len(sha256) == 64 and set(sha256) <= set("0123456789abcdef"))
-    _require(
-        hexadecimal,
-        "autoencoder.sha256",
-        sha256,
-        "it must be empty, or 64 hexadecimal digits in lower case",
-    )
-    if config.evaluation.kind == "small_images":
-        _require(
-            config.data.modality == "image_pixels",
-            "evaluation.kind",
-            "small_images",
-            'it judges pixels; with latents set it to "none"',
-        )
-        _require(
-            config.evaluation.count > 1,
-            "evaluation.count",
-            config.evaluation.count,
-            "it must be at least 2",
-        )
-
-
-def make_modality(data) -> Modality:
-    """The modality that `config.data` describes."""
-    extra = (
-        {"scale": data.latent_scale, "shift": data.latent_shift}
-        if data.modality == "image_latents"
-        else {}
-    )
-    return MODALITIES[data.modality](data.image_size, data.channels, data.patch_size, **extra)
-
-
-def resolve_size(model) -> dict[str, int]:
-    """Widths and depths: those of the named size, overridden by keys that are not 0."""
-    keys = (
-        "width",
-        "encoder_depth",
-        "predictor_depth",
-        "num_heads",
-        "denoiser_depth",
-        "denoiser_width",
-    )
-    named = SIZES.get(model.size, {})
-    values = {key: model[key] or named.get(key, 0) for key in keys}
-    for key, value in values.items():
-        _require(
-            value > 0,
-            f"model.{key}",
-            value,
-            'with model.size "custom" it must be given, and above 0',
-        )
-    return values
-
-
-def make_model_config(config, modality: Modality) -> ModelConfig:
-    """The networks' shape.
-
-    Raises:
-        ConfigError: heads that do not divide the width, and the like.
-    """
-    size = resolve_size(config.model)
-    heads = size["num_heads"]
-    _require(
-        size["width"] % heads == 0,
-        "model.width",
-        size["width"],
-        f"it must be a multiple of model.num_heads, {heads}",
-    )
-    hidden = int(size["width"] * config.model.mlp_ratio)
-    _require(
-        hidden >= 1, "model.mlp_ratio", config.model.mlp_ratio, "it leaves the MLPs no hidden unit"
-    )
-    out_per_channel = TOKEN_LOSSES[config.loss.name].out_per_channel
-    return ModelConfig(
-        num_tokens=modality.num_tokens,
-        token_dim=modality.token_dim,
-        num_classes=config.data.num_classes,
-        denoiser_out=out_per_channel * modality.token_dim,
-        mlp_ratio=config.model.mlp_ratio,
-        num_prefix_tokens=config.model.num_prefix_tokens,
-        qk_norm=config.model.qk_norm,
-        jepa_head=config.loss.jepa_weight > 0,
-        attention_dropout=config.model.attention_dropout,
-        dropout=config.model.dropout,
-        compute_dtype=config.compute_dtype,
-        remat=config.model.remat,
-        scan_unroll=config.model.scan_unroll,
-        **size,
-    )
-
-
-def make_token_loss(config):
-    """The token loss with its sampler."""
-    shared = dict(
-        noise_multiplicity=config.loss.noise_multiplicity,
-        num_denoise_steps=config.sample.num_denoise_steps,
-        sampler=config.sample.sampler,
-    )
-    if config.loss.name == "diffusion":
-        return TOKEN_LOSSES["diffusion"](clip_x0=config.sample.clip_x0, **shared)
-    return TOKEN_LOSSES["flow_matching"](time_shift=config.sample.time_shift, **shared)
-
-
-def parse_labels(text: str, names: Sequence[str], count: int) -> tuple[int, ...]:
-    """The label of each of `count` samples: "all" classes in turn, or a comma-separated list,
-    repeated.
-
-    An entry is an index, a name, or a part that only one of the names has.
-
-    Raises:
-        ConfigError: an entry that is no class, or may be several.
-    """
-    if text == "all":
-        labels = list(range(len(names)))
-    else:
+        Raises:
+            ConfigError: a key that is unknown or missing, or a value that cannot work.
+        """
+        values = convert_group(values, cls)
+        values["optimizer"]["num_steps"] = values["num_steps"]
+        group = ""
         try:
-            labels = [class_names.find_class(word, names) for word in text.split(",")]
+            for name, kind in GROUPS.items():
+                group = f"{name}."
+                values[name] = kind(**values[name])
+            group = ""
+            return cls(**values)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"config.{group}{error}") from error
+
+    def to_dict(self) -> dict:
+        """Plain nested dicts, as `from_dict` takes them."""
+        values = dataclasses.asdict(self)
+        del values["optimizer"]["num_steps"]  # there once already
+        if self.data.class_names not in ("", class_names.IMAGENET):  # a file's travel with weights
+            values["data"]["class_names"] = self.class_names
+        return values
+
+    def updated(self, changes: Mapping[str, Any]) -> "Experiment":
+        """One with some values changed, by dotted name.
+
+        Raises:
+            ConfigError: a name that there is not, or a value that cannot work.
+        """
+        values = self.to_dict()
+        for name, value in changes.items():
+            *groups, key = name.split(".")
+            place = values
+            for group in groups:
+                if not isinstance(place.get(group), dict):
+                    raise unknown_key(name, keys_of(Experiment))
+                place = place[group]
+            place[key] = value
+        return Experiment.from_dict(values)
+
+    @functools.cached_property
+    def modality(self) -> Modality:
+        """What tokens stand for."""
+        return MODALITIES[self.data.modality].from_settings(self.data)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model makes latents, and an autoencoder is named that decodes them."""
+        return self.modality.needs_decoder and bool(self.autoencoder.path)
+
+    @functools.cached_property
+    def token_loss(self) -> TokenLoss:
+        """The token loss with its sampler."""
+        kind, options = TOKEN_LOSSES[self.loss.name], self.loss.options
+        own = {field.name for field in dataclasses.fields(kind)} - SHARED_LOSS_FIELDS
+        check_options("loss.options", options, own, f"the loss {self.loss.name}")
+        if self.sample.sampler not in kind.samplers:
+            raise ConfigError(
+                f"config.sample.sampler is {self.sample.sampler!r}; the loss {self.loss.name} has "
+                f"{' and '.join(kind.samplers)}."
+            )
+        try:
+            return kind(
+                noise_multiplicity=self.loss.noise_multiplicity,
+                num_denoise_steps=self.sample.num_denoise_steps,
+                sampler=self.sample.sampler,
+                **options,
+            )
+        except ValueError as error:
+            name = str(error).partition(" ")[0]
+            group = "loss.options" if name in own else "sample"
+            raise ConfigError(f"config.{group}.{error}") from error
+
+    @functools.cached_property
+    def network(self) -> ModelConfig:
+        """The shape of the networks."""
+        model, modality = self.model, self.modality
+        conditioner = CONDITIONERS[model.condition](
+            self.data.num_classes, **model.condition_options
+        )
+        return ModelConfig(
+            grid=modality.grid,
+            token_dim=modality.token_dim,
+            factorised_positions=modality.factorised_positions,
+            conditioner=conditioner,
+            denoiser_out=TOKEN_LOSSES[self.loss.name].out_per_channel * modality.token_dim,
+            mlp_ratio=model.mlp_ratio,
+            num_prefix_tokens=model.num_prefix_tokens,
+            qk_norm=model.qk_norm,
+            jepa_head=self.loss.jepa_weight > 0,
+            attention_dropout=model.attention_dropout,
+            dropout=model.dropout,
+            compute_dtype=self.compute_dtype,
+            remat=model.remat,
+            scan_unroll=model.scan_unroll,
+            **model.shape,
+        )
+
+    @functools.cached_property
+    def train(self) -> TrainStepConfig:
+        """The training step; one accumulation step where the number is to be found out."""
+        loss = self.loss
+        group_size = loss.mask_group or self.batch_size
+        if self.batch_size % group_size:
+            raise ConfigError(
+                f"config.loss.mask_group is {group_size}; it must divide config.batch_size, "
+                f"{self.batch_size}."
+            )
+        return TrainStepConfig(
+            model=self.network,
+            token_loss=self.token_loss,
+            masking=MaskingConfig(
+                num_tokens=self.network.num_tokens,
+                batch_size=self.batch_size,
+                ratio_min=loss.mask_ratio_min,
+                ratio_std=loss.mask_ratio_std,
+                group_size=group_size,
+            ),
+            optimizer=self.optimizer,
+            tokenize=self.modality.tokenize,
+            seed=self.seed,
+            token_weight=loss.token_weight,
+            jepa_weight=loss.jepa_weight,
+            label_drop_prob=loss.label_drop_prob,
+            grad_accumulation_steps=self.grad_accumulation_steps or 1,
+        )
+
+    @functools.cached_property
+    def sampler(self) -> SamplerConfig:
+        """The sampler."""
+        sample = self.sample
+        try:
+            reveal_counts(self.network.num_tokens, sample.num_ar_steps)
+        except ValueError as error:
+            raise ConfigError(f"config.sample.{error}") from error
+        return SamplerConfig(
+            model=self.network,
+            token_loss=self.token_loss,
+            num_ar_steps=sample.num_ar_steps,
+            guided=sample.cfg_scale != 1,
+            num_segments=sample.num_segments,
+            order=sample.order,
+        )
+
+    @functools.cached_property
+    def cfg_scales(self) -> np.ndarray:
+        """Guidance scale of every autoregressive step `[T]`."""
+        sample = self.sample
+        steps = (self.network.num_tokens, sample.num_ar_steps)
+        return guidance_scales(*steps, sample.cfg_scale, sample.cfg_schedule)
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names in the order of the labels."""
+        return class_names.resolve(self.data.class_names, self.data.num_classes)
+
+    @functools.cached_property
+    def sample_conditions(self) -> Any:
+        """The condition of each sample, `[count]`: the labels that are asked for in turn."""
+        text, count = self.sample.labels, self.sample.count
+        if text == "all":
+            return self.network.conditioner.in_turn(count)
+        try:
+            labels = [class_names.find_class(word, self.class_names) for word in text.split(",")]
         except ValueError as error:
             raise ConfigError(
                 f'config.sample.labels is {text!r}; {error} Or write "all".'
             ) from error
-    return tuple(labels[i % len(labels)] for i in range(count))
+        return np.resize(np.asarray(labels, np.int32), count)
+
+    def titles(self, conditions: Any) -> list[str]:
+        """What to write above samples of some conditions: class names, or their numbers."""
+        names, array = self.class_names, np.asarray(jax.tree.leaves(conditions)[0])
+        if array.ndim == 1 and array.dtype.kind in "iu" and len(array) and array.max() < len(names):
+            return [names[label] for label in array]
+        return [str(index) for index in range(len(array))]
 
 
-def step_scales(config, num_tokens: int):
-    """Guidance scale of every autoregressive step `[T]`."""
-    return cfg_scales(
-        num_tokens, config.sample.num_ar_steps, config.sample.cfg_scale, config.sample.cfg_schedule
-    )
-
-
-def resolved(config) -> dict:
-    """The configuration as plain nested dicts, with the named size written out, for storing beside
-    a checkpoint.
-    """
-    values = config.to_dict()
-    values["model"] |= resolve_size(config.model)
-    values["loss"]["jepa_weight above 0"] = config.loss.jepa_weight > 0
-    values["mesh"] = list(config.mesh)
-    if config.data.class_names not in (
-        "",
-        class_names.IMAGENET,
-    ):  # a file's names travel with the weights
-        values["data"]["class_names"] = list(
-            class_names.resolve(config.data.class_names, config.data.num_classes)
-        )
-    return values
-
-
-def upgraded(stored: dict) -> dict:
-    """A stored configuration with the keys that came after it was written, set to what was done
-    before.
-    """
-    groups = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in stored.items()
-    }
-    for name, value in LATER_KEYS.items():
-        group, _, key = name.rpartition(".")
-        (groups.setdefault(group, {}) if group else groups).setdefault(key, value)
-    return groups
-
-
-def differences(stored: dict, current: dict, keys=None) -> list[str]:
-    """Lines "key: stored -> current" for every key whose value differs (only `keys`, or all)."""
-    stored, current = flatten(stored), flatten(current)
-    names = keys or sorted(stored.keys() | current.keys())
-    absent = "(absent)"
-    return [
-        f"{k}: {stored.get(k, absent)} -> {current.get(k, absent)}"
-        for k in names
-        if stored.get(k) != current.get(k)
-    ]
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """Nested dicts as one dict with dotted names."""
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+GROUPS = {name: kind for name, kind in field_types(Experiment).items() if is_group(kind)}

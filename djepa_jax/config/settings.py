@@ -1,53 +1,195 @@
-"""A configuration that was read from a file: nested dicts with attribute access, needing no config
-library.
+"""The groups of a configuration as frozen dataclasses: types, bounds and choices of every key.
+
+`configs/default.py` has the defaults, with a comment for each key.
 """
 
-import copy
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from typing import Annotated, Any
+
+from djepa_jax.core.bounds import (
+    AboveZero,
+    AtLeastZero,
+    Bound,
+    Finite,
+    Moderate,
+    Natural,
+    OneOf,
+    Positive,
+    Ratio,
+    Seed,
+    Share,
+    check_bounds,
+)
+from djepa_jax.core.losses import TOKEN_LOSSES
+from djepa_jax.core.modalities import MODALITIES
+from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
+from djepa_jax.core.models.conditioning import CONDITIONERS
+from djepa_jax.core.models.djepa import SIZES
+from djepa_jax.core.models.vit import REMAT_POLICIES
+from djepa_jax.core.schedules import GUIDANCE, ORDERS
+
+Options = dict[str, Any]  # keyword arguments of what a table names
+Dtype = Annotated[str, OneOf(("float32", "bfloat16"))]
+Sha256 = Annotated[
+    str,
+    Bound(
+        lambda x: x == "" or (len(x) == 64 and set(x) <= set("0123456789abcdef")),
+        "empty, or 64 hexadecimal digits in lower case",
+    ),
+]
 
 
-class Settings(dict):
-    """Nested settings, read as `settings.model.width` or `settings["model"]["width"]`; change a
-    copy by `updated`.
-    """
+class Settings:
+    """A group of keys; values out of bounds raise ValueError."""
 
-    def __init__(self, values: Mapping):
-        super().__init__(
-            {
-                k: Settings(v) if isinstance(v, Mapping) else copy.deepcopy(v)
-                for k, v in values.items()
-            }
-        )
+    def __post_init__(self):
+        check_bounds(self)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f'no key "{name}"; there are {", ".join(self)}') from None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"settings are read only; make changed ones with updated({name}=...)")
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(Settings):
+    """The networks; widths and depths of 0 are as `size` says."""
 
-    def to_dict(self) -> dict:
-        """Plain nested dicts."""
-        return {k: v.to_dict() if isinstance(v, Settings) else v for k, v in self.items()}
+    size: Annotated[str, OneOf((*SIZES, "custom"))]
+    width: Natural
+    encoder_depth: Natural
+    predictor_depth: Natural
+    num_heads: Natural
+    denoiser_depth: Natural
+    denoiser_width: Natural
+    mlp_ratio: AboveZero
+    num_prefix_tokens: Positive
+    qk_norm: bool
+    dropout: Share
+    attention_dropout: Share
+    remat: Annotated[str, OneOf(REMAT_POLICIES)]
+    scan_unroll: Positive
+    condition: Annotated[str, OneOf(CONDITIONERS)]
+    condition_options: Options
 
-    def updated(self, changes: Mapping[str, Any]) -> "Settings":
-        """A copy with some values changed, by dotted name.
+    def __post_init__(self):
+        check_bounds(self)
+        for key, value in self.shape.items():
+            if value < 1:
+                raise ValueError(f'{key} is 0; with size "custom" it must be given, and above 0.')
+        width, heads = self.shape["width"], self.shape["num_heads"]
+        if width % heads:
+            raise ValueError(f"width is {width}; it must be a multiple of num_heads, {heads}.")
+        if int(width * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it leaves the MLPs no hidden unit.")
 
-        Raises:
-            KeyError: a name that these settings do not have.
-        """
-        result = Settings(self)
-        for name, value in changes.items():
-            *groups, key = name.split(".")
-            group = result
-            for part in groups:
-                if not isinstance(group.get(part), Settings):
-                    raise KeyError(name)
-                group = group[part]
-            if key not in group:
-                raise KeyError(name)
-            group[key] = value
-        return result
+    @property
+    def shape(self) -> dict[str, int]:
+        """Widths, depths and heads: those of the named size, overridden by keys that are not 0."""
+        keys = SIZES["B"]
+        return {key: getattr(self, key) or SIZES.get(self.size, {}).get(key, 0) for key in keys}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings(Settings):
+    """What is minimised, and what is hidden for it."""
+
+    name: Annotated[str, OneOf(TOKEN_LOSSES)]
+    options: Options
+    token_weight: AtLeastZero
+    jepa_weight: AtLeastZero
+    label_drop_prob: Share
+    noise_multiplicity: Positive
+    mask_ratio_min: Ratio
+    mask_ratio_std: AboveZero
+    mask_group: Natural
+
+    def __post_init__(self):
+        check_bounds(self)
+        if not self.token_weight + self.jepa_weight > 0:
+            raise ValueError("token_weight is 0; with a jepa_weight of 0 it must be above 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings(Settings):
+    """What is learned from."""
+
+    source: str
+    path: str
+    staging: str
+    device_resident: bool
+    unconditional: bool
+    max_broken: Natural
+    modality: Annotated[str, OneOf(MODALITIES)]
+    options: Options
+    image_size: Positive
+    channels: Positive
+    patch_size: Positive
+    latent_scale: AboveZero
+    latent_shift: Finite
+    num_classes: Positive
+    class_names: str | tuple[str, ...]
+    random_flip: bool
+    num_threads: Positive
+
+    def __post_init__(self):
+        check_bounds(self)
+        if self.unconditional and self.num_classes != 1:
+            raise ValueError(
+                f"num_classes is {self.num_classes}; with data.unconditional it must be 1."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSettings(Settings):
+    """What --mode=prepare makes a latent cache of."""
+
+    source: str
+    path: str
+    image_size: Positive
+    shard_size: Positive
+    dtype: Dtype
+    max_broken: Natural
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderSettings(Settings):
+    """Between pictures and latents."""
+
+    name: Annotated[str, OneOf(AUTOENCODERS)]
+    path: str
+    sha256: Sha256
+    batch_size: Positive
+    dtype: Dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings(Settings):
+    """What sampling makes, and how."""
+
+    labels: str
+    count: Positive
+    seed: Seed
+    order: Annotated[str, OneOf(ORDERS)]
+    cfg_scale: Moderate
+    cfg_schedule: Annotated[str, OneOf(GUIDANCE)]
+    temperature: Moderate
+    num_ar_steps: int
+    num_denoise_steps: int
+    sampler: str
+    batch_size: Positive
+    num_segments: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugSettings(Settings):
+    """For looking into a run."""
+
+    nans: bool
+    log_compiles: bool
+    profile_steps: Natural
+    profile_start: Natural
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings(Settings):
+    """How samples are judged."""
+
+    kind: str
+    count: Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
+    seed: Seed

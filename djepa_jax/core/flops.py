@@ -11,8 +11,9 @@ import math
 from jax.extend import core
 
 from djepa_jax.core.losses.base import TokenLoss
-from djepa_jax.core.masking import MaskPlan, reveal_counts
+from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.models.djepa import ModelConfig
+from djepa_jax.core.schedules import reveal_counts
 
 TIME_FEATURES = 256
 
@@ -75,7 +76,7 @@ def denoiser_row(model: ModelConfig) -> dict[str, float]:
 
 def train_image(
     model: ModelConfig,
-    plan: MaskPlan,
+    masking: MaskingConfig,
     noise_multiplicity: int,
     padded: bool = False,
     time_rows: float = 0.0,
@@ -88,8 +89,8 @@ def train_image(
     embeddings per image, see there.
     """
     n, p = model.num_tokens, model.num_prefix_tokens
-    masked = plan.packed_rows / plan.chunk_size if padded else mean_masked(plan)
-    visible = plan.max_visible if padded else n - masked
+    masked = masking.packed_rows / masking.pack_size if padded else mean_masked(masking)
+    visible = masking.max_visible if padded else n - masked
     queries = None if padded else masked
     row = denoiser_row(model)
 
@@ -110,21 +111,21 @@ def train_image(
     return 3 * (context + predictor + inputs + denoiser + 16 * model.width**2 * masked) + target
 
 
-def time_rows(token_loss: TokenLoss, plan: MaskPlan, padded: bool = False) -> float:
+def time_rows(token_loss: TokenLoss, masking: MaskingConfig, padded: bool = False) -> float:
     """Time embeddings per training image.
 
     With continuous times (flow matching) every row has its own. Diffusion looks up a table of all
     its steps, made once per batch: a fraction of it per image, and none of it in the ideal count.
     """
     if not token_loss.time_table_size:
-        masked = plan.packed_rows / plan.chunk_size if padded else mean_masked(plan)
+        masked = masking.packed_rows / masking.pack_size if padded else mean_masked(masking)
         return masked * token_loss.noise_multiplicity
-    return token_loss.time_table_size / plan.batch_size if padded else 0.0
+    return token_loss.time_table_size / masking.batch_size if padded else 0.0
 
 
-def mean_masked(plan: MaskPlan, points: int = 4096) -> float:
-    """Mean number of masked tokens under the plan's ratios."""
-    return sum(plan.masked_at((i + 0.5) / points) for i in range(points)) / points
+def mean_masked(masking: MaskingConfig, points: int = 4096) -> float:
+    """Mean number of masked tokens under the mask ratios."""
+    return sum(masking.masked_at((i + 0.5) / points) for i in range(points)) / points
 
 
 def ar_step(model: ModelConfig, visible: float, new: float, denoiser_calls: int) -> float:
@@ -154,7 +155,7 @@ def sample_image(model: ModelConfig, num_ar_steps: int, denoiser_calls: int, gui
 
 
 def padded_sample_image(model: ModelConfig, segments, denoiser_calls: int, guided: bool) -> float:
-    """One sampled image with the padded shapes of `segments` (`sample.plan_segments`)."""
+    """One sampled image with the padded shapes of `segments` (`sampler.plan_segments`)."""
     total = sum(
         ar_step(model, s.visible, s.new, denoiser_calls) * (s.stop - s.start) for s in segments
     )

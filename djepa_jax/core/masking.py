@@ -1,11 +1,19 @@
-"""Random orders, mask ratios and the reveal schedule.
+"""Random orders and mask ratios.
 
 An order lists the raster places of an image's tokens: in training the first `num_visible` of them
 are visible and the rest masked; in sampling tokens are revealed from its front. Shapes are static
 whatever the ratios: visible tokens are padded to the most that the smallest ratio allows, masked
 rows are packed to a bound that holds for every draw.
 
-Shape letters: B batch, N tokens, V visible (padded), K packed rows of a chunk.
+A batch is divided in four ways:
+
+- a *group* shares a mask ratio (`group_size` examples);
+- a *stratum* is one of the equal parts of the ratio's distribution, of which each group of a pack
+  draws from another, so that the sum over a pack hardly varies;
+- a *pack* is the groups whose masked rows are put together into a static number of rows;
+- an *accumulation step* takes whole packs (`train_step.accumulate`).
+
+Shape letters: B batch, N tokens, V visible (padded), K packed rows of a pack.
 """
 
 import dataclasses
@@ -14,38 +22,35 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.scipy.special import ndtri
 
-STRATA_PER_CHUNK = 32
+from djepa_jax.core.bounds import AboveZero, Positive, Ratio, check_bounds
+
+STRATA_PER_PACK = 32
 RATIO_MEAN = 1.0
 RATIO_MAX = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskPlan:
+class MaskingConfig:
     """How a training batch is masked.
 
-    The ratio of hidden tokens is normal(1, ratio_std) cut to [ratio_min, 1] (paper, section 3 and
-    code). Each group of `group_size` examples shares one: 1 draws per example, 32 is the authors'
-    per-process draw, the batch size draws one per step. Ratios are stratified inside chunks of
-    examples: each has exactly the cut normal distribution, yet their sum hardly varies, so that
-    masked rows pack into a static bound.
+    The ratio of hidden tokens is normal(1, ratio_std) cut to [ratio_min, 1] (paper and code). Each
+    group of `group_size` examples shares one: 1 draws per example, 32 is the authors' per-process
+    draw, the batch size draws one per step. Each ratio has exactly the cut normal distribution,
+    though the ratios of a pack are stratified.
     """
 
-    num_tokens: int
-    batch_size: int
-    ratio_min: float = 0.7
-    ratio_std: float = 0.25
-    group_size: int = 1
+    num_tokens: Positive
+    batch_size: Positive
+    ratio_min: Ratio = 0.7
+    ratio_std: AboveZero = 0.25
+    group_size: Positive = 1
 
     def __post_init__(self):
-        if not 0.0 < self.ratio_min <= 1.0:
-            raise ValueError(
-                f"mask_ratio_min is {self.ratio_min}; it must be above 0 and at most 1."
-            )
-        if self.group_size < 1 or self.batch_size % self.group_size:
+        check_bounds(self)
+        if self.batch_size % self.group_size:
             raise ValueError(
                 f"mask_group {self.group_size} must divide the batch size {self.batch_size}."
             )
@@ -56,20 +61,20 @@ class MaskPlan:
         return self.num_tokens - max(1, math.ceil(self.num_tokens * self.ratio_min - 1e-6))
 
     @property
-    def chunk_size(self) -> int:
+    def pack_size(self) -> int:
         """Examples whose masked rows are packed together; a divisor of the batch, independent of
         devices.
         """
         groups = self.batch_size // self.group_size
-        target = max(4, STRATA_PER_CHUNK // self.group_size)
+        target = max(4, STRATA_PER_PACK // self.group_size)
         return self.group_size * max(
             n for n in range(1, min(groups, target) + 1) if groups % n == 0
         )
 
     @property
     def packed_rows(self) -> int:
-        """Rows per chunk that hold all its masked tokens, whatever the draw (K)."""
-        strata = self.chunk_size // self.group_size
+        """Rows per pack that hold all its masked tokens, whatever the draw (K)."""
+        strata = self.pack_size // self.group_size
         slack = 1e-3 + 1e-6 * self.num_tokens  # the draw is made in float32
         return self.group_size * sum(self.masked_at((i + 1) / strata, slack) for i in range(strata))
 
@@ -86,19 +91,19 @@ class MaskPlan:
         return normal.cdf(self.ratio_min), normal.cdf(RATIO_MAX)
 
 
-def draw_num_visible(key: jax.Array, plan: MaskPlan) -> jax.Array:
-    """Number of visible tokens of each example: `[B]` int32 in 0..plan.max_visible."""
-    chunks, strata = plan.batch_size // plan.chunk_size, plan.chunk_size // plan.group_size
+def draw_num_visible(key: jax.Array, config: MaskingConfig) -> jax.Array:
+    """Number of visible tokens of each example: `[B]` int32 in 0..config.max_visible."""
+    packs, strata = config.batch_size // config.pack_size, config.pack_size // config.group_size
     shuffle_key, offset_key = jax.random.split(key)
     ranks = jax.vmap(lambda k: jax.random.permutation(k, strata))(
-        jax.random.split(shuffle_key, chunks)
+        jax.random.split(shuffle_key, packs)
     )
-    u = (ranks + jax.random.uniform(offset_key, ranks.shape)) / strata  # [chunks, strata]
-    low, high = plan.cdf_range
-    ratio = RATIO_MEAN + plan.ratio_std * ndtri(low + u * (high - low))
-    masked = jnp.ceil(plan.num_tokens * ratio - 1e-4).astype(jnp.int32)
-    masked = jnp.clip(masked, plan.num_tokens - plan.max_visible, plan.num_tokens)
-    return plan.num_tokens - jnp.repeat(masked.reshape(-1), plan.group_size)
+    u = (ranks + jax.random.uniform(offset_key, ranks.shape)) / strata  # [packs, strata]
+    low, high = config.cdf_range
+    ratio = RATIO_MEAN + config.ratio_std * ndtri(low + u * (high - low))
+    masked = jnp.ceil(config.num_tokens * ratio - 1e-4).astype(jnp.int32)
+    masked = jnp.clip(masked, config.num_tokens - config.max_visible, config.num_tokens)
+    return config.num_tokens - jnp.repeat(masked.reshape(-1), config.group_size)
 
 
 def draw_orders(key: jax.Array, batch_size: int, num_tokens: int) -> jax.Array:
@@ -117,73 +122,31 @@ def to_raster(tokens: jax.Array, order: jax.Array) -> jax.Array:
     return jnp.take_along_axis(tokens, jnp.argsort(order, axis=-1)[..., None], axis=1)
 
 
-def masked_weights(num_visible: jax.Array, plan: MaskPlan) -> jax.Array:
+def masked_weights(num_visible: jax.Array, config: MaskingConfig) -> jax.Array:
     """Weight of every place in the losses `[B, N]`: zero where visible, and summing to one.
 
     Each group averages over its own masked tokens and groups count alike, as when every group is a
     process.
     """
-    is_masked = jnp.arange(plan.num_tokens) >= num_visible[:, None]  # [B, N]
-    per_group = rearrange(is_masked.astype(jnp.float32), "(g e) n -> g (e n)", e=plan.group_size)
+    is_masked = jnp.arange(config.num_tokens) >= num_visible[:, None]  # [B, N]
+    per_group = rearrange(is_masked.astype(jnp.float32), "(g e) n -> g (e n)", e=config.group_size)
     weights = per_group / per_group.sum(-1, keepdims=True) / per_group.shape[0]
-    return rearrange(weights, "g (e n) -> (g e) n", e=plan.group_size)
+    return rearrange(weights, "g (e n) -> (g e) n", e=config.group_size)
 
 
-def pack_masked(num_visible: jax.Array, plan: MaskPlan):
-    """A function that picks the masked rows of `[B, N, ...]` arrays: result `[chunks, K, ...]`.
+def pack_masked(num_visible: jax.Array, config: MaskingConfig):
+    """A function that picks the masked rows of `[B, N, ...]` arrays: result `[packs, K, ...]`.
 
     Masked rows come first, then as many visible ones as fill the static bound; their loss weight is
     zero.
     """
-    chunk, rows = plan.chunk_size, plan.packed_rows
-    is_visible = jnp.arange(plan.num_tokens) < num_visible[:, None]  # [B, N]
-    is_visible = rearrange(is_visible, "(c e) n -> c (e n)", e=chunk)
-    index = jnp.argsort(is_visible, axis=-1, stable=True)[:, :rows]  # [chunks, K]
+    size, rows = config.pack_size, config.packed_rows
+    is_visible = jnp.arange(config.num_tokens) < num_visible[:, None]  # [B, N]
+    is_visible = rearrange(is_visible, "(p e) n -> p (e n)", e=size)
+    index = jnp.argsort(is_visible, axis=-1, stable=True)[:, :rows]  # [packs, K]
 
     def pack(x: jax.Array) -> jax.Array:
-        x = rearrange(x, "(c e) n ... -> c (e n) ...", e=chunk)
+        x = rearrange(x, "(p e) n ... -> p (e n) ...", e=size)
         return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
     return pack
-
-
-def reveal_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
-    """Tokens revealed in each autoregressive step (cosine schedule); positive and summing to
-    `num_tokens`.
-
-    After step s (from 0) floor(N cos(pi/2 (s+1)/T)) tokens stay hidden, at least one fewer than
-    before and at least one; the last step reveals the rest.
-
-    Raises:
-        ValueError: `num_ar_steps` is below 1 or above the number of tokens.
-    """
-    if not 1 <= num_ar_steps <= num_tokens:
-        raise ValueError(
-            f"num_ar_steps is {num_ar_steps}; it must be between 1 and the number of tokens, "
-            f"{num_tokens}."
-        )
-    hidden, counts = num_tokens, []
-    for step in range(num_ar_steps):
-        target = math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / num_ar_steps))
-        remaining = 0 if step == num_ar_steps - 1 else max(1, min(hidden - 1, target))
-        counts.append(hidden - remaining)
-        hidden = remaining
-    return counts
-
-
-def cfg_scales(num_tokens: int, num_ar_steps: int, cfg_scale: float, schedule: str) -> np.ndarray:
-    """Guidance scale of each step `[T]` float32.
-
-    "constant" is `cfg_scale` throughout; "linear" is 1 + (cfg_scale - 1) times the share of tokens
-    known after the step. As in the authors' code the last step counts one token as still hidden.
-
-    Raises:
-        ValueError: unknown schedule.
-    """
-    if schedule == "constant":
-        return np.full(num_ar_steps, cfg_scale, np.float32)
-    if schedule != "linear":
-        raise ValueError(f'cfg_schedule is "{schedule}"; it must be "linear" or "constant".')
-    hidden = num_tokens - np.cumsum(reveal_counts(num_tokens, num_ar_steps))
-    hidden[-1] = 1
-    return (1 + (cfg_scale - 1) * (num_tokens - hidden) / num_tokens).astype(np.float32)

@@ -8,10 +8,22 @@ well.
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from djepa_jax.core.bounds import (
+    AboveZero,
+    AtLeastZero,
+    Natural,
+    OneOf,
+    Positive,
+    Share,
+    check_bounds,
+)
+from djepa_jax.core.sharding import path_name
 
 MAX_RAMPED_EMA_DECAY = 0.9999
 # Only the matrices of the ViT blocks decay: not the denoiser, the JEPA head, embeddings, biases or
@@ -31,19 +43,22 @@ class OptimizerConfig:
     at 0.9999, as in the authors' code; with a decay of 0.9999 it changes nothing.
     """
 
-    learning_rate: float
-    num_steps: int
-    warmup_steps: int = 0
-    learning_rate_schedule: str = "constant"
-    min_learning_rate: float = 0.0
-    weight_decay: float = 0.0
-    weight_decay_schedule: str = "constant"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-6
-    clip_norm: float = 3.0
-    ema_decay: float = 0.9999
+    learning_rate: AboveZero
+    num_steps: Positive
+    warmup_steps: Natural = 0
+    learning_rate_schedule: Annotated[str, OneOf(("constant", "cosine"))] = "constant"
+    min_learning_rate: AtLeastZero = 0.0
+    weight_decay: AtLeastZero = 0.0
+    weight_decay_schedule: Annotated[str, OneOf(("constant", "linear"))] = "constant"
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    epsilon: AboveZero = 1e-6
+    clip_norm: AboveZero = 3.0
+    ema_decay: Share = 0.9999
     ema_ramp: bool = False
+
+    def __post_init__(self):
+        check_bounds(self)
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
@@ -72,11 +87,6 @@ def ema_decay(config: OptimizerConfig, step: jax.Array) -> jax.Array:
         return config.ema_decay * jnp.ones_like(jnp.asarray(step), dtype=float)
     ramped = config.ema_decay + (1 - config.ema_decay) * step / max(config.num_steps, 1)
     return jnp.minimum(ramped, max(MAX_RAMPED_EMA_DECAY, config.ema_decay))
-
-
-def path_name(path: tuple) -> str:
-    """A tree path as "a/b/c"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def decay_mask(params: dict) -> dict:

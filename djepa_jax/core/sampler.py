@@ -1,26 +1,24 @@
 """Generation: reveal random sets of tokens over T autoregressive steps.
 
-1. Every place is masked; the order of each sample is a random permutation drawn from (seed, sample
-   index).
-2. Step s reveals the next `counts[s]` places of the order (cosine schedule, the same for all
-   samples).
-3. The context encoder reads the tokens revealed so far, the predictor gives cond at the new places
-   only.
+1. Every place is masked; the order of each sample is drawn from (seed, sample index).
+2. Step s reveals the next `counts[s]` places of the order (the same counts for all samples).
+3. The context encoder reads the tokens revealed so far, the predictor gives cond at the new places.
 4. The token loss draws the new tokens from noise; with guidance, conditional and unconditional
    halves share it.
 5. After T steps the tokens are put back into raster order.
 
 The noise of a token depends on (seed, sample index, its place in the order) alone. So sample i is
-the same picture whatever the batch size, the number of devices or the cutting into segments.
+the same whatever the batch size, the number of devices or the cutting into segments.
 
 Steps run in a few `lax.scan` segments with static shapes, each padded to its own largest counts.
-Shape letters: B batch, N tokens, C channels, D width, V visible (padded), K new (padded), S noises
-per token.
+Shape letters: B batch, N tokens, C channels, D width, P prefix, V visible (padded), K new (padded),
+S noises per token, G halves of guidance, T autoregressive steps.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +27,41 @@ from flax import nnx
 
 from djepa_jax.core import flops
 from djepa_jax.core.losses.base import TokenLoss
-from djepa_jax.core.masking import reveal_counts, to_raster
+from djepa_jax.core.masking import to_raster
+from djepa_jax.core.models.conditioning import Condition
 from djepa_jax.core.models.djepa import ModelConfig, split_model
+from djepa_jax.core.schedules import ORDERS, reveal_counts
 
 ORDER_STREAM, NOISE_STREAM = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """Static settings of the sampler; `order` is a key of `schedules.ORDERS`."""
+
+    model: ModelConfig
+    token_loss: TokenLoss
+    num_ar_steps: int
+    guided: bool
+    num_segments: int = 8
+    order: str = "random"
+
+    def start(self, batch_size: int) -> "SampleState":
+        """Nothing revealed yet."""
+        tokens = jnp.zeros((batch_size, self.model.num_tokens, self.model.token_dim))
+        return SampleState(tokens=tokens, num_visible=jnp.zeros((), jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleInputs:
+    """What the sampler is given beside the parameters."""
+
+    conditions: Any  # as the conditioner takes them, leading axis B; labels [B] of class models
+    sample_ids: jax.Array  # [B]
+    seed: jax.Array
+    cfg_scales: jax.Array  # [T]
+    temperature: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -45,10 +74,16 @@ class SampleState:
 
 
 @dataclasses.dataclass(frozen=True)
+class Draws:
+    """What is random in a batch of samples."""
+
+    order: jax.Array  # [B, N]
+    noise_of: Callable[[jax.Array], jax.Array]  # places [K] -> noise [B, K, S, C]
+
+
+@dataclasses.dataclass(frozen=True)
 class Segment:
-    """A run of steps that share padded shapes: steps [start, stop), V visible places, K new
-    ones.
-    """
+    """Steps [start, stop) that share padded shapes: V visible places, K new ones."""
 
     start: int
     stop: int
@@ -56,39 +91,23 @@ class Segment:
     new: int
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleSpec:
-    """Static settings of the sampler."""
-
-    model: ModelConfig
-    token_loss: TokenLoss
-    num_ar_steps: int
-    guided: bool
-    num_segments: int = 8
-
-    def start(self, batch_size: int) -> SampleState:
-        """Nothing revealed yet."""
-        tokens = jnp.zeros((batch_size, self.model.num_tokens, self.model.token_dim))
-        return SampleState(tokens=tokens, num_visible=jnp.zeros((), jnp.int32))
-
-
-def plan_segments(spec: SampleSpec) -> list[Segment]:
+def plan_segments(config: SamplerConfig) -> list[Segment]:
     """Cut the steps into at most `num_segments` runs so that padding costs the fewest operations.
 
-    A dynamic programme over the ends of runs: best[s] holds the cheapest cutting of the first s
-    steps.
+    A dynamic programme over the ends of runs: best[s] is the cheapest cutting of the first s steps.
     """
-    counts = reveal_counts(spec.model.num_tokens, spec.num_ar_steps)
+    counts = reveal_counts(config.model.num_tokens, config.num_ar_steps)
     before = [sum(counts[:s]) for s in range(len(counts))]  # visible tokens when step s starts
+    calls = config.token_loss.denoiser_calls
 
     @functools.cache
     def segment(start: int, stop: int) -> tuple[float, Segment]:
         shape = Segment(start, stop, before[stop - 1], max(counts[start:stop]))
-        cost = flops.ar_step(spec.model, shape.visible, shape.new, spec.token_loss.denoiser_calls)
+        cost = flops.ar_step(config.model, shape.visible, shape.new, calls)
         return cost * (stop - start), shape
 
     best: dict[int, tuple[float, tuple[Segment, ...]]] = {0: (0.0, ())}
-    for _ in range(min(spec.num_segments, len(counts))):
+    for _ in range(min(config.num_segments, len(counts))):
         longer = dict(best)
         for stop in range(1, len(counts) + 1):
             options = [
@@ -101,147 +120,133 @@ def plan_segments(spec: SampleSpec) -> list[Segment]:
     return list(best[len(counts)][1])
 
 
+def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
+    """Conditions `[B, ...]` as prefix tokens `[B G, P, D]`; with guidance each beside the null one.
+
+    Pairs stay together, so that a batch split over devices needs no exchange.
+    """
+    if config.guided:
+        null = config.model.conditioner.null(len(jax.tree.leaves(conditions)[0]))
+        conditions = jax.tree.map(lambda c, n: _interleave(c, n), conditions, null)
+    return model.embed_condition(conditions)
+
+
+def _interleave(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
+    return rearrange([conditional, unconditional], "g b ... -> (b g) ...")
+
+
 def ar_step(
-    spec: SampleSpec,
-    model,
-    state: SampleState,
-    order,
-    labels,
-    num_new,
-    cfg_scale,
-    temperature,
-    noise_of,
-    segment: Segment,
-):
-    """Reveal the next `num_new` tokens of every sample.
+    config: SamplerConfig, model, draws: Draws, condition: Condition, segment: Segment
+) -> Callable:
+    """The function that reveals the next tokens of every sample.
 
     Args:
-        spec: static settings.
+        config: static settings.
         model: the networks, with the moving average's parameters.
-        state: what is known so far.
-        order: `[B, N]`.
-        labels: `[B]`.
-        num_new: scalar, at most `segment.new`.
-        cfg_scale: scalar guidance scale of this step.
-        temperature: scalar.
-        noise_of: places `[K]` -> noise `[B, K, S, C]`.
+        draws: orders and noise.
+        condition: from `embed_guided`.
         segment: gives the padded shapes.
 
     Returns:
-        the next `SampleState`.
+        `(state, num_new, cfg_scale, temperature) -> state`, all but the states scalars;
+        `num_new` is at most `segment.new`.
     """
-    num_tokens = spec.model.num_tokens
-    places = state.num_visible + jnp.arange(segment.new)  # [K]
-    inside = jnp.minimum(places, num_tokens - 1)
-    cond = conditions(spec, model, state, order, labels, inside, segment.visible)  # [G, B, K, D]
-    new = spec.token_loss.sample(
-        model.denoiser, cond, noise_of(inside), cfg_scale, temperature
-    )  # [B, K, C]
-    target = jnp.where(
-        jnp.arange(segment.new) < num_new, places, num_tokens
-    )  # out of range is dropped
-    tokens = state.tokens.at[:, target].set(new, mode="drop")
-    return SampleState(tokens=tokens, num_visible=state.num_visible + num_new)
+    num_tokens = config.model.num_tokens
+
+    def step(state: SampleState, num_new, cfg_scale, temperature) -> SampleState:
+        places = state.num_visible + jnp.arange(segment.new)  # [K]
+        query_ids = jnp.minimum(places, num_tokens - 1)
+        cond = predict(config, model, state, draws.order, condition, query_ids, segment.visible)
+        noise = draws.noise_of(query_ids)  # [B, K, S, C]
+        new = config.token_loss.sample(model.denoiser, cond, noise, cfg_scale, temperature)
+        is_new = jnp.arange(segment.new) < num_new
+        target = jnp.where(is_new, places, num_tokens)  # out of range is dropped
+        tokens = state.tokens.at[:, target].set(new, mode="drop")
+        return SampleState(tokens=tokens, num_visible=state.num_visible + num_new)
+
+    return step
 
 
-def conditions(
-    spec: SampleSpec, model, state: SampleState, order, labels, places, max_visible: int
-):
-    """Predictor features at `places` `[K]`: `[G, B, K, D]`, G = 2 with guidance (conditional
-    first).
-    """
-    guidance = 2 if spec.guided else 1
-    pairs = jnp.stack(
-        [labels, jnp.full_like(labels, spec.model.null_label)][:guidance], axis=1
-    )  # [B, G]
-    labels = pairs.reshape(
-        -1
-    )  # pairs stay together, so a batch split over devices needs no exchange
+def predict(config: SamplerConfig, model, state, order, condition, query_ids, max_visible: int):
+    """Predictor features at `query_ids` `[K]`: `[G, B, K, D]`; with guidance conditional first."""
+    guidance = 2 if config.guided else 1
     order = repeat(order, "b n -> (b g) n", g=guidance)
     tokens = repeat(state.tokens[:, :max_visible], "b v c -> (b g) v c", g=guidance)
     visible = jnp.broadcast_to(jnp.arange(max_visible) < state.num_visible, tokens.shape[:2])
-    encoded = model.context_encoder(tokens, order[:, :max_visible], labels, visible=visible)
-    num_visible = jnp.full(len(labels), state.num_visible)
-    cond = model.predictor(encoded, order, num_visible, places=places)
+    encoded = model.context_encoder(tokens, order[:, :max_visible], condition, visible=visible)
+    num_visible = jnp.full(len(order), state.num_visible)
+    cond = model.predictor(encoded, order, num_visible, condition.mask, query_ids=query_ids)
     return rearrange(cond, "(b g) k d -> g b k d", g=guidance)
 
 
 def run_steps(
-    spec: SampleSpec, model, order, labels, cfg_scales, temperature, noise_of: Callable
+    config: SamplerConfig, model, draws: Draws, conditions, cfg_scales, temperature
 ) -> jax.Array:
-    """The whole autoregressive loop: tokens `[B, N, C]` in raster order, for given orders and noise
-    source.
+    """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order.
 
-    `cfg_scales` is `[T]`; `noise_of` maps places `[K]` to noise `[B, K, S, C]`.
+    `conditions` are `[B, ...]`, `cfg_scales` `[T]`.
     """
-    counts = jnp.asarray(reveal_counts(spec.model.num_tokens, spec.num_ar_steps))
-    state = spec.start(len(labels))
-    for segment in plan_segments(spec):
+    counts = jnp.asarray(reveal_counts(config.model.num_tokens, config.num_ar_steps))
+    condition = embed_guided(config, model, conditions)
+    state = config.start(len(draws.order))
+    for segment in plan_segments(config):
+        step = ar_step(config, model, draws, condition, segment)
 
-        def step(state, inputs, segment=segment):
-            num_new, scale = inputs
-            return ar_step(
-                spec, model, state, order, labels, num_new, scale, temperature, noise_of, segment
-            ), None
+        def body(state, inputs, step=step):
+            return step(state, *inputs, temperature), None
 
         chosen = slice(segment.start, segment.stop)
-        state, _ = jax.lax.scan(step, state, (counts[chosen], cfg_scales[chosen]))
-    return to_raster(state.tokens, order)
+        state, _ = jax.lax.scan(body, state, (counts[chosen], cfg_scales[chosen]))
+    return to_raster(state.tokens, draws.order)
 
 
-def sample_streams(spec: SampleSpec, seed, sample_ids):
-    """Orders `[B, N]` and the noise source of the samples `sample_ids` `[B]` under `seed`."""
-    num_tokens = spec.model.num_tokens
+def make_draws(config: SamplerConfig, seed, sample_ids) -> Draws:
+    """Orders and noise of the samples `sample_ids` `[B]` under `seed`."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(sample_ids)  # [B]
+    shape = (config.token_loss.noises_per_token, config.model.token_dim)
 
     def order_of(key):
-        bits = jax.random.bits(jax.random.fold_in(key, ORDER_STREAM), (num_tokens,))
-        return jnp.argsort(bits).astype(jnp.int32)
+        return ORDERS[config.order](jax.random.fold_in(key, ORDER_STREAM), config.model.grid)
 
     def noise_at(key, place):
-        shape = (spec.token_loss.noises_per_token, spec.model.token_dim)
-        return jax.random.normal(
-            jax.random.fold_in(jax.random.fold_in(key, NOISE_STREAM), place), shape
-        )
+        key = jax.random.fold_in(jax.random.fold_in(key, NOISE_STREAM), place)
+        return jax.random.normal(key, shape)
 
     def noise_of(places):
         return jax.vmap(lambda key: jax.vmap(lambda place: noise_at(key, place))(places))(keys)
 
-    return jax.vmap(order_of)(keys), noise_of
+    return Draws(jax.vmap(order_of)(keys), noise_of)
 
 
-def make_sampler(spec: SampleSpec) -> Callable:
-    """The pure function `(params, labels, sample_ids, seed, cfg_scales, temperature) -> tokens [B,
-    N, C]`.
-    """
-    graph, _ = split_model(spec.model)
+def make_sampler(config: SamplerConfig) -> Callable:
+    """The pure function `(params, SampleInputs) -> tokens [B, N, C]`."""
+    graph, _ = split_model(config.model)
 
-    def generate(params, labels, sample_ids, seed, cfg_scales, temperature):
-        order, noise_of = sample_streams(spec, seed, sample_ids)
-        return run_steps(
-            spec, nnx.merge(graph, params), order, labels, cfg_scales, temperature, noise_of
-        )
+    def generate(params, inputs: SampleInputs) -> jax.Array:
+        draws = make_draws(config, inputs.seed, inputs.sample_ids)
+        model = nnx.merge(graph, params)
+        scales, temperature = inputs.cfg_scales, inputs.temperature
+        return run_steps(config, model, draws, inputs.conditions, scales, temperature)
 
     return generate
 
 
-def make_step(spec: SampleSpec, segment: Segment) -> Callable:
-    """One step of `make_sampler` as a function of its own, for watching a picture grow.
+def make_step(config: SamplerConfig, segment: Segment) -> Callable:
+    """One step of `make_sampler` as a function of its own, for watching a sample grow.
 
-    `(params, state, labels, sample_ids, seed, number, cfg_scale, temperature) -> (state, tokens [B,
-    N, C])`; `number` is the step's, inside `segment`, and the tokens are in raster order, zero
-    where nothing is revealed yet.
+    `(params, state, SampleInputs, number) -> (state, tokens [B, N, C])`; `number` is the step's,
+    inside `segment`, and the tokens are in raster order, zero where nothing is revealed yet.
     """
-    graph, _ = split_model(spec.model)
-    counts = reveal_counts(spec.model.num_tokens, spec.num_ar_steps)
+    graph, _ = split_model(config.model)
+    counts = reveal_counts(config.model.num_tokens, config.num_ar_steps)
 
-    def step(params, state, labels, sample_ids, seed, number, cfg_scale, temperature):
-        order, noise_of = sample_streams(spec, seed, sample_ids)
+    def step(params, state: SampleState, inputs: SampleInputs, number):
+        draws = make_draws(config, inputs.seed, inputs.sample_ids)
         model = nnx.merge(graph, params)
-        num_new = jnp.asarray(counts)[number]
-        state = ar_step(
-            spec, model, state, order, labels, num_new, cfg_scale, temperature, noise_of, segment
-        )
-        return state, to_raster(state.tokens, order)
+        condition = embed_guided(config, model, inputs.conditions)
+        reveal = ar_step(config, model, draws, condition, segment)
+        num_new, scale = jnp.asarray(counts)[number], inputs.cfg_scales[number]
+        state = reveal(state, num_new, scale, inputs.temperature)
+        return state, to_raster(state.tokens, draws.order)
 
     return step

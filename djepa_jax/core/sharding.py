@@ -12,8 +12,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from djepa_jax.core.optimizer import path_name
-
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -29,6 +27,11 @@ RULES = (
     (r"kernel$", ("fsdp", None)),
     (r"(positions|prefix_table|class_embedding/table)$", (None, "fsdp")),
 )
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:

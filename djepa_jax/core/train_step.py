@@ -1,6 +1,6 @@
 """Training state, the loss of one batch, and one pure update.
 
-One step, on a batch of images and labels:
+One step, on a batch of examples and conditions:
 
 1. tokens are permuted by a random order; the first `num_visible` of each example are visible;
 2. the context encoder reads the visible tokens, the predictor fills in features (cond) for all;
@@ -34,11 +34,7 @@ from djepa_jax.core.optimizer import (
 )
 
 STATISTICS_ROWS = 512
-SUMMED = (
-    "loss",
-    "token_loss",
-    "jepa_loss",
-)  # metrics of parts of a batch that add up to the batch's
+SUMMED = ("loss", "token_loss", "jepa_loss")  # metrics of accumulation steps that add up
 
 
 @jax.tree_util.register_dataclass
@@ -55,85 +51,80 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSpec:
+class TrainStepConfig:
     """What the step is made of; all static."""
 
     model: ModelConfig
     token_loss: TokenLoss
-    plan: masking.MaskPlan
+    masking: masking.MaskingConfig
     optimizer: OptimizerConfig
     tokenize: Callable[[jax.Array, jax.Array], jax.Array]  # (examples, key) -> tokens
     seed: int
     token_weight: float = 1.0
     jepa_weight: float = 1.0
     label_drop_prob: float = 0.1
-    microbatches: int = 1  # parts of a batch whose gradients are added up
+    grad_accumulation_steps: int = 1  # parts of a batch whose gradients are added up
 
     def __post_init__(self):
-        chunks = self.plan.batch_size // self.plan.chunk_size
-        if self.microbatches < 1 or chunks % self.microbatches:
+        packs = self.masking.batch_size // self.masking.pack_size
+        if self.grad_accumulation_steps < 1 or packs % self.grad_accumulation_steps:
             raise ValueError(
-                f"microbatches is {self.microbatches}; it must divide {chunks}, the batch in "
-                f"chunks of {self.plan.chunk_size}."
+                f"grad_accumulation_steps is {self.grad_accumulation_steps}; it must divide "
+                f"{packs}, the packs of {self.masking.pack_size} examples in a batch."
             )
 
 
-def init_state(spec: TrainSpec) -> TrainState:
+def init_state(config: TrainStepConfig) -> TrainState:
     """A fresh state; call it inside `jax.jit` with output shardings, so that it is never
     unsharded.
     """
-    params = init_params(spec.model, jax.random.key(spec.seed))
+    params = init_params(config.model, jax.random.key(config.seed))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(spec.optimizer).init(params),
+        opt_state=make_optimizer(config.optimizer).init(params),
         skipped_steps=zero,
         bad_streak=zero,
     )
 
 
-def drop_labels(
-    key: jax.Array, labels: jax.Array, probability: float, null_label: int
-) -> jax.Array:
-    """Replace each label `[B]` by the null label with the given probability."""
-    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), null_label, labels)
-
-
-def draw_examples(spec: TrainSpec, tokens, labels, key, dropout_key) -> dict[str, jax.Array]:
+def draw_examples(config: TrainStepConfig, tokens, conditions, key, dropout_key) -> dict:
     """Everything that a step draws per example, for the whole batch at once, so that no splitting
     changes it.
 
     Returns:
-        arrays with leading axis B: tokens in order coordinates, order, labels, labels as seen,
-        number of visible tokens, the weight of every place in the losses (summing to one over the
-        batch), and keys of dropout in both networks.
+        arrays with leading axis B: tokens in order coordinates, order, conditions, conditions of
+        which some are dropped, number of visible tokens, the weight of every place in the losses
+        (summing to one over the batch), and keys of dropout in both networks.
     """
-    order_key, ratio_key, label_key = jax.random.split(key, 3)
+    order_key, ratio_key, drop_key = jax.random.split(key, 3)
     order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
-    num_visible = masking.draw_num_visible(ratio_key, spec.plan)  # [B]
+    num_visible = masking.draw_num_visible(ratio_key, config.masking)  # [B]
     return {
         "x0": masking.to_order(tokens, order),  # [B, N, C]
         "order": order,
-        "labels": labels,
-        "seen_labels": drop_labels(label_key, labels, spec.label_drop_prob, spec.model.null_label),
+        "conditions": conditions,
+        "told_conditions": config.model.conditioner.drop(
+            drop_key, conditions, config.label_drop_prob
+        ),
         "num_visible": num_visible,
-        "weights": masking.masked_weights(num_visible, spec.plan),  # [B, N]
+        "weights": masking.masked_weights(num_visible, config.masking),  # [B, N]
         "dropout_keys": jax.random.split(dropout_key, (len(tokens), 2)),  # [B, 2]
     }
 
 
-def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token_keys):
-    """Total loss of a batch, or of some of its chunks, and its parts.
+def batch_loss(config: TrainStepConfig, graph, params, ema_params, examples: dict, token_keys):
+    """Total loss of a batch, or of some of its packs, and its parts.
 
     Args:
-        spec: the static settings.
+        config: the static settings.
         graph: graph definition of the model.
         params: parameters that are trained.
         ema_params: their moving average, whose context encoder gives the targets.
-        examples: from `draw_examples`; whole chunks of them.
-        token_keys: `[chunks]`, randomness of the token loss, a key per chunk.
+        examples: from `draw_examples`; whole packs of them.
+        token_keys: `[packs]`, randomness of the token loss, a key per pack.
 
     Returns:
         the scalar loss, and a dict of scalar metrics.
@@ -141,25 +132,24 @@ def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token
     x0, order, num_visible = examples["x0"], examples["order"], examples["num_visible"]
     model = nnx.merge(graph, params)
     model.denoiser.keep_batch_split = True
-    drops = spec.model.dropout or spec.model.attention_dropout
+    drops = config.model.dropout or config.model.attention_dropout
     keys = examples["dropout_keys"].T if drops else (None, None)
+    condition = model.embed_condition(examples["told_conditions"])
     cond = predict_features(
-        model, x0, order, examples["seen_labels"], num_visible, spec.plan.max_visible, keys
+        model, x0, order, condition, num_visible, config.masking.max_visible, keys
     )
 
-    pack = masking.pack_masked(num_visible, spec.plan)
-    x0_masked, weights, cond = (
-        pack(x0),
-        pack(examples["weights"]),
-        pack(cond),
-    )  # [chunks, K, C], [chunks, K], [chunks, K, D]
-    draws = jax.vmap(lambda key: spec.token_loss.draw(key, x0_masked.shape[1:]))(token_keys)
-    token_loss = (weights * spec.token_loss.loss(model.denoiser, x0_masked, cond, *draws)).sum()
-    if not spec.model.jepa_head:
-        return spec.token_weight * token_loss, {"token_loss": token_loss}
-    target = pack(
-        nnx.merge(graph, ema_params).encode_all(x0, order, examples["labels"])
-    )  # [chunks, K, D]
+    pack = masking.pack_masked(num_visible, config.masking)
+    x0_masked = pack(x0)  # [packs, K, C]
+    weights = pack(examples["weights"])  # [packs, K]
+    cond = pack(cond)  # [packs, K, D]
+    draws = jax.vmap(lambda key: config.token_loss.draw(key, x0_masked.shape[1:]))(token_keys)
+    token_loss = (weights * config.token_loss.loss(model.denoiser, x0_masked, cond, *draws)).sum()
+    if not config.model.jepa_head:
+        return config.token_weight * token_loss, {"token_loss": token_loss}
+    target_model = nnx.merge(graph, ema_params)
+    condition = target_model.embed_condition(examples["conditions"])
+    target = pack(target_model.encode_all(x0, order, condition))  # [packs, K, D]
     predicted = model.jepa_head(cond)
     feature_loss = (weights * jepa_loss(predicted, target)).sum()
     metrics = {
@@ -167,20 +157,20 @@ def batch_loss(spec: TrainSpec, graph, params, ema_params, examples: dict, token
         "jepa_loss": feature_loss,
         **_statistics(predicted, target),
     }
-    return spec.token_weight * token_loss + spec.jepa_weight * feature_loss, metrics
+    return config.token_weight * token_loss + config.jepa_weight * feature_loss, metrics
 
 
 def predict_features(
-    model, x0, order, labels, num_visible, max_visible: int, keys=(None, None)
+    model, x0, order, condition, num_visible, max_visible: int, keys=(None, None)
 ) -> jax.Array:
     """Context encoder on the visible prefix, then predictor: `[B, N, C]` in order coordinates ->
     cond `[B, N, D]`.
     """
     visible = jnp.arange(max_visible) < num_visible[:, None]  # [B, V]
     encoded = model.context_encoder(
-        x0[:, :max_visible], order[:, :max_visible], labels, visible=visible, keys=keys[0]
+        x0[:, :max_visible], order[:, :max_visible], condition, visible=visible, keys=keys[0]
     )
-    return model.predictor(encoded, order, num_visible, keys=keys[1])
+    return model.predictor(encoded, order, num_visible, condition.mask, keys=keys[1])
 
 
 def _statistics(predicted, target):
@@ -188,46 +178,49 @@ def _statistics(predicted, target):
     return feature_statistics(*jax.lax.stop_gradient(tuple(rows)))
 
 
-def make_train_step(spec: TrainSpec) -> Callable:
-    """The pure update `(state, batch) -> (state, metrics)`; `batch` has `image` and `label`."""
-    graph, _ = split_model(spec.model)
-    optimizer = make_optimizer(spec.optimizer)
+def make_train_step(config: TrainStepConfig) -> Callable:
+    """The pure update `(state, batch) -> (state, metrics)`; `batch` has `example` and
+    `condition`.
+    """
+    graph, _ = split_model(config.model)
+    optimizer = make_optimizer(config.optimizer)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; everything random in it is drawn from (seed, step)."""
-        key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         example_key, token_key, dropout_key, posterior_key = jax.random.split(key, 4)
-        tokens = spec.tokenize(batch["image"], posterior_key)
-        examples = draw_examples(spec, tokens, batch["label"], example_key, dropout_key)
-        token_keys = jax.random.split(token_key, spec.plan.batch_size // spec.plan.chunk_size)
+        tokens = config.tokenize(batch["example"], posterior_key)
+        examples = draw_examples(config, tokens, batch["condition"], example_key, dropout_key)
+        num_packs = config.masking.batch_size // config.masking.pack_size
+        token_keys = jax.random.split(token_key, num_packs)
 
         def gradient_of(examples, token_keys):
             def loss_of(params):
-                return batch_loss(spec, graph, params, state.ema_params, examples, token_keys)
+                return batch_loss(config, graph, params, state.ema_params, examples, token_keys)
 
             (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
             return grads, metrics | {"loss": loss}
 
-        grads, metrics = accumulate(spec, gradient_of, examples, token_keys)
-        visible = examples["num_visible"].mean() / spec.plan.num_tokens
+        grads, metrics = accumulate(config, gradient_of, examples, token_keys)
+        visible = examples["num_visible"].mean() / config.masking.num_tokens
         metrics |= {"grad_norm": optax.tree.norm(grads), "mask_ratio": 1 - visible}
-        return apply_update(spec.optimizer, optimizer, state, grads, metrics)
+        return apply_update(config.optimizer, optimizer, state, grads, metrics)
 
     return train_step
 
 
-def accumulate(spec: TrainSpec, gradient_of: Callable, examples: dict, token_keys):
-    """Gradient and metrics of the whole batch, from `spec.microbatches` parts of it, one after the
-    other.
+def accumulate(config: TrainStepConfig, gradient_of: Callable, examples: dict, token_keys):
+    """Gradient and metrics of the whole batch, from `config.grad_accumulation_steps` parts of it,
+    one after the other.
 
     Losses and gradients of parts add up, since the weights sum to one over the whole batch;
     statistics are averaged.
     """
-    parts = spec.microbatches
+    parts = config.grad_accumulation_steps
     if parts == 1:
         return gradient_of(examples, token_keys)
-    examples = jax.tree.map(lambda x: split_chunks(x, parts, spec.plan.chunk_size), examples)
-    inputs = (examples, split_chunks(token_keys, parts, 1))
+    examples = jax.tree.map(lambda x: split_packs(x, parts, config.masking.pack_size), examples)
+    inputs = (examples, split_packs(token_keys, parts, 1))
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, gradient_of(*part)), None
@@ -240,11 +233,11 @@ def accumulate(spec: TrainSpec, gradient_of: Callable, examples: dict, token_key
     }
 
 
-def split_chunks(x: jax.Array, parts: int, chunk_size: int) -> jax.Array:
-    """`[B, ...]` -> `[parts, B / parts, ...]`; part j has chunks j, j + parts, ..., so every device
+def split_packs(x: jax.Array, parts: int, pack_size: int) -> jax.Array:
+    """`[B, ...]` -> `[parts, B / parts, ...]`; part j has packs j, j + parts, ..., so every device
     has a share of it.
     """
-    return rearrange(x, "(c p e) ... -> p (c e) ...", p=parts, e=chunk_size)
+    return rearrange(x, "(c p e) ... -> p (c e) ...", p=parts, e=pack_size)
 
 
 def apply_update(config: OptimizerConfig, optimizer, state: TrainState, grads, metrics):

@@ -1,43 +1,56 @@
 """The `--mode=evaluate` command, and the same at the end of training."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 
 import jax
-import numpy as np
 import optax
+from etils import epath
 
-from djepa_jax.checkpoints.autoencoder import makes_latents
-from djepa_jax.config import experiment as configuration
+from djepa_jax.checkpoints.restore import latest_model, placed_params
+from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.data.sources import open_data
-from djepa_jax.evaluation.metrics.small_images import check_judgeable, evaluate_images
+from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import as_path, write_json
-from djepa_jax.sampling.generator import Generator, load_ema, never
+from djepa_jax.sampling.generator import Generator, never
 
 FILE_NAME = "evaluation.json"
 
 
-def identity(params, config, step: int, autoencoder: str = "") -> dict:
-    """What a record or a grid is of: step, sampler settings and a number that other weights would
-    not have.
+def open_metric(experiment: Experiment, source) -> Metric | None:
+    """The metric that `evaluation.kind` names, empty; None for "none".
 
-    Of latents, there is the autoencoder, too, that makes pictures of them, by its sha256; empty
-    where there is none.
+    Raises:
+        ConfigError: there is none of that name.
+        ValueError: the data cannot be used for it.
+    """
+    kind = experiment.evaluation.kind
+    if kind == "none":
+        return None
+    if kind not in METRICS:
+        raise ConfigError(
+            f'config.evaluation.kind is "{kind}"; it must be one of none, {", ".join(METRICS)}.'
+        )
+    return METRICS[kind].from_data(source)
+
+
+def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -> dict:
+    """What a record or a grid is of: step, sampler settings, and a number that tells weights apart.
+
+    Of latents, there is the autoencoder that decodes them, too, by its sha256.
     """
     norm = float(jax.jit(optax.tree.norm)(params))
-    decoder = {"autoencoder": autoencoder} if makes_latents(config) else {}
-    return {
-        "step": step,
-        "weights": "ema",
-        "ema_norm": norm,
-        "sample": config.sample.to_dict(),
-    } | decoder
+    decoder = {"autoencoder": autoencoder} if experiment.modality.needs_decoder else {}
+    sample = dataclasses.asdict(experiment.sample)
+    return {"step": step, "weights": "ema", "ema_norm": norm, "sample": sample} | decoder
 
 
 def evaluate(
-    config,
+    experiment: Experiment,
     generator: Generator,
     params,
     source,
@@ -45,52 +58,64 @@ def evaluate(
     workdir,
     should_stop: Callable[[], bool] = never,
 ) -> dict:
-    """Judge class-balanced samples of the given parameters, and write `evaluation.json` into the
-    workdir.
+    """Judge samples of the given parameters, every condition in turn; write `evaluation.json`.
 
     All processes sample; process 0 judges and writes, and the others' record is empty.
 
     Raises:
-        Stopped: `should_stop`, asked before every batch of samples, said so; nothing was written.
+        Stopped: `should_stop`, asked before every batch, said so; nothing was written.
     """
-    settings, num_classes = config.evaluation, config.data.num_classes
-    labels = np.arange(settings.count) % num_classes
-    samples = generator.images(
-        params, labels, settings.seed, progress=True, should_stop=should_stop
-    )["images"]
-    of = identity(params, config, step) | {"evaluation": settings.to_dict()}
-    if not distributed.is_main():
+    settings, metric = experiment.evaluation, open_metric(experiment, source)
+    conditions = experiment.network.conditioner.in_turn(settings.count)
+    start = 0
+    batches = generator.batches(
+        params, conditions, settings.seed, progress=True, should_stop=should_stop
+    )
+    for arrays in batches:
+        stop = start + len(next(iter(arrays.values())))
+        rows = slice(start, stop)
+        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
+        start = stop
+    of = identity(params, experiment, step) | {"evaluation": dataclasses.asdict(settings)}
+    if not distributed.is_main_process():
         return {}
-    record = evaluate_images(samples, labels, source.images, source.labels) | of
+    record = {"metrics": metric.result()} | of
     write_json(as_path(workdir) / FILE_NAME, record)
     return record
 
 
-def read_evaluation(config, params, step: int, workdir) -> dict | None:
+def describe(metrics: dict[str, float]) -> str:
+    """Figures on a line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+
+
+def read_evaluation(experiment: Experiment, params, step: int, workdir) -> dict | None:
     """The workdir's record, if it can be read and is of these very weights and settings."""
+    settings = {"evaluation": dataclasses.asdict(experiment.evaluation)}
+    expected = json.loads(json.dumps(identity(params, experiment, step) | settings))
     try:
-        expected = identity(params, config, step) | {"evaluation": config.evaluation.to_dict()}
         record = json.loads((as_path(workdir) / FILE_NAME).read_text())
-        figures = {name: record[name] for name in ("accuracy", "frechet_distance")}
-        return record if record == figures | expected else None
+        return record if record == {"metrics": record["metrics"]} | expected else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def run_evaluate(config, workdir: str) -> dict:
-    """Evaluate the latest checkpoint of a workdir.
+def run_evaluate(experiment: Experiment, workdir: str) -> tuple[dict, epath.Path]:
+    """Evaluate the latest checkpoint of a workdir: the record, and where it is.
 
     Raises:
-        ConfigError: the config names no evaluation, or another model than the checkpoint's.
+        ConfigError: no evaluation is configured, or another model than the checkpoint's.
         CheckpointError: there is no usable checkpoint.
     """
-    experiment = configuration.build(config)
-    if config.evaluation.kind == "none":
-        raise configuration.ConfigError(
-            'config.evaluation.kind is "none"; set it to "small_images" to evaluate.'
+    if experiment.evaluation.kind == "none":
+        raise ConfigError(
+            f'config.evaluation.kind is "none"; set it to one of {", ".join(METRICS)} to evaluate.'
         )
-    source = open_data(config, experiment.modality)
-    check_judgeable(source)
-    mesh = sharding.make_mesh(config.mesh)
-    params, step = load_ema(config, experiment, workdir, mesh)
-    return evaluate(config, Generator(config, experiment, mesh), params, source, step, workdir)
+    source = open_data(experiment)
+    open_metric(experiment, source)
+    mesh = sharding.make_mesh(experiment.mesh)
+    model = latest_model(experiment, workdir)
+    params = model.restore(placed_params(experiment, mesh))
+    generator = Generator(experiment, mesh)
+    record = evaluate(experiment, generator, params, source, model.step, workdir)
+    return record, as_path(workdir) / FILE_NAME

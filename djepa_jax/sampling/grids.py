@@ -1,14 +1,21 @@
-"""Pictures: labelled grids, PNG files."""
+"""Samples in files that people look at: labelled grids as PNG, arrays as npz."""
 
 import io
+import json
 import math
 import os
+import zipfile
 
+import jax
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from djepa_jax.runtime.storage import as_path, write_bytes
+from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.flags import command_line
+from djepa_jax.runtime.storage import as_path, write_bytes, write_npz
 
+MAX_GRID = 100  # pictures in a grid
 GRID_GAP = 2
 MIN_TILE = 64
 LABEL_HEIGHT = 14
@@ -20,21 +27,16 @@ def label_grid(images: np.ndarray, labels: list[str], columns: int | None = None
     Small pictures are enlarged without smoothing.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
     scale = max(1, math.ceil(MIN_TILE / images.shape[1]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
-    rows = math.ceil(len(images) / columns)
-    size = (
-        columns * (width + GRID_GAP) + GRID_GAP,
-        rows * (height + LABEL_HEIGHT + GRID_GAP) + GRID_GAP,
-    )
+    step_x, step_y = width + GRID_GAP, height + LABEL_HEIGHT + GRID_GAP
+    size = (columns * step_x + GRID_GAP, rows * step_y + GRID_GAP)
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         row, column = divmod(index, columns)
-        x, y = (
-            GRID_GAP + column * (width + GRID_GAP),
-            GRID_GAP + row * (height + LABEL_HEIGHT + GRID_GAP),
-        )
+        x, y = GRID_GAP + column * step_x, GRID_GAP + row * step_y
         draw.text((x + 1, y), _fitted(label, font, width), fill="black", font=font)
         tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
         canvas.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x, y + LABEL_HEIGHT))
@@ -57,3 +59,49 @@ def save_png(path: os.PathLike, image: np.ndarray, texts: dict[str, str]) -> Non
         info.add_text(name, text)
     Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
     write_bytes(path, buffer.getvalue())
+
+
+def make_grid(experiment: Experiment, arrays: dict, conditions) -> np.ndarray | None:
+    """A grid of the first samples, each under its title: uint8 `[H', W', 3]`; None if unseen."""
+    first = {name: array[:MAX_GRID] for name, array in arrays.items()}
+    pictures = experiment.modality.preview(first)
+    if pictures is None:
+        return None
+    return label_grid(pictures, experiment.titles(conditions)[: len(pictures)])
+
+
+def output_paths(out: epath.Path) -> tuple[epath.Path, epath.Path]:
+    """The grid's and the arrays' file for a name given with either ending, or with none."""
+    base = out.with_suffix("") if out.suffix in (".png", ".npz") else out
+    return base.with_name(base.name + ".png"), base.with_name(base.name + ".npz")
+
+
+def npz_members(conditions, settings: dict) -> dict[str, np.ndarray]:
+    """What goes into an npz file beside the samples: `arr_1` the conditions, as in ADM's files."""
+    leaves = jax.tree.leaves(conditions)
+    further = {f"condition_{i + 1}": np.asarray(leaf) for i, leaf in enumerate(leaves[1:])}
+    return {"arr_1": np.asarray(leaves[0]), "settings": np.asarray(json.dumps(settings))} | further
+
+
+def save_samples(
+    out: epath.Path, experiment: Experiment, arrays: dict, conditions, settings: dict
+) -> list[epath.Path]:
+    """Write `OUT.npz` (`arr_0` are images) and, if there is something to see, a grid `OUT.png`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    png, npz = output_paths(out)
+    named = {"arr_0" if name == "images" else name: array for name, array in arrays.items()}
+    write_npz(npz, named | npz_members(conditions, settings))
+    grid = make_grid(experiment, arrays, conditions)
+    if grid is None:
+        return [npz]
+    save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
+    return [png, npz]
+
+
+def stored_settings(npz: epath.Path) -> dict | None:
+    """The settings in a file that `save_samples` wrote; None if it cannot be read."""
+    try:
+        with npz.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return json.loads(str(arrays["settings"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

@@ -1,161 +1,242 @@
-"""The `--mode=sample` command: samples of the latest checkpoint into an npz file, and a labelled
-grid beside it.
+"""The `--mode=sample` command: samples of the latest checkpoint into an npz file, and a grid.
 
-Every batch is exported, decoded and written when it is drawn, so that memory does not grow with the
-number of samples and a process that was killed goes on with its next batch.
+Every batch is written when it is drawn, into a folder `NAME.npz.unfinished`, so that memory does
+not grow with the number of samples, and a command that was killed goes on with its next batch. At
+the end the parts are joined.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import pathlib
+import shutil
+import tempfile
+import zipfile
 
+import fsspec
+import jax
 import numpy as np
 from etils import epath
 
 from djepa_jax import __version__
-from djepa_jax.checkpoints.autoencoder import (
-    has_autoencoder,
-    makes_latents,
-    stored_sha256,
-    with_autoencoder,
-)
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.fingerprint import fingerprints
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.config import experiment as configuration
-from djepa_jax.config.experiment import ConfigError
+from djepa_jax.checkpoints.checkpointer import CheckpointError
+from djepa_jax.checkpoints.restore import latest_model, placed_params
+from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.flags import command_line
 from djepa_jax.core import sharding
 from djepa_jax.runtime import distributed
-from djepa_jax.runtime.storage import as_path, check_writable
-from djepa_jax.sampling.generator import (
-    Generator,
-    npz_members,
-    output_paths,
-    placed_params,
-    save_grid,
-    stored_meta,
-)
-from djepa_jax.sampling.parts import Parts, write_large_npz
+from djepa_jax.runtime.lock import lock_workdir
+from djepa_jax.runtime.storage import as_path, check_writable, is_remote, write_json, write_npz
+from djepa_jax.sampling.generator import Generator, count_of
+from djepa_jax.sampling.grids import MAX_GRID, make_grid, npz_members, output_paths, save_png
 
-OF_ONE_RUN = {"batch_size"}  # keys of config.sample that change no sample
+IDENTITY_NAME = "identity.json"  # what the parts are samples of
 
 
-def run_sample(config, workdir: str, out: str, latents_only: bool = False) -> list[epath.Path]:
-    """Sample the moving average of the latest checkpoint into files; returns their paths, in
-    process 0.
+def run_sample(
+    experiment: Experiment, workdir: str, out: str, latents_only: bool = False
+) -> list[epath.Path]:
+    """Sample the moving average of the latest checkpoint into files; their paths, in process 0.
 
     Args:
-        config: an ml-collections config.
+        experiment: the configuration.
         workdir: of the checkpoint.
-        out: the npz or png file to write; empty for a place in the workdir.
+        out: the npz or png file to write, or a folder (it ends in "/") for a file per sample;
+            empty for a place in the workdir.
         latents_only: write latents and no pictures.
 
     Raises:
-        ConfigError: the config cannot work, is of another model, or names no autoencoder, or not
-            that of the latents.
+        ConfigError: another model, or an autoencoder that is missing or not that of the latents.
         CheckpointError: there is nothing to sample, or `out` is a folder.
         PathError: `out` cannot be written, or another process does so.
     """
-    experiment = configuration.build(config)
-    check_pictures(config, out, latents_only)
-    meta = stored_meta(config, workdir)
-    config = with_autoencoder(config, stored_sha256(meta.config))
+    check_pictures(experiment, out, latents_only)
+    model = latest_model(experiment, workdir)
+    known = model.config.autoencoder.sha256
+    experiment = experiment.updated({"autoencoder.sha256": known}) if known else experiment
     target = check_target(out, workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    generator = Generator(config, experiment, mesh, decode=not latents_only)
-    if generator.decodes:
-        generator.autoencoder  # noqa: B018 (read now, so that one that cannot be used is refused before the work)
-    params = Checkpoints(workdir).restore_ema(placed_params(experiment, mesh), meta.step)
-    distributed.on_main(lambda: check_writable(target.parent, "--out"))
+    mesh = sharding.make_mesh(experiment.mesh)
+    generator = Generator(experiment, mesh, decode=not latents_only)
     settings = {
-        "step": meta.step,
-        "model": dataclasses.asdict(experiment.train.model),
-        "sample": config.sample.to_dict(),
+        "step": model.step,
+        "model": describe_network(experiment),
+        "sample": dataclasses.asdict(experiment.sample),
     }
     if generator.decodes:
-        settings["autoencoder"] = generator.autoencoder_sha256
-    return write_samples(target, generator, params, settings)
+        settings["autoencoder"] = generator.autoencoder.sha256  # read before the work
+    params = model.restore(placed_params(experiment, mesh))
+    distributed.run_on_main(lambda: check_writable(target.parent, "--out"))
+    each = pathlib.Path(out) if out.endswith("/") else None
+    return write_samples(target, generator, params, settings, each)
 
 
-def check_pictures(config, out: str, latents_only: bool) -> None:
-    """Make sure that what is asked for can be made.
+def describe_network(experiment: Experiment) -> dict:
+    """The shape of the networks, for a file."""
+    fields = dataclasses.asdict(experiment.network)
+    return fields | {"conditioner": repr(experiment.network.conditioner)}
 
-    Raises:
-        ConfigError: pictures of latents without an autoencoder, latents of a model that has none,
-            or latents as a picture.
-    """
-    if latents_only and not makes_latents(config):
+
+def check_pictures(experiment: Experiment, out: str, latents_only: bool) -> None:
+    """Raise ConfigError unless what is asked for can be made."""
+    needs_decoder = experiment.modality.needs_decoder
+    if latents_only and not needs_decoder:
         raise ConfigError(
-            "--latents_only is for models of latents, and this one makes pictures; leave it out."
+            "--latents_only is for models of latents, and this one makes none; leave it out."
         )
     if latents_only and out.endswith(".png"):
         raise ConfigError(
             f'--out "{out}" with --latents_only: latents are no picture; let the name end in .npz.'
         )
-    if makes_latents(config) and not latents_only and not has_autoencoder(config):
+    if needs_decoder and not latents_only and not experiment.has_decoder:
         raise ConfigError(
-            "config.autoencoder.path is empty, and this model makes latents: name the weights "
-            "that turn them into pictures "
-            "(--config.autoencoder.path=kl16.ckpt), or add --latents_only to write the latents "
-            "alone."
+            "config.autoencoder.path is empty, and this model makes latents: name the weights that "
+            "decode them (--config.autoencoder.path=kl16.ckpt), or add --latents_only."
         )
 
 
 def check_target(out: str, workdir: str) -> epath.Path:
-    """Where the samples go.
-
-    Raises:
-        CheckpointError: there is a folder.
-    """
+    """Where the samples go; raises CheckpointError if there is a folder."""
     target = as_path(out or as_path(workdir) / "samples" / "sample.png")
+    if out.endswith("/"):
+        return target / "samples.npz"
     if any(path.is_dir() for path in (target, *output_paths(target))):
         raise CheckpointError(
-            f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}.'
+            f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}, or '
+            f'write "{out}/" for a file per sample.'
         )
     return target
 
 
 def write_samples(
-    target: epath.Path, generator: Generator, params, settings: dict
+    target: epath.Path,
+    generator: Generator,
+    params,
+    settings: dict,
+    each: pathlib.Path | None = None,
 ) -> list[epath.Path]:
-    """Draw the samples that a generator's config asks for, those that are not there yet, and put
-    them into files.
-    """
-    experiment, seed = generator.experiment, generator.config.sample.seed
-    labels = experiment.sample_labels
+    """Draw the samples that an experiment asks for, those that are not there yet, into files."""
+    experiment, is_main = generator.experiment, distributed.is_main_process()
+    conditions, seed = experiment.sample_conditions, experiment.sample.seed
     png, npz = output_paths(target)
-    parts = Parts(npz, identity_of(generator, params, settings), len(labels))
-    with distributed.held_by_main(parts.held()):
-        first = distributed.on_main(parts.begin)
-        for arrays in generator.batches(
-            params, labels, seed, first, progress=distributed.is_main()
-        ):
-            if distributed.is_main():
-                parts.add(arrays)
-        if not distributed.is_main():
+    folder = parts_folder(npz)
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    with distributed.held_by_main(lock_workdir(folder, what=f'--out "{npz}"')):
+        first = distributed.run_on_main(lambda: find_parts(folder, identity(generator, settings)))
+        batches = generator.batches(params, conditions, seed, first, progress=is_main)
+        for arrays in batches:
+            if is_main:
+                write_npz(folder / f"{first:08d}.npz", arrays)
+                first += len(next(iter(arrays.values())))
+        if not is_main:
             return []
-        text, arrays = json.dumps(settings), parts.arrays()
-        write_large_npz(npz, npz_members(arrays, labels, text), parts.folder)
+        parts = sorted(folder.glob("*.npz"))
+        join(parts, npz, count_of(conditions), npz_members(conditions, settings))
         written = [npz]
-        if "images" in arrays:
-            save_grid(png, arrays["images"], labels, experiment.class_names, text)
+        grid = make_grid(experiment, first_rows(parts, MAX_GRID), conditions)
+        if grid is not None:
+            save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
             written = [png, npz]
-        parts.remove()
-        return written
+        if each is not None:
+            written += save_each(experiment, parts, conditions, each)
+        shutil.rmtree(folder)
+    return written
 
 
-def identity_of(generator: Generator, params, settings: dict) -> dict:
+def identity(generator: Generator, settings: dict) -> dict:
     """Everything that samples depend on: equal values mean equal samples, up to rounding."""
-    sample = {key: value for key, value in settings["sample"].items() if key not in OF_ONE_RUN}
-    marks = json.dumps(fingerprints(params))
-    config = generator.config
-    return settings | {
-        "sample": sample,
-        "labels": hashlib.sha256(
-            np.asarray(generator.experiment.sample_labels, np.int32).tobytes()
-        ).hexdigest(),
-        "weights": hashlib.sha256(marks.encode()).hexdigest(),
-        "modality": dataclasses.asdict(generator.experiment.modality),
-        "decoded": config.autoencoder.dtype if generator.decodes else "",
-        "djepa_jax": __version__,
-    }
+    experiment, sample = generator.experiment, dict(settings["sample"])
+    del sample["batch_size"]  # changes no sample
+    conditions = jax.tree.leaves(experiment.sample_conditions)
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in conditions))
+    decoded = experiment.autoencoder.dtype if generator.decodes else ""
+    of = {"sample": sample, "conditions": digest.hexdigest(), "decoded": decoded}
+    of |= {"modality": repr(experiment.modality), "djepa_jax": __version__}
+    return json.loads(json.dumps(settings | of))
+
+
+def parts_folder(npz: epath.Path) -> pathlib.Path:
+    """Where the parts of an npz file are; the same place every time, on a local disk."""
+    if not is_remote(npz):
+        return pathlib.Path(npz).with_name(f"{npz.name}.unfinished")
+    name = hashlib.sha256(os.fspath(npz).encode()).hexdigest()[:16]
+    return pathlib.Path(tempfile.gettempdir()) / "djepa_jax-samples" / name
+
+
+def find_parts(folder: pathlib.Path, wanted: dict) -> int:
+    """How many samples are there already; those of other settings or weights are removed."""
+    path, found = folder / IDENTITY_NAME, None
+    parts = sorted(folder.glob("*.npz"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text("utf-8"))
+    if found != wanted:
+        if parts:
+            print(f"{folder} holds samples of other settings or weights; starting anew", flush=True)
+        for part in parts:
+            part.unlink()
+        write_json(path, wanted)
+        return 0
+    done = 0
+    for part in parts:
+        done += len(next(iter(first_rows([part], 2**31).values())))
+    if done:
+        print(f"{done:,} samples are in {folder}; going on from there", flush=True)
+    return done
+
+
+def first_rows(parts: list[pathlib.Path], count: int) -> dict[str, np.ndarray]:
+    """The first rows of all arrays in some parts."""
+    rows: dict[str, list] = {}
+    have = 0
+    for part in parts:
+        with np.load(part, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                rows.setdefault(name, []).append(arrays[name][: count - have])
+        have += len(rows[name][-1])
+        if have >= count:
+            break
+    return {name: np.concatenate(pieces) for name, pieces in rows.items()}
+
+
+def join(parts: list[pathlib.Path], npz: epath.Path, count: int, further: dict) -> None:
+    """Put parts into one npz file, one part in memory at a time; it appears when it is whole."""
+    local = parts[0].with_name("joined.tmp")
+    with zipfile.ZipFile(local, "w") as archive:
+        for name, first in first_rows(parts[:1], 1).items():
+            member = "arr_0" if name == "images" else name  # as ADM's evaluation wants it
+            with archive.open(f"{member}.npy", "w", force_zip64=True) as file:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(first.dtype),
+                    "fortran_order": False,
+                    "shape": (count, *first.shape[1:]),
+                }
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    with np.load(part, allow_pickle=False) as arrays:
+                        file.write(np.ascontiguousarray(arrays[name]).data)
+        for name, array in further.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+    if is_remote(npz):
+        fsspec.filesystem("gcs").put_file(os.fspath(local), os.fspath(npz))
+    else:
+        local.replace(npz)
+
+
+def save_each(
+    experiment: Experiment, parts, conditions, folder: pathlib.Path
+) -> list[pathlib.Path]:
+    """Write every sample into a file of its own, called by its number and title."""
+    titles, start = experiment.titles(conditions), 0
+    for part in parts:
+        arrays = first_rows([part], 2**31)
+        size = len(next(iter(arrays.values())))
+        for index in range(size):
+            title = "".join(c if c.isalnum() else "_" for c in titles[start + index])
+            stem = folder / f"{start + index:06d}_{title}"
+            experiment.modality.save(arrays, index, stem)
+        start += size
+    return [folder]

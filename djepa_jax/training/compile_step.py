@@ -1,126 +1,149 @@
-"""The compiled training step, in as few parts as fit a device's memory (`config.microbatches =
-0`).
+"""The compiled training step, in as few accumulation steps as fit a device's memory.
+
+With `grad_accumulation_steps = 0` the number is doubled until XLA's plan of the compiled step fits,
+and the answer is kept in the workdir for the next start on such devices.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 
 import jax
+from etils import epath
 
 from djepa_jax.core import sharding
-from djepa_jax.core.train_step import TrainSpec, make_train_step
+from djepa_jax.core.train_step import TrainState, TrainStepConfig, make_train_step
 from djepa_jax.runtime import distributed
-from djepa_jax.sampling.generator import OUT_OF_MEMORY
-from djepa_jax.training.memory import MemoryPlan, describe, memory_plan
+from djepa_jax.runtime.errors import OUT_OF_MEMORY
+from djepa_jax.runtime.storage import write_json
+from djepa_jax.runtime.units import format_bytes
 
-ROOM = 0.9  # share of a device's memory that the closed form may fill; it is an estimate
+FILE_NAME = "grad_accumulation.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
     """A training step, and where its state lives."""
 
-    spec: TrainSpec
-    abstract: object  # shapes of a `TrainState`
-    shardings: object  # of the same structure
-    limit: int | None = None  # bytes of a device, in place of what it says itself
-
-    def plan(self, compiled=None) -> MemoryPlan:
-        """What the step needs on each device: XLA's word on the compiled one, else an estimate."""
-        return memory_plan(self.abstract, self.shardings, compiled, self.spec, self.limit)
+    config: TrainStepConfig
+    shardings: TrainState
 
     def jitted(self, donate: bool) -> Callable:
-        """The step under `jax.jit`; with `donate` the old state's memory is used for the new
-        one.
-        """
-        return jax.jit(
-            make_train_step(self.spec),
-            donate_argnums=0 if donate else (),
-            out_shardings=(self.shardings, None),
+        """The step under `jax.jit`; with `donate` the old state's memory is used for the new."""
+        donated = 0 if donate else ()
+        step = make_train_step(self.config)
+        return jax.jit(step, donate_argnums=donated, out_shardings=(self.shardings, None))
+
+    def choices(self) -> list["StepProgram"]:
+        """The step in 1, 2, 4, ... accumulation steps, as far as packs and devices allow."""
+        masking = self.config.masking
+        devices = sharding.batch_divisor(jax.tree.leaves(self.shardings)[0].mesh)
+        packs = masking.batch_size // masking.pack_size
+        counts = [1]
+        for count in range(2, packs + 1):
+            fits = packs % count == 0 and masking.batch_size // count % devices == 0
+            if fits and count >= 2 * counts[-1]:
+                counts.append(count)
+        return [self.with_steps(count) for count in counts]
+
+    def with_steps(self, count: int) -> "StepProgram":
+        """The same step in another number of accumulation steps."""
+        config = dataclasses.replace(self.config, grad_accumulation_steps=count)
+        return dataclasses.replace(self, config=config)
+
+
+def device_limit() -> int | None:
+    """Bytes that this process may use on a device; None where it does not tell, as the CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def planned_bytes(compiled) -> int | None:
+    """Bytes per device that XLA plans for a program, arguments included; None if unknown."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    kinds = ("argument", "output", "temp", "generated_code")
+    sizes = (getattr(plan, f"{kind}_size_in_bytes") for kind in kinds)
+    return sum(sizes) - plan.alias_size_in_bytes
+
+
+def describe_memory(compiled, limit: int | None) -> str:
+    """XLA's plan of a program on a line, with a remedy where it exceeds the device."""
+    planned = planned_bytes(compiled)
+    if planned is None:
+        return "memory per device: XLA gives no plan"
+    text = f"memory per device: {format_bytes(planned)} planned by XLA"
+    if limit is None:
+        return text
+    text += f" of {format_bytes(limit)}"
+    if planned > limit:
+        text += (
+            "; this may not fit: raise config.grad_accumulation_steps or set config.model.remat to "
+            "dots or full (same result), split the state with config.mesh=(1,-1,1), or lower "
+            "config.batch_size"
         )
-
-    def compile(self, state, batch):
-        """The step as one program for arguments like these."""
-        return self.jitted(donate=True).lower(state, batch).compile()
-
-    def in_parts(self) -> Iterator["StepProgram"]:
-        """The step in the fewest parts with which the estimate fits, then in more and more.
-
-        A part has whole chunks and as many examples for every device. The last one comes even if it
-        does not fit.
-        """
-        plan, devices = (
-            self.spec.plan,
-            sharding.batch_divisor(jax.tree.leaves(self.shardings)[0].mesh),
-        )
-        chunks = plan.batch_size // plan.chunk_size
-        counts = [
-            n
-            for n in range(1, chunks + 1)
-            if chunks % n == 0 and plan.batch_size // n % devices == 0
-        ] or [1]
-        programs = [
-            dataclasses.replace(self, spec=dataclasses.replace(self.spec, microbatches=n))
-            for n in counts
-        ]
-        first = next(
-            (i for i, program in enumerate(programs) if fits(program.plan(), ROOM)),
-            len(programs) - 1,
-        )
-        return iter(programs[distributed.largest(first) :])
+    return text
 
 
-def fits(plan: MemoryPlan, share: float = 1.0) -> bool:
-    """Whether a plan fills at most a `share` of its device; True where the device does not tell its
-    size.
-    """
-    return plan.limit is None or plan.total <= share * plan.limit
+def compile_step(program: StepProgram, state, batch, limit: int | None, say: Callable[[str], None]):
+    """The step as one program for arguments like these, with its memory plan said."""
+    compiled = program.jitted(donate=True).lower(state, batch).compile()
+    say(describe_memory(compiled, limit))
+    return compiled
 
 
-def compile_to_fit(program: StepProgram, state, batch, say: Callable[[str], None]):
-    """The step compiled in as few parts as fit, by the estimate first and then by XLA's plan; says
-    what it does.
-
-    Every process calls this, and all of them end with the same number of parts.
-
-    Raises:
-        jax.errors.JaxRuntimeError: XLA cannot compile it, not even in the largest number of parts.
-    """
-    programs = list(program.in_parts())
-    for program, last in zip(programs, [False] * (len(programs) - 1) + [True], strict=True):
-        if program.spec.microbatches > 1:
-            say(
-                f"the batch is taken in {program.spec.microbatches} parts, one after the other, "
-                "to fit the memory (same result)"
-            )
-        compiled = announce_and_compile(
-            program, state, batch, say, may_fail=not last, choosing=True
-        )
-        misfit = compiled is None or not fits(program.plan(compiled))
-        if last or not distributed.largest(int(misfit)):
-            return compiled
-
-
-def announce_and_compile(
+def compile_to_fit(
     program: StepProgram,
     state,
     batch,
+    limit: int | None,
+    workdir: epath.Path,
     say: Callable[[str], None],
-    may_fail: bool = False,
-    choosing: bool = False,
 ):
-    """The compiled step, with the memory plan before and after; None if it `may_fail` for want of
-    memory, and does.
+    """The step compiled in as few accumulation steps as fit; every process ends with as many.
 
-    With `choosing` the number of parts is not the user's, and is not what a remedy should be about.
+    Args:
+        program: with any number of accumulation steps.
+        state: of the training, on the devices.
+        batch: on the devices.
+        limit: bytes that a device has for it; None if that is not known, so that everything fits.
+        workdir: where the answer is kept.
+        say: told what is tried.
+
+    Raises:
+        jax.errors.JaxRuntimeError: XLA cannot compile it, not even in the most steps.
     """
-    say(describe(program.plan(), choosing))  # should compiling run out of memory
-    say("compiling the training step")
+    known = distributed.run_on_main(lambda: _read_answer(workdir, batch)) or 1
+    choices = [c for c in program.choices() if c.config.grad_accumulation_steps >= known]
+    for choice in choices or program.choices()[-1:]:
+        count, last = choice.config.grad_accumulation_steps, choice is choices[-1]
+        if count > 1:
+            say(f"the batch is taken in {count} accumulation steps to fit the memory (same result)")
+        compiled = None
+        try:
+            compiled = compile_step(choice, state, batch, limit, say)
+        except jax.errors.JaxRuntimeError as error:
+            if last or OUT_OF_MEMORY not in str(error):
+                raise
+        planned = planned_bytes(compiled) if compiled else None
+        misfit = compiled is None or (limit is not None and (planned or 0) > limit)
+        if last or not distributed.max_over_processes(int(misfit)):
+            if distributed.is_main_process():
+                write_json(workdir / FILE_NAME, _situation(batch) | {"steps": count})
+            return compiled
+
+
+def _situation(batch) -> dict:
+    """What an answer depends on."""
+    device = jax.devices()[0]
+    size = len(jax.tree.leaves(batch)[0])
+    return {"device": device.device_kind, "devices": jax.device_count(), "batch_size": size}
+
+
+def _read_answer(workdir: epath.Path, batch) -> int | None:
     try:
-        compiled = program.compile(state, batch)
-    except jax.errors.JaxRuntimeError as error:
-        if not may_fail or OUT_OF_MEMORY not in str(error):
-            raise
+        found = json.loads((workdir / FILE_NAME).read_text())
+        count = found.pop("steps")
+        return count if found == _situation(batch) and type(count) is int else None
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
-    say(describe(program.plan(compiled), choosing))
-    return compiled

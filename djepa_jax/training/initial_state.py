@@ -5,116 +5,77 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.orbax_io import check_restorable, read_meta
-from djepa_jax.config import experiment as configuration
+from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
+from djepa_jax.checkpoints.restore import check_same_model, restore_state
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.stored import FILE_NAME, differences, from_stored, to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, init_state
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import write_json
-from djepa_jax.sampling.generator import check_same_model
 
 
-class Start:
-    """The way to the first state of a training.
+def abstract_state(experiment: Experiment, mesh) -> TrainState:
+    """Shapes, types and shardings of the state; allocates nothing."""
+    shapes = jax.eval_shape(lambda: init_state(experiment.train))
+    places = sharding.state_shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
 
-    Attributes:
-        abstract: shapes and types of the state.
-        shardings: where its arrays live on the mesh.
+
+def restore_or_initialise(
+    experiment: Experiment,
+    abstract: TrainState,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
+) -> tuple[TrainState, int]:
+    """A fresh state, or that of the newest usable checkpoint, and the examples it has seen.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used; nothing was overwritten.
+        ConfigError: the checkpoint is of another model.
     """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = distributed.run_on_main(lambda: checkpoints.step_to_resume(say))
+    if step is None:
+        write_config(experiment, checkpoints)
+        make = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)
+        return make(), 0
+    folder = checkpoints.folder(step)
+    meta = read_meta(folder)
+    stored = from_stored(meta.config)
+    check_same_model(stored, experiment)
+    for line in differences(stored, experiment):
+        say(f"changed since the checkpoint: {line}")
+    parts = restore_state(folder, abstract, meta)
+    state = complete_state(experiment, parts, shardings, say)
+    if step < experiment.num_steps:
+        write_config(experiment, checkpoints)
+        say(f"going on from step {step} of {experiment.num_steps} ({checkpoints.directory})")
+    elif step > experiment.num_steps:
+        say(f"the checkpoint has {step} steps, more than num_steps {experiment.num_steps}")
+    return state, meta.examples
 
-    def __init__(
-        self,
-        config,
-        experiment: Experiment,
-        mesh,
-        checkpoints: Checkpoints,
-        say: Callable[[str], None],
-    ):
-        self._config, self._experiment, self._checkpoints, self._say = (
-            config,
-            experiment,
-            checkpoints,
-            say,
-        )
-        self.abstract = jax.eval_shape(lambda: init_state(experiment.train))
-        self.shardings = sharding.state_shardings(self.abstract, mesh)
 
-    def state(self) -> tuple[TrainState, int]:
-        """A fresh state, or that of the newest usable checkpoint, and the examples it has seen.
+def write_config(experiment: Experiment, checkpoints: Checkpoints) -> None:
+    """Write the configuration into the workdir."""
+    if distributed.is_main_process():
+        write_json(checkpoints.workdir / FILE_NAME, to_stored(experiment))
 
-        Raises:
-            CheckpointError: there are checkpoints, and none can be used; nothing was overwritten.
-            ConfigError: the checkpoint is of another model.
-        """
-        config, step = (
-            self._config,
-            distributed.on_main(lambda: self._checkpoints.step_to_resume(self._say)),
-        )
-        if step is None:
-            self._write_config()
-            make = jax.jit(lambda: init_state(self._experiment.train), out_shardings=self.shardings)
-            return make(), 0
-        meta = self._checkpoints.read_meta(step)
-        check_same_model(meta.config, config)
-        for line in configuration.differences(
-            configuration.upgraded(meta.config), configuration.resolved(config)
-        ):
-            self._say(f"changed since the checkpoint: {line}")
-        if step > config.num_steps:
-            self._say(
-                f"the checkpoint already has {step} steps, more than num_steps {config.num_steps}"
-            )
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.abstract,
-            self.shardings,
-        )
-        state = self._complete(self._checkpoints.restore(abstract, meta))
-        if step < config.num_steps:
-            self._write_config()
-            self._say(
-                f"going on from step {step} of {config.num_steps} ({self._checkpoints.directory})"
-            )
-        return state, meta.examples
 
-    def check_fits(self, folder: epath.Path) -> None:
-        """Make sure that training can go on from the step in a folder, which may be of another
-        workdir; reads no array.
+def complete_state(
+    experiment: Experiment, parts: dict, shardings: TrainState, say: Callable[[str], None]
+) -> TrainState:
+    """The state that a step holds; what an import left out starts afresh, parameters from EMA."""
+    if parts.keys() == {field.name for field in dataclasses.fields(TrainState)}:
+        return TrainState(**parts)
+    say(f"the checkpoint was imported with {', '.join(parts)}; the rest starts afresh")
 
-        Raises:
-            CheckpointError: it lacks arrays, or says too little about them.
-            ConfigError: it is of another model.
-        """
-        meta = read_meta(folder)
-        check_same_model(meta.config, self._config)
-        check_restorable(folder, self.abstract, meta)
+    def fill(parts):
+        fresh = dataclasses.replace(init_state(experiment.train), **parts)
+        params = parts.get("params", jax.tree.map(jnp.copy, parts["ema_params"]))
+        return dataclasses.replace(fresh, params=params)
 
-    def _write_config(self) -> None:
-        if distributed.is_main():
-            write_json(
-                self._checkpoints.workdir / configuration.FILE_NAME,
-                configuration.resolved(self._config),
-            )
-
-    def _complete(self, parts: dict) -> TrainState:
-        """The state that a step holds; what an import left out starts afresh, the parameters from
-        their average.
-        """
-        if parts.keys() == {field.name for field in dataclasses.fields(TrainState)}:
-            return TrainState(**parts)
-        self._say(
-            f"the checkpoint was imported with {', '.join(parts)}; the rest of the training state "
-            "starts afresh"
-        )
-
-        def fill(parts):
-            fresh = dataclasses.replace(init_state(self._experiment.train), **parts)
-            return dataclasses.replace(
-                fresh, params=parts.get("params", jax.tree.map(jnp.copy, parts["ema_params"]))
-            )
-
-        return jax.jit(fill, out_shardings=self.shardings)(parts)
+    return jax.jit(fill, out_shardings=shardings)(parts)

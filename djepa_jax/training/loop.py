@@ -1,46 +1,44 @@
-"""The training loop: mesh, data, state, one jitted step, and what happens between steps."""
+"""The training loop: open data, restore or initialise, compile, loop, finish."""
 
 import collections
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 from etils import epath
 
-from djepa_jax.checkpoints.autoencoder import check_sha256, with_autoencoder
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.fingerprint import fingerprints
-from djepa_jax.checkpoints.go_back import go_back
-from djepa_jax.checkpoints.integrity import file_sha256
-from djepa_jax.config import experiment as configuration
-from djepa_jax.config.experiment import ConfigError, Experiment
+from djepa_jax.checkpoints.restore import go_back
+from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data.device_cache import table_bytes
-from djepa_jax.data.feed import device_batches
-from djepa_jax.data.latent_cache import LatentCache, check_autoencoder
-from djepa_jax.data.records import DataError
-from djepa_jax.data.sources import Source, open_data
-from djepa_jax.evaluation.metrics.small_images import check_judgeable
-from djepa_jax.runtime import distributed, metric_writer
+from djepa_jax.data.loader import device_batches
+from djepa_jax.data.sources import open_training_data
+from djepa_jax.evaluation.evaluate import open_metric
+from djepa_jax.runtime import distributed
+from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.profiling import ProfileWindow, debug_switches
-from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import as_path, check_writable
 from djepa_jax.runtime.units import format_seconds
-from djepa_jax.training.compile_step import StepProgram, announce_and_compile, compile_to_fit
-from djepa_jax.training.initial_state import Start
-from djepa_jax.training.memory import device_limit
+from djepa_jax.training.compile_step import (
+    StepProgram,
+    compile_step,
+    compile_to_fit,
+    device_limit,
+)
+from djepa_jax.training.initial_state import abstract_state, restore_or_initialise
 from djepa_jax.training.reporting import Reporter
 
-# steps between running one and reading its metrics, so that the device never waits for the host
-LAG = 2
+LAG = 2  # steps between running one and reading its metrics: the device never waits for the host
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says why and from where to resume."""
 
 
@@ -50,12 +48,12 @@ class Result:
 
     step: int
     finished: bool
-    grid: epath.Path | None
-    evaluation: dict | None
+    grid: epath.Path | None = None
+    evaluation: dict | None = None
 
 
 def train(
-    config,
+    experiment: Experiment,
     workdir: str,
     should_stop: Callable[[int], bool] = lambda step: False,
     restore_from: str = "",
@@ -63,232 +61,157 @@ def train(
     """Train, or go on from the workdir's latest checkpoint.
 
     Args:
-        config: an ml-collections config.
+        experiment: the configuration.
         workdir: folder of checkpoints, metrics and samples; local or gs://.
         should_stop: asked after every step (with the number of steps made); True saves and stops.
-        restore_from: PATH@STEP, a step to go on from instead (`restoring.go_back`).
+        restore_from: PATH@STEP, a step to go on from instead (`restore.go_back`).
 
     Raises:
         ConfigError, ValueError: a setting that cannot work; nothing was touched.
         CheckpointError: an unusable workdir or checkpoint; nothing was overwritten.
         TrainingError: too many non-finite gradients in a row.
     """
-    experiment = configuration.build(config)
-    mesh = sharding.make_mesh(config.mesh)
-    divisor = sharding.batch_divisor(mesh)
-    if config.batch_size % divisor:
-        raise ConfigError(
-            f"config.batch_size is {config.batch_size}; it must be a multiple of {divisor}, the "
-            "devices that share a batch."
-        )
+    mesh = sharding.make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
-    decoder_weights(config)  # before the data, whose copying may take long
-    source = open_data(config, experiment.modality)
-    if config.evaluation.kind != "none":
-        check_judgeable(source)
-    check_decoder(config, source)
-    config = with_autoencoder(config, latents_made_by(config, source))
-    distributed.on_main(lambda: check_writable(workdir))
-    with distributed.held_by_main(lock_workdir(workdir)), debug_switches(config.debug):
+    source, experiment = open_training_data(experiment)
+    open_metric(experiment, source)  # refuses data that it cannot judge by
+    distributed.run_on_main(lambda: check_writable(workdir))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.held_by_main(lock_workdir(workdir)))
+        stack.enter_context(debug_switches(experiment.debug))
+        signals = stack.enter_context(distributed.StopSignals())
         distributed.check_shared(as_path(workdir))
-        same = f"{configuration.resolved(config)} {len(source)} {restore_from}"
+        same = f"{experiment.to_dict()} {len(source)} {restore_from}"
         distributed.check_same(same, "the configuration, the data or --restore_from")
-        run = _Run(config, experiment, source, mesh, as_path(workdir))
-        if restore_from:
-            keep, check_fits = config.keep_checkpoints, run.start.check_fits
-            distributed.on_main(
-                lambda: go_back(workdir, restore_from, keep, check_fits, run.report.say)
-            )
-        return run.train(should_stop)
+        run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop)
+        stack.enter_context(contextlib.closing(run))
+        return run.train(restore_from)
 
 
 def check_mesh(experiment: Experiment, mesh) -> None:
-    """Raise ConfigError unless the axes of the mesh divide what they split; an array that they do
-    not divide stays whole.
-    """
-    model = experiment.train.model
-    for axis, entry, sizes in (
-        ("fsdp", "second", {"width": model.width, "denoiser_width": model.denoiser_width}),
-        ("tensor", "last", {"num_heads": model.num_heads, "denoiser_width": model.denoiser_width}),
-    ):
-        parts = mesh.shape[axis]
-        for name, size in sizes.items():
-            if size % parts:
-                raise ConfigError(
-                    f"config.mesh splits model.{name} {size} over {parts} devices ({axis}); its "
-                    f"{entry} entry must divide {size}."
-                )
-
-
-def decoder_weights(config) -> pathlib.Path | None:
-    """The local file of the autoencoder that makes pictures of samples; None if there are to be
-    none.
-
-    Raises:
-        DataError, PathError: the file is missing, or it lies in a bucket and cannot be copied.
-    """
-    path = config.autoencoder.path
-    if config.data.modality != "image_latents" or not path:
-        return None
-    file = local_copy(path, config.data.staging, "config.autoencoder.path")
-    if not file.is_file():
-        raise DataError(f"config.autoencoder.path is {path}, where there is no file.")
-    return file
-
-
-def check_decoder(config, source: Source) -> None:
-    """Make sure, before training, that the autoencoder of the sample grids is the one of the
-    latents.
-
-    Raises:
-        DataError, ConfigError: it is another one, or its file is missing.
-    """
-    weights = decoder_weights(config)
-    if weights is not None:
-        check_sha256(config.autoencoder, weights)
-    cache = getattr(source, "source", source)  # inside of `Unlabelled`
-    if weights is not None and isinstance(cache, LatentCache):
-        check_autoencoder(cache.metadata, config.autoencoder.path, file_sha256(weights))
-
-
-def latents_made_by(config, source: Source) -> str:
-    """The sha256 of the autoencoder that made a source's latents; what the config says, where the
-    source does not know.
-
-    Raises:
-        DataError: the config says another one.
-    """
-    cache, told = getattr(source, "source", source), config.autoencoder.sha256
-    if not isinstance(cache, LatentCache):
-        return told
-    found = cache.metadata.autoencoder["sha256"]
-    if told and told != found:
-        raise DataError(
-            f"config.autoencoder.sha256 is {told}, the latent cache was made with {found}; leave "
-            "it empty."
+    """Raise ConfigError unless the axes of the mesh divide what they split."""
+    divisor = sharding.batch_divisor(mesh)
+    if experiment.batch_size % divisor:
+        raise ConfigError(
+            f"config.batch_size is {experiment.batch_size}; it must be a multiple of {divisor}, "
+            "the devices that share a batch."
         )
-    return found
+    shape = experiment.model.shape
+    splits = [("fsdp", "second", "width"), ("fsdp", "second", "denoiser_width")]
+    splits += [("tensor", "last", "num_heads"), ("tensor", "last", "denoiser_width")]
+    for axis, entry, name in splits:
+        if shape[name] % mesh.shape[axis]:
+            raise ConfigError(
+                f"config.mesh splits model.{name} {shape[name]} over {mesh.shape[axis]} devices "
+                f"({axis}); its {entry} entry must divide {shape[name]}."
+            )
 
 
 class _Run:
     """One process's part of a training run."""
 
-    def __init__(self, config, experiment: Experiment, source: Source, mesh, workdir: epath.Path):
-        self.config, self.experiment, self.source, self.mesh = config, experiment, source, mesh
-        self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-        self.report = Reporter(config, experiment, source, mesh, workdir)
-        self.start = Start(config, experiment, mesh, self.checkpoints, self.report.say)
+    def __init__(self, experiment: Experiment, source, mesh, workdir, signals, should_stop):
+        self.experiment, self.source, self.mesh = experiment, source, mesh
+        self.signals, self._should_stop = signals, should_stop
+        self.checkpoints = Checkpoints(workdir, experiment.keep_checkpoints)
+        self.report = Reporter(experiment, source, mesh, workdir, signals.requested)
         self.saved = 0  # the newest step that is in the workdir, or on its way there
         self.blocked = 0.0  # seconds that saving it has kept training waiting
         self.unread = collections.deque()  # steps and their metrics, still on the device
 
-    def train(self, should_stop) -> Result:
-        """Prepare, loop, finish; checkpoints are complete when this returns or raises."""
-        try:
-            with distributed.StopSignals() as signals:
-                self.report.stop_requested = signals.requested
-                return self._train(signals, should_stop)
-        finally:
-            with contextlib.closing(self.checkpoints):  # whatever closing the report may say
-                self.report.close()
+    def close(self) -> None:
+        """Checkpoints are complete after this, whatever closing the report may say."""
+        with contextlib.closing(self.checkpoints):
+            self.report.close()
 
-    def _train(self, signals: distributed.StopSignals, should_stop) -> Result:
+    def train(self, restore_from: str) -> Result:
         """Restore, train, save and sample; a signal ends this as soon as nothing is lost by it."""
-        signals.answer = distributed.STARTING
-        state, examples = self.start.state()
-        step = self.saved = int(state.step)
-        if signals.requested(step):
-            return Result(step, False, None, None)
-        signals.answer, stopped = distributed.SAVING, False
-        self.report.open(step)
-        if step < self.config.num_steps:
-            self.report.announce(self.mesh, state)
-            state, examples, stopped = self._loop(
-                state, examples, lambda at: signals.requested(at) or should_stop(at)
+        experiment, report = self.experiment, self.report
+        abstract = abstract_state(experiment, self.mesh)
+        self.signals.announce(distributed.STARTING)
+        if restore_from:
+            distributed.run_on_main(
+                lambda: go_back(self.checkpoints, restore_from, abstract, experiment, report.say)
             )
+        state, examples = restore_or_initialise(experiment, abstract, self.checkpoints, report.say)
+        step = self.saved = int(state.step)
+        if self.signals.requested(step):
+            return Result(step, False)
+        self.signals.announce(distributed.SAVING)
+        report.open(step)
+        stopped = False
+        if step < experiment.num_steps:
+            report.announce(self.mesh, state)
+            state, examples, stopped = self._loop(state, examples)
             step = int(state.step)
         if self.saved != step:
             self._save(step, state, examples)
         self._say_saved(self.checkpoints.wait())
-        if (
-            signals.requested(step) or stopped or step < self.config.num_steps
-        ):  # asked again: that save may have taken long
-            return Result(step, False, None, None)
-        return self._results(step, state, signals)
+        # Asked again: that save may have taken long.
+        if self.signals.requested(step) or stopped or step < experiment.num_steps:
+            return Result(step, False)
+        self.signals.announce(distributed.SAVED)
+        grid, evaluation = report.final_grid(step, state), None
+        if not self.signals.requested(step):
+            evaluation = report.final_evaluation(step, state)
+        return Result(step, not self.signals.requested(step), grid, evaluation)
 
-    def _results(self, step: int, state: TrainState, signals: distributed.StopSignals) -> Result:
-        """Grid and evaluation of the last step; a signal ends them soon, for everything is
-        saved.
-        """
-        signals.answer, evaluation = distributed.SAVED, None
-        grid = self.report.final_grid(step, state)
-        if not signals.requested(step):
-            evaluation = self.report.final_evaluation(step, state)
-        return Result(step, not signals.requested(step), grid, evaluation)
-
-    def _loop(self, state: TrainState, examples: int, should_stop) -> tuple[TrainState, int, bool]:
-        """Train to the last step, or until asked to stop: the state, the examples it has seen, and
-        whether it was asked.
-        """
-        config, step, report = self.config, int(state.step), self.report
-        batches = device_batches(config, self.source, self.mesh, examples)
+    def _loop(self, state: TrainState, examples: int) -> tuple[TrainState, int, bool]:
+        """Train to the last step or until asked to stop: state, examples seen, whether asked."""
+        experiment, step, watch = self.experiment, int(state.step), self.report.watch
+        batches = device_batches(experiment, self.source, self.mesh, examples)
         batch = next(batches)
         train_step = self._compile(state, batch)
-        profile = ProfileWindow(
-            report.local_folder, config.debug.profile_start, config.debug.profile_steps
-        )
-        report.watch = metric_writer.Stopwatch()
-        stopped = should_stop(step)
+        debug = experiment.debug
+        profile = ProfileWindow(self.report.local_folder, debug.profile_start, debug.profile_steps)
+        watch.restart()
+        stopped = self._asked_to_stop(step)
         with contextlib.closing(profile):
-            while step < config.num_steps and not stopped:
+            while step < experiment.num_steps and not stopped:
                 profile.before_step()
                 state, metrics = train_step(state, batch)
                 profile.after_step(metrics)
-                step, examples = step + 1, examples + config.batch_size
+                step, examples = step + 1, examples + experiment.batch_size
                 self.unread.append((step, metrics))
                 self._read_metrics(LAG)
                 self._between_steps(step, state, examples)
-                with report.watch.waiting():
+                with watch.waiting():
                     batch = next(batches)
-                stopped = should_stop(step)
+                stopped = self._asked_to_stop(step)
         self._read_metrics()
-        if step == config.num_steps and int(state.skipped_steps) == step:
+        if step == experiment.num_steps and int(state.skipped_steps) == step:
             raise self._gone_bad(int(state.bad_streak), step)
         return state, examples, stopped
 
+    def _asked_to_stop(self, step: int) -> bool:
+        return self.signals.requested(step) or self._should_stop(step)
+
     def _compile(self, state: TrainState, batch: dict) -> Callable:
-        """The training step, compiled for these arguments; the old state's memory is reused for the
-        new one.
-        """
+        """The training step, compiled for these arguments; the old state's memory is reused."""
         start, say = time.perf_counter(), self.report.say
-        program = StepProgram(
-            self.experiment.train, self.start.abstract, self.start.shardings, self._room()
-        )
-        compiler = announce_and_compile if self.config.microbatches else compile_to_fit
-        compiled = compiler(program, state, batch, say)
-        fingerprints(state)  # so that the first save has nothing to compile
-        distributed.wait_for_all(
-            "compiled"
-        )  # one that is much later than the others at its first step counts as lost
+        say("compiling the training step")
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        program = StepProgram(self.experiment.train, shardings)
+        limit = device_limit()
+        if limit is not None and self.experiment.data.device_resident:
+            limit -= table_bytes(self.source, self.mesh)
+        if self.experiment.grad_accumulation_steps:
+            compiled = compile_step(program, state, batch, limit, say)
+        else:
+            workdir = self.checkpoints.workdir
+            compiled = compile_to_fit(program, state, batch, limit, workdir, say)
+        # One that is much later than the others at its first step counts as lost.
+        distributed.wait_for_all("compiled")
         say(f"compiled in {format_seconds(time.perf_counter() - start)}")
         # Looking for NaNs needs the old state, and runs the step operation by operation.
-        return program.jitted(donate=False) if self.config.debug.nans else compiled
-
-    def _room(self) -> int | None:
-        """Bytes of a device that are there for training, beside the data that stay on it."""
-        limit = device_limit()
-        if limit is None or not self.config.data.device_resident:
-            return limit
-        return limit - table_bytes(self.source, self.mesh)
+        return program.jitted(donate=False) if self.experiment.debug.nans else compiled
 
     def _read_metrics(self, lag: int = 0) -> None:
-        """Read the metrics of all but the last `lag` steps, log them, and stop a run that has gone
-        bad.
-        """
+        """Read the metrics of all but the last `lag` steps, log them, stop a run gone bad."""
         while len(self.unread) > lag:
             step, metrics = self.unread.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if values["bad_streak"] >= self.config.max_bad_steps:
+            if values["bad_streak"] >= self.experiment.max_bad_steps:
                 raise self._gone_bad(int(values["bad_streak"]), step)
             self.report.metrics(step, values)
 
@@ -298,22 +221,22 @@ class _Run:
         saved = "none yet" if last is None else f"step {last} in {self.checkpoints.directory}"
         return TrainingError(
             f"loss or gradient was not finite in {streak} steps in a row, the last of them step "
-            f"{step}. The last good "
-            f"checkpoint is {saved}; lower optimizer.learning_rate and run the same command again."
+            f"{step}. The last good checkpoint is {saved}; lower optimizer.learning_rate and run "
+            "the same command again."
         )
 
     def _between_steps(self, step: int, state: TrainState, examples: int) -> None:
-        """Checkpoints, sample grids and evaluations that are due; the time they take is not
-        training time.
-        """
-        config, last = self.config, step == self.config.num_steps
+        """Checkpoints, sample grids and evaluations that are due; not counted as training time."""
+        experiment = self.experiment
         self._say_saved(self.checkpoints.poll())  # finds a save that failed, too
+        if step == experiment.num_steps:
+            return
         with self.report.watch.paused():
-            if step % config.checkpoint_every == 0 and not last:
+            if step % experiment.checkpoint_every == 0:
                 self._save(step, state, examples)
-            if config.sample_every and step % config.sample_every == 0 and not last:
+            if experiment.sample_every and step % experiment.sample_every == 0:
                 self.report.sample_grid(step, state)
-            if config.evaluate_every and step % config.evaluate_every == 0 and not last:
+            if experiment.evaluate_every and step % experiment.evaluate_every == 0:
                 self.report.evaluate(step, state)
 
     def _save(self, step: int, state: TrainState, examples: int) -> None:
@@ -322,7 +245,7 @@ class _Run:
         self._say_saved(self.checkpoints.wait())
         self._read_metrics()
         self.report.flush()
-        self.checkpoints.save(state, configuration.resolved(self.config), examples)
+        self.checkpoints.save(state, to_stored(self.experiment), examples)
         self.saved, self.blocked = step, time.perf_counter() - start
 
     def _say_saved(self, step: int | None) -> None:

@@ -1,6 +1,4 @@
-"""What people see of a training: lines, metrics, sample grids, evaluations. Process 0 writes
-them.
-"""
+"""What people see of a training: lines, metrics, sample grids, evaluations. Process 0 writes."""
 
 import functools
 import json
@@ -11,66 +9,69 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from djepa_jax.checkpoints.autoencoder import has_autoencoder, makes_latents
-from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.flags import command_line
 from djepa_jax.core.train_step import TrainState
-from djepa_jax.evaluation.evaluate import evaluate, identity, read_evaluation
-from djepa_jax.runtime import distributed, metric_writer
-from djepa_jax.sampling.generator import (
-    Generator,
-    Stopped,
-    make_grid,
-    output_paths,
-    save_samples,
-    stored_settings,
+from djepa_jax.evaluation.evaluate import (
+    FILE_NAME,
+    describe,
+    evaluate,
+    identity,
+    read_evaluation,
 )
+from djepa_jax.runtime import distributed
+from djepa_jax.runtime.metric_writer import MetricWriter, describe_parameters
+from djepa_jax.runtime.progress import ProgressLine, Stopwatch
+from djepa_jax.runtime.storage import as_path
+from djepa_jax.sampling.generator import Generator, Stopped
+from djepa_jax.sampling.grids import make_grid, output_paths, save_samples, stored_settings
 
 
 class Reporter:
-    """The reports of one training run.
+    """The reports of one training run. All processes call the methods that sample.
 
-    All processes call the methods that sample, since all of them take part in that.
-
-    Attributes:
+    Args:
+        experiment: the configuration.
+        source: of the training data.
+        mesh: of the devices.
+        workdir: where to write.
         stop_requested: step -> whether the run was asked to stop; grids and evaluations are given
             up then.
     """
 
-    def __init__(self, config, experiment: Experiment, source, mesh, workdir: epath.Path):
-        self.config, self.experiment, self.source, self.workdir = (
-            config,
-            experiment,
-            source,
-            workdir,
-        )
-        self.generator = Generator(config, experiment, mesh)
-        self.progress = metric_writer.ProgressLine(
-            config.num_steps, quiet=not distributed.is_main()
-        )
-        self.watch = metric_writer.Stopwatch()
-        self.last_logged, self.rate = 0, 0.0  # step, and steps per second up to it
-        self.writer: metric_writer.MetricWriter | None = None
-        self.stop_requested: Callable[[int], bool] = lambda step: False
+    def __init__(
+        self,
+        experiment: Experiment,
+        source,
+        mesh,
+        workdir: epath.Path,
+        stop_requested: Callable[[int], bool],
+    ):
+        self.experiment, self.source, self.workdir = experiment, source, workdir
+        self.generator, self._stop_requested = Generator(experiment, mesh), stop_requested
+        is_main = distributed.is_main_process()
+        self.progress = ProgressLine(experiment.num_steps, quiet=not is_main)
+        self.watch = Stopwatch()
+        self._logged, self._rate = 0, 0.0  # step, and steps per second up to it
+        self.writer: MetricWriter | None = None
 
     def open(self, step: int) -> None:
         """Begin to write metrics of the steps after `step`."""
-        if distributed.is_main():
-            self.writer = metric_writer.MetricWriter(self.workdir, step)
-        self.last_logged = step
+        if distributed.is_main_process():
+            self.writer = MetricWriter(self.workdir, step)
+        self._logged = step
 
     def close(self) -> None:
         """Write what is left."""
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
 
     @property
     def local_folder(self) -> pathlib.Path:
         """Where large files may be written that reach the workdir in the end."""
-        return (
-            self.writer.folder if self.writer is not None else pathlib.Path(tempfile.gettempdir())
-        )
+        folder = self.writer.folder if self.writer is not None else tempfile.gettempdir()
+        return pathlib.Path(folder)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -78,40 +79,39 @@ class Reporter:
 
     def announce(self, mesh, state: TrainState) -> None:
         """Say what is going to be trained on what."""
+        experiment = self.experiment
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         if int(state.step) == 0:
-            self.say(metric_writer.describe_parameters(state.params))
+            self.say(describe_parameters(state.params))
             if self.writer is not None:
-                self.writer.write_texts(
-                    0, {"config": json.dumps(configuration.resolved(self.config), indent=2)}
-                )
+                text = json.dumps(experiment.to_dict(), indent=2)
+                self.writer.write_texts(0, {"config": text})
         self.say(
             f"training on {devices}, mesh {shape}; {len(self.source)} examples, batches of "
-            f"{self.config.batch_size}"
+            f"{experiment.batch_size}"
         )
-        if makes_latents(self.config) and not has_autoencoder(self.config):
+        if experiment.modality.needs_decoder and not experiment.has_decoder:
             self.say(
                 "WARNING: sample grids will hold latents (.npz) and no pictures, for "
-                "config.autoencoder.path is empty; name "
-                "the autoencoder's weights there to see pictures"
+                "config.autoencoder.path is empty; name the autoencoder's weights there to see "
+                "pictures"
             )
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Log the metrics of a step that is over, when they are due."""
-        due = step % self.config.log_every == 0 or step == self.config.num_steps
+        experiment = self.experiment
+        due = step % experiment.log_every == 0 or step == experiment.num_steps
         if due:
             seconds, share_waiting = self.watch.lap()
-            self.rate, self.last_logged = (step - self.last_logged) / seconds, step
-            values = values | {
-                "images_per_second": self.rate * self.config.batch_size,
-                "data_wait_share": share_waiting,
-            }
+            self._rate, self._logged = (step - self._logged) / seconds, step
+            images = {"images_per_second": self._rate * experiment.batch_size}
+            values = values | images | {"data_wait_share": share_waiting}
             if self.writer is not None:
                 self.writer.write_scalars(step, values)
-        if due or (self.progress.live and self.rate):
-            left = (self.config.num_steps - step) / self.rate
-            self.progress.show(step, values, self.rate * self.config.batch_size, left)
+        if due or (self.progress.live and self._rate):
+            left = (experiment.num_steps - step) / self._rate
+            self.progress.show(step, values, self._rate * experiment.batch_size, left)
 
     def flush(self) -> None:
         """Make sure that what was logged is in the workdir."""
@@ -119,42 +119,38 @@ class Reporter:
             self.writer.flush()
 
     def final_grid(self, step: int, state: TrainState) -> epath.Path | None:
-        """The last grid's path, of its arrays if it has no pictures; one of these very weights and
-        settings is not made again.
-        """
+        """The last grid's path, of its arrays if there are no pictures; it is not made twice."""
         png, npz = output_paths(self._grid_path(step))
-        wanted = self._identity(step, state)
-        if not distributed.on_main(lambda: int(stored_settings(npz) == wanted)):
+        wanted = json.loads(json.dumps(self._identity(step, state)))
+        if not distributed.run_on_main(lambda: int(stored_settings(npz) == wanted)):
             self.sample_grid(step, state)
         return next((path for path in (png, npz) if path.exists()), None)
 
     def final_evaluation(self, step: int, state: TrainState) -> dict | None:
-        """The evaluation of the last step; one of these very weights and settings is not made
-        again.
-        """
-        if self.config.evaluation.kind == "none":
+        """The evaluation of the last step; one of these weights and settings is not made again."""
+        settings = self.experiment.evaluation
+        if settings.kind == "none":
             return None
-        record = read_evaluation(self.config, state.ema_params, step, self.workdir)
-        if not distributed.on_main(lambda: int(record is not None)):
-            self.say(f"evaluating {self.config.evaluation.count} samples")
+        record = read_evaluation(self.experiment, state.ema_params, step, self.workdir)
+        if not distributed.run_on_main(lambda: int(record is not None)):
+            self.say(f"evaluating {settings.count} samples")
             record = self.evaluate(step, state)
         return record
 
     def _identity(self, step: int, state: TrainState) -> dict:
-        return identity(state.ema_params, self.config, step, self.generator.autoencoder_sha256)
+        decoder = self.generator.autoencoder_sha256
+        return identity(state.ema_params, self.experiment, step, decoder)
 
     def _grid_path(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
 
     def sample_grid(self, step: int, state: TrainState) -> None:
-        """Sample the moving average and write a labelled grid, unless the run is asked to stop
-        meanwhile.
-        """
-        labels, names = self.experiment.sample_labels, self.experiment.class_names
+        """Sample the moving average and write a labelled grid, unless asked to stop meanwhile."""
+        experiment, conditions = self.experiment, self.experiment.sample_conditions
+        stop = functools.partial(self._stop_requested, step)
         try:
-            stop = functools.partial(self.stop_requested, step)
             arrays = self.generator.images(
-                state.ema_params, labels, self.config.sample.seed, should_stop=stop
+                state.ema_params, conditions, experiment.sample.seed, should_stop=stop
             )
         except Stopped:
             self.say(f"step {step}: no sample grid, for the run was asked to stop")
@@ -162,29 +158,60 @@ class Reporter:
         settings = self._identity(step, state)
         if self.writer is None:
             return
-        save_samples(self._grid_path(step), arrays, labels, names, settings)
-        if "images" in arrays:
-            self.writer.write_images(step, {"samples": make_grid(arrays["images"], labels, names)})
+        save_samples(self._grid_path(step), experiment, arrays, conditions, settings)
+        grid = make_grid(experiment, arrays, conditions)
+        if grid is not None:
+            self.writer.write_images(step, {"samples": grid})
 
     def evaluate(self, step: int, state: TrainState) -> dict | None:
-        """Judge samples of the moving average; the record, in process 0, unless the run is asked to
-        stop meanwhile.
-        """
-        params, stop = state.ema_params, functools.partial(self.stop_requested, step)
+        """Judge samples of the moving average; the record, in process 0, unless asked to stop."""
+        stop = functools.partial(self._stop_requested, step)
+        arguments = (self.generator, state.ema_params, self.source, step, self.workdir, stop)
         try:
-            record = evaluate(
-                self.config, self.generator, params, self.source, step, self.workdir, stop
-            )
+            record = evaluate(self.experiment, *arguments)
         except Stopped:
             self.say(f"step {step}: no evaluation, for the run was asked to stop")
             return None
         if self.writer is None:
             return None
-        figures = {name: record[name] for name in ("accuracy", "frechet_distance")}
-        self.writer.write_scalars(
-            step, {f"evaluation/{name}": value for name, value in figures.items()}
-        )
-        self.say(
-            f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        )
+        figures = record["metrics"]
+        named = {f"evaluation/{name}": value for name, value in figures.items()}
+        self.writer.write_scalars(step, named)
+        self.say(f"step {step}: {describe(figures)}")
         return record
+
+
+def summarise(result, experiment: Experiment, workdir: str) -> None:
+    """Say how training ended, where the pictures are and what to try next."""
+    if not result.finished:
+        unfinished = result.step < experiment.num_steps
+        rest = "goes on from there" if unfinished else "makes the samples and the evaluation"
+        print(f"stopped at step {result.step} of {experiment.num_steps}; the same command {rest}.")
+        return
+    print(
+        f"\nTraining is complete ({result.step} steps); to start afresh, name another --workdir or "
+        f"remove {workdir}."
+    )
+    if result.grid:
+        print(f"Samples:  {result.grid}")
+    if result.evaluation:
+        figures = describe(result.evaluation["metrics"])
+        print(f"Quality:  {figures} ({as_path(workdir) / FILE_NAME})")
+    print(f"Try next (in {pathlib.Path.cwd()}):")
+    for extra in next_steps(experiment):
+        print(f"  {command_line(*extra)}")
+
+
+def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
+    """Flags worth adding to the command of a finished run."""
+    last = experiment.data.num_classes - 1
+    few = max(1, experiment.sample.num_ar_steps // 2)
+    sample, ending = ("--mode=sample",), "png"
+    if experiment.modality.needs_decoder and not experiment.has_decoder:
+        sample, ending = ("--mode=sample", "--latents_only"), "npz"
+    one_class = (f"--config.sample.labels={min(3, last)}", "--config.sample.count=25")
+    return [
+        (*sample, f"--out=one_class.{ending}", *one_class),
+        (*sample, f"--out=fewer_steps.{ending}", f"--config.sample.num_ar_steps={few}"),
+        (*sample, f"--out=strong_guidance.{ending}", "--config.sample.cfg_scale=4.0"),
+    ]

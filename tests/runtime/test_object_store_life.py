@@ -23,7 +23,7 @@ from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.go_back import go_back
 from djepa_jax.checkpoints.orbax_io import DamagedError, read_meta
 from djepa_jax.checkpoints.stored import find_model
-from djepa_jax.core.optimizer import path_name
+from djepa_jax.core.sharding import path_name
 from djepa_jax.data.prepare_latents import PUBLISH
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import PathError, as_path

@@ -1,10 +1,10 @@
 """Token losses by name, and the JEPA loss."""
 
+from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.losses.diffusion import Diffusion
 from djepa_jax.core.losses.flow_matching import FlowMatching
 from djepa_jax.core.losses.jepa import feature_statistics, jepa_loss
 
-TOKEN_LOSSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
-SAMPLERS = {"diffusion": ("ddpm", "ddim"), "flow_matching": ("euler", "heun")}
+TOKEN_LOSSES: dict[str, type[TokenLoss]] = {"diffusion": Diffusion, "flow_matching": FlowMatching}
 
-__all__ = ["SAMPLERS", "TOKEN_LOSSES", "feature_statistics", "jepa_loss"]
+__all__ = ["TOKEN_LOSSES", "TokenLoss", "feature_statistics", "jepa_loss"]

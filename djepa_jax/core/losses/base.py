@@ -25,11 +25,19 @@ class Denoiser(Protocol):
 
 
 class TokenLoss(Protocol):
-    """A loss and the sampler that belongs to it; implementations are frozen dataclasses."""
+    """A loss and the sampler that belongs to it; implementations are frozen dataclasses.
 
-    @property
-    def out_per_channel(self) -> int:
-        """Denoiser outputs per token channel."""
+    The fields `noise_multiplicity` (draws per token in training), `num_denoise_steps` and `sampler`
+    come from the configuration, all others from `config.loss.options`, as keyword arguments; a
+    value out of bounds is a ValueError that names the field.
+
+    Attributes:
+        samplers: what `sampler` may be, the default first.
+        out_per_channel: denoiser outputs per token channel.
+    """
+
+    samplers: tuple[str, ...]
+    out_per_channel: int
 
     @property
     def noises_per_token(self) -> int:

@@ -7,17 +7,22 @@ device.
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djepa_jax.core.bounds import AtLeastZero, Bound, OneOf, Positive, check_bounds
 from djepa_jax.core.losses.base import Denoiser, guide
 
 NUM_TRAIN_STEPS = 1000
 COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
 BIN_HALF_WIDTH = 1 / 255
+DenoiseSteps = Annotated[
+    int, Bound(lambda x: 1 <= x <= NUM_TRAIN_STEPS, f"between 1 and {NUM_TRAIN_STEPS}")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +107,17 @@ class Diffusion:
             noise prediction by hundreds, so a young model without the clip runs away.
     """
 
-    noise_multiplicity: int = 4
-    num_denoise_steps: int = 100
-    sampler: str = "ddpm"
-    clip_x0: float = 0.0
+    noise_multiplicity: Positive = 4
+    num_denoise_steps: DenoiseSteps = 100
+    sampler: Annotated[str, OneOf(("ddpm", "ddim"))] = "ddpm"
+    clip_x0: AtLeastZero = 0.0
 
+    samplers = ("ddpm", "ddim")
     out_per_channel = 2
     time_table_size = NUM_TRAIN_STEPS
+
+    def __post_init__(self):
+        check_bounds(self)
 
     @property
     def denoiser_calls(self) -> int:

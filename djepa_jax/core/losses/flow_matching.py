@@ -1,11 +1,13 @@
 """Flow matching: the denoiser is a velocity field from noise (t = 0) to data (t = 1)."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from djepa_jax.core.bounds import AboveZero, Bound, OneOf, Positive, check_bounds
 from djepa_jax.core.losses.base import Denoiser, guide
 
 
@@ -20,14 +22,18 @@ class FlowMatching:
         time_shift: s in t / (t + s - s t), which bends the grid; 1 leaves it even.
     """
 
-    noise_multiplicity: int = 4
-    num_denoise_steps: int = 100
-    sampler: str = "euler"
-    time_shift: float = 1.0
+    noise_multiplicity: Positive = 4
+    num_denoise_steps: Annotated[int, Bound(lambda x: x >= 2, "at least 2")] = 100
+    sampler: Annotated[str, OneOf(("euler", "heun"))] = "euler"
+    time_shift: AboveZero = 1.0
 
+    samplers = ("euler", "heun")
     out_per_channel = 1
     noises_per_token = 1
     time_table_size = 0
+
+    def __post_init__(self):
+        check_bounds(self)
 
     @property
     def denoiser_calls(self) -> int:

@@ -1,8 +1,8 @@
 """Modalities by name."""
 
-from djepa_jax.core.modalities.image_latents import ImageLatents
-from djepa_jax.core.modalities.image_pixels import ImagePixels
+from djepa_jax.core.modalities.base import Modality
+from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
 
-MODALITIES = {"image_pixels": ImagePixels, "image_latents": ImageLatents}
+MODALITIES: dict[str, type[Modality]] = {"image_pixels": ImagePixels, "image_latents": ImageLatents}
 
-__all__ = ["MODALITIES"]
+__all__ = ["MODALITIES", "Modality"]

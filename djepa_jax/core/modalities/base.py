@@ -1,5 +1,9 @@
-"""What a modality is: the only place that knows what tokens stand for."""
+"""What a modality is: the only place that knows what tokens stand for.
 
+Implementations are frozen dataclasses in the table `MODALITIES`; nothing else compares their names.
+"""
+
+import os
 from typing import Protocol
 
 import jax
@@ -7,11 +11,26 @@ import numpy as np
 
 
 class Modality(Protocol):
-    """Turns data into tokens and back; implementations are frozen dataclasses."""
+    """Turns data into tokens and back.
+
+    Attributes:
+        needs_decoder: whether pictures of what it exports take an autoencoder.
+        factorised_positions: whether tokens have a position vector per axis of `grid`, summed,
+            instead of one of their own.
+        example_dtype: type of the values of an example.
+    """
+
+    needs_decoder: bool
+    factorised_positions: bool
+    example_dtype: np.dtype
+
+    @classmethod
+    def from_settings(cls, data) -> "Modality":
+        """The modality that `config.data` describes; its `options` are for modalities' own keys."""
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens per example (N)."""
+    def grid(self) -> tuple[int, ...]:
+        """Positions along each axis of an example; N tokens in all, the last axis fastest."""
 
     @property
     def token_dim(self) -> int:
@@ -21,18 +40,11 @@ class Modality(Protocol):
     def example_shape(self) -> tuple[int, ...]:
         """Shape of one example as the data source gives it."""
 
-    @property
-    def example_dtype(self) -> np.dtype:
-        """Type of its values."""
-
     def check_example(self, example: np.ndarray) -> None:
-        """Raise ValueError, naming what was found and expected, if a source's example does not
-        fit.
-        """
+        """Raise ValueError, naming what was found and expected, if an example does not fit."""
 
     def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Examples `[B, ...]` as the source gives them -> tokens `[B, N, C]` float32; runs inside
-        `jit`.
+        """Examples `[B, ...]` as the source gives them -> tokens `[B, N, C]` float32, inside `jit`.
 
         `key` is for tokenizers that draw; without one they give their mean.
         """
@@ -41,8 +53,13 @@ class Modality(Protocol):
         """Tokens `[B, N, C]` -> examples in float32, in the tokenizer's value range."""
 
     def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
-        """Tokens `[B, N, C]` -> named arrays for a file; `images` (uint8 `[B, H, W, C]`) where it
-        makes pictures.
+        """Tokens `[B, N, C]` -> named arrays for a file, leading axis B; inside `jit` and outside.
 
-        Runs inside `jit` and outside.
+        `latents` go through the decoder, if there is one, which adds `images`.
         """
+
+    def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+        """uint8 pictures `[n, H, W, 1 or 3]` of exported arrays, for grids; None if none."""
+
+    def save(self, arrays: dict[str, np.ndarray], index: int, stem: os.PathLike) -> None:
+        """Write one exported example as a file that people open; `stem` lacks the ending."""

@@ -10,14 +10,15 @@ H heads, C token channels, L layers, T autoregressive steps.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from einops import repeat
 from flax import nnx
 
+from djepa_jax.core.models.conditioning import Condition, Conditioner
 from djepa_jax.core.models.denoiser import Denoiser
-from djepa_jax.core.models.embedding import ClassEmbedding
 from djepa_jax.core.models.vit import (
     LayerNorm,
     Linear,
@@ -60,11 +61,15 @@ SIZES = {
 class ModelConfig:
     """Everything that shapes the networks. `denoiser_out` is C for flow matching and 2C for
     diffusion.
+
+    `grid` is the number of positions along each axis of an example, N in all. Without
+    `factorised_positions` every token has a position vector of its own; with it, vectors of its
+    places along the axes are summed.
     """
 
-    num_tokens: int
+    grid: tuple[int, ...]
     token_dim: int
-    num_classes: int
+    conditioner: Conditioner
     width: int
     encoder_depth: int
     predictor_depth: int
@@ -81,11 +86,17 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    factorised_positions: bool = False
 
     @property
-    def null_label(self) -> int:
-        """The label id that means "no label"."""
-        return self.num_classes
+    def num_tokens(self) -> int:
+        """Tokens of an example (N)."""
+        return math.prod(self.grid)
+
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        """Sizes of the tables of position vectors."""
+        return self.grid if self.factorised_positions else (self.num_tokens,)
 
 
 class JepaHead(nnx.Module):
@@ -121,34 +132,45 @@ class ContextEncoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.compute_dtype)
-        self.class_embedding = ClassEmbedding(config.num_classes, config.width, rngs=rngs)
+        self.conditioner = config.conditioner
+        embedding = config.conditioner.make_embedding(config.width, rngs=rngs)
+        setattr(self, config.conditioner.param_name, embedding)
         self.prefix_table = nnx.Param(
             zeros_init(rngs.params(), (config.num_prefix_tokens, config.width))
         )
         self.input_proj = Linear(config.token_dim, config.width, rngs=rngs, dtype=dtype)
-        self.positions = nnx.Param(normal_init(rngs.params(), (config.num_tokens, config.width)))
+        self.position_axes = config.position_axes
+        self.positions = nnx.Param(
+            normal_init(rngs.params(), (sum(config.position_axes), config.width))
+        )
         self.input_norm = LayerNorm(config.width, dtype=dtype)
         self.stack = _make_stack(config, config.encoder_depth, rngs)
 
-    def __call__(self, tokens, order, labels, *, visible=None, keys=None):
+    def embed_condition(self, raw) -> Condition:
+        """Raw conditions, leading axis B -> the prefix tokens `[B, P, D]` that tell them."""
+        embedding = getattr(self, self.conditioner.param_name)
+        added = self.conditioner.embed(embedding, raw)
+        return Condition(self.prefix_table[...] + added.prefix, added.mask)
+
+    def __call__(self, tokens, order, condition: Condition, *, visible=None, keys=None):
         """Encode tokens that are already in order coordinates.
 
         Args:
             tokens: `[B, V, C]`.
             order: `[B, V]`, the raster place of each token.
-            labels: `[B]` class ids, `num_classes` for none.
+            condition: from `embed_condition`, prefix `[B, P, D]`.
             visible: `[B, V]`, False at padding; None when all are real.
             keys: `[B]`, turn dropout on.
 
         Returns:
             `[B, P + V, D]`, prefix first.
         """
-        x = self.input_proj(tokens) + jnp.take(self.positions[...], order, axis=0)  # [B, V, D]
-        prefix = self.prefix_table[...] + self.class_embedding(labels)[:, None]  # [B, P, D]
-        x = jnp.concatenate([prefix.astype(x.dtype), x], axis=1)  # [B, P + V, D]
-        if visible is not None:
-            visible = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), visible], axis=1)
-        return self.stack(self.input_norm(x), key_mask=visible, keys=keys)
+        positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, V, D]
+        x = self.input_proj(tokens) + positions  # [B, V, D]
+        prefix = condition.prefix.astype(x.dtype)  # [B, P, D]
+        key_mask = join_masks(condition.mask, visible, prefix.shape[:2], order.shape)
+        x = jnp.concatenate([prefix, x], axis=1)  # [B, P + V, D]
+        return self.stack(self.input_norm(x), key_mask=key_mask, keys=keys)
 
 
 class Predictor(nnx.Module):
@@ -160,21 +182,25 @@ class Predictor(nnx.Module):
             config.width, config.width, rngs=rngs, dtype=jnp.dtype(config.compute_dtype)
         )
         self.mask_token = nnx.Param(normal_init(rngs.params(), (config.width,)))
-        self.positions = nnx.Param(normal_init(rngs.params(), (config.num_tokens, config.width)))
+        self.position_axes = config.position_axes
+        self.positions = nnx.Param(
+            normal_init(rngs.params(), (sum(config.position_axes), config.width))
+        )
         self.stack = _make_stack(config, config.predictor_depth, rngs)
 
-    def __call__(self, encoded, order, num_visible, *, keys=None, places=None):
+    def __call__(self, encoded, order, num_visible, prefix_mask=None, *, keys=None, query_ids=None):
         """Predict features at every place.
 
         Args:
             encoded: context encoder output `[B, P + V, D]`.
             order: `[B, N]`.
             num_visible: `[B]`; of the V encoded tokens the first that many are real.
+            prefix_mask: `[B, P]`, False where a prefix token must not be seen; None for nowhere.
             keys: `[B]`, turn dropout on.
-            places: `[Q]`, the places (order coordinates) that are wanted; None for all.
+            query_ids: `[Q]`, the places (order coordinates) that are wanted; None for all.
 
         Returns:
-            cond `[B, N, D]`, or `[B, Q, D]` with `places`.
+            cond `[B, N, D]`, or `[B, Q, D]` with `query_ids`.
         """
         x = self.input_proj(encoded)  # [B, P + V, D]
         prefix, seen = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -183,11 +209,35 @@ class Predictor(nnx.Module):
         is_visible = jnp.arange(seen.shape[1]) < num_visible[:, None]  # [B, V]
         seen = jnp.where(is_visible[..., None], seen, mask_token)
         hidden = repeat(mask_token, "d -> b m d", b=batch, m=num_tokens - seen.shape[1])
-        positions = jnp.take(self.positions[...], order, axis=0).astype(x.dtype)  # [B, N, D]
-        x = jnp.concatenate([prefix, jnp.concatenate([seen, hidden], axis=1) + positions], axis=1)
-        if places is not None:
-            return self.stack(x, keys=keys, queries=places + self.num_prefix_tokens)
-        return self.stack(x, keys=keys)[:, self.num_prefix_tokens :]
+        positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, N, D]
+        places = jnp.concatenate([seen, hidden], axis=1) + positions.astype(x.dtype)  # [B, N, D]
+        x = jnp.concatenate([prefix, places], axis=1)  # [B, P + N, D]
+        key_mask = join_masks(prefix_mask, None, prefix.shape[:2], order.shape)
+        if query_ids is not None:
+            queries = query_ids + self.num_prefix_tokens
+            return self.stack(x, key_mask=key_mask, keys=keys, queries=queries)
+        return self.stack(x, key_mask=key_mask, keys=keys)[:, self.num_prefix_tokens :]
+
+
+def position_vectors(table: jax.Array, order: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Position vectors of places `[B, V]`: `[B, V, D]`, summed over the axes of a grid.
+
+    `table` `[sum of axes, D]` holds the vectors of one axis after the other.
+    """
+    starts = [sum(axes[:axis]) for axis in range(len(axes))]
+    along = jnp.unravel_index(order, axes) if len(axes) > 1 else (order,)
+    return sum(
+        jnp.take(table, ids + start, axis=0) for ids, start in zip(along, starts, strict=True)
+    )
+
+
+def join_masks(prefix_mask, token_mask, prefix_shape, token_shape) -> jax.Array | None:
+    """Masks `[B, P]` and `[B, V]`, either None where all are real -> `[B, P + V]` or None."""
+    if prefix_mask is None and token_mask is None:
+        return None
+    prefix_mask = jnp.ones(prefix_shape, bool) if prefix_mask is None else prefix_mask
+    token_mask = jnp.ones(token_shape, bool) if token_mask is None else token_mask
+    return jnp.concatenate([prefix_mask, token_mask], axis=1)
 
 
 def _make_stack(config: ModelConfig, depth: int, rngs: nnx.Rngs) -> Stack:
@@ -231,12 +281,16 @@ class DJepa(nnx.Module):
             rngs=rngs,
         )
 
-    def encode_all(self, tokens: jax.Array, order: jax.Array, labels: jax.Array) -> jax.Array:
+    def embed_condition(self, raw) -> Condition:
+        """Raw conditions, leading axis B -> prefix tokens `[B, P, D]`."""
+        return self.context_encoder.embed_condition(raw)
+
+    def encode_all(self, tokens: jax.Array, order: jax.Array, condition: Condition) -> jax.Array:
         """Features of all tokens, nothing masked, no dropout: `[B, N, C]` -> `[B, N, D]`.
 
         With the moving average of the parameters this is the target encoder.
         """
-        return self.context_encoder(tokens, order, labels)[:, self.num_prefix_tokens :]
+        return self.context_encoder(tokens, order, condition)[:, self.num_prefix_tokens :]
 
 
 def split_model(config: ModelConfig):

@@ -1,1 +1,8 @@
-"""Measures of quality."""
+"""Metrics by name, as `config.evaluation.kind` gives it."""
+
+from djepa_jax.evaluation.metrics.base import Metric
+from djepa_jax.evaluation.metrics.small_images import SmallImages
+
+METRICS: dict[str, type[Metric]] = {"small_images": SmallImages}
+
+__all__ = ["METRICS", "Metric"]

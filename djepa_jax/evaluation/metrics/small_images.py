@@ -44,36 +44,57 @@ def accuracy(
     return float((classifier.predict(_flat(images) * PIXEL_TOP) == labels).mean())
 
 
-def check_judgeable(source) -> None:
-    """Raise ValueError unless a source can train the classifier: small pictures in memory, of at
-    least two classes.
-    """
-    if not hasattr(source, "images"):
-        raise ValueError(
-            'evaluation.kind "small_images" needs data.source "digits" or "npz"; set '
-            'evaluation.kind to "none".'
-        )
-    if source.images[0].size > MAX_PIXELS:
-        raise ValueError(
-            f'evaluation.kind "small_images" judges pictures of at most {MAX_PIXELS} values, '
-            "these have "
-            f'{source.images[0].size}; set evaluation.kind to "none".'
-        )
-    if len(np.unique(source.labels)) < 2:
-        raise ValueError(
-            'evaluation.kind "small_images" needs data of at least two classes; set '
-            'evaluation.kind to "none".'
-        )
+class SmallImages:
+    """`accuracy` and `frechet_distance` (of values 0..1) against all real images of a source.
 
-
-def evaluate_images(images, labels, real_images, real_labels) -> dict[str, float]:
-    """Both figures for uint8 samples against all real images: `accuracy` and `frechet_distance`
-    (values 0..1).
+    Args:
+        images: real ones, uint8 `[n, H, W, C]`.
+        labels: their classes `[n]`.
     """
-    return {
-        "accuracy": accuracy(images, labels, real_images, real_labels),
-        "frechet_distance": frechet_distance(_flat(images), _flat(real_images)),
-    }
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self._real = images, labels
+        self._samples: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+
+    @classmethod
+    def from_data(cls, source) -> "SmallImages":
+        """Real images in memory, small ones, of at least two classes; ValueError for others."""
+        if not hasattr(source, "images"):
+            raise ValueError(
+                'evaluation.kind "small_images" needs data.source "digits" or "npz"; set '
+                'evaluation.kind to "none".'
+            )
+        if source.images.dtype != np.uint8 or source.images[0].size > MAX_PIXELS:
+            raise ValueError(
+                f'evaluation.kind "small_images" judges uint8 pictures of at most {MAX_PIXELS} '
+                f"values, these are {source.images.dtype} with {source.images[0].size}; set "
+                'evaluation.kind to "none".'
+            )
+        if len(np.unique(source.labels)) < 2:
+            raise ValueError(
+                'evaluation.kind "small_images" needs data of at least two classes; set '
+                'evaluation.kind to "none".'
+            )
+        return cls(source.images, source.labels)
+
+    def update(self, arrays: dict[str, np.ndarray], conditions: np.ndarray) -> None:
+        """Keep samples `images` `[n, H, W, C]` and the labels `[n]` asked for."""
+        self._samples.append(np.asarray(arrays["images"]))
+        self._labels.append(np.asarray(conditions))
+
+    def merge(self, other: "SmallImages") -> None:
+        """Take in the samples of another one."""
+        self._samples += other._samples
+        self._labels += other._labels
+
+    def result(self) -> dict[str, float]:
+        """Both figures."""
+        samples, labels = np.concatenate(self._samples), np.concatenate(self._labels)
+        return {
+            "accuracy": accuracy(samples, labels, *self._real),
+            "frechet_distance": frechet_distance(_flat(samples), _flat(self._real[0])),
+        }
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

@@ -1,1 +1,0 @@
-"""Configurations; each file has `get_config(variant)`."""

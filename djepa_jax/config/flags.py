@@ -1,0 +1,206 @@
+"""The command line: flags of each mode, and the configuration with what the command line changes.
+
+A configuration is a Python file (`--config`) or data (`--config_json`: a JSON object of keys that
+differ from `configs/default.py`, or the `config.json` of a workdir or an export).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from djepa_jax.config import files
+from djepa_jax.config.convert import ConfigError, closest, convert_group, flatten, keys_of
+from djepa_jax.config.experiment import SHARED_LOSS_FIELDS, Experiment
+from djepa_jax.config.stored import upgrade
+from djepa_jax.core.losses import TOKEN_LOSSES
+from djepa_jax.runtime.errors import UserError
+
+MAX_BYTES = 2**20  # of a JSON file
+RENAMED = {  # keys of earlier versions
+    "microbatches": "grad_accumulation_steps",
+    "sample.clip_x0": "loss.options.clip_x0",
+    "sample.time_shift": "loss.options.time_shift",
+}
+
+
+# Flags that belong to one start and not to the run.
+OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "restore_from")
+OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout")
+
+
+class UsageError(UserError, ValueError):
+    """A command line that cannot be understood."""
+
+
+class HelpRequest(Exception):
+    """Somebody asked for help; the message is it."""
+
+
+def parse(
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    usage: str,
+    required: Callable[[flags.FlagValues], Sequence[str]],
+) -> tuple[flags.FlagValues, Experiment | None]:
+    """Read the command line; no global state is touched.
+
+    Args:
+        argv: the words, the program's name first.
+        define: defines the flags beside those of the configuration.
+        usage: for error messages and help.
+        required: which flags must be given, from the values.
+
+    Returns:
+        the flags' values, and the configuration; None without one.
+
+    Raises:
+        UsageError, ConfigError: an unknown flag or key, a missing file, a value that cannot work.
+        HelpRequest: help was asked for.
+    """
+    argv = [_with_underscores(word) for word in argv]
+    if {"-h", "--help", "--helpfull"} & set(argv):
+        raise HelpRequest(usage)
+    if "--help=keys" in argv:
+        raise HelpRequest((files.FOLDER / "default.py").read_text("utf-8"))
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    define(values)
+    flags.DEFINE_string("config", None, "NAME[:VARIANT] or FILE.py", flag_values=values)
+    flags.DEFINE_string("config_json", None, "JSON over the defaults", flag_values=values)
+    overrides = [word for word in argv if word.startswith("--config.")]
+    try:
+        rest = values([word for word in argv if not word.startswith("--config.")])[1:]
+    except flags.Error as error:
+        raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
+    if rest:
+        raise UsageError(f'"{rest[0]}" is not a flag; flags are written --flag=VALUE.\n{usage}')
+    for name in required(values):
+        if not values[name].value and not (name == "config" and values.config_json):
+            raise UsageError(f"--{name} is missing.\n{usage}")
+    return values, read_config(values.config, values.config_json, overrides)
+
+
+def command_line(*extra: str) -> str:
+    """The command that is running, with `extra` flags, ready to be pasted where it was started."""
+    python = pathlib.Path(sys.executable)
+    if python.is_relative_to(pathlib.Path.cwd()):
+        python = python.relative_to(pathlib.Path.cwd())
+    kept, words = [], iter(sys.argv[1:])
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name.lstrip("-").replace("-", "_") not in OF_ONE_START:
+            kept.append(word)
+        elif not equals:
+            next(words, None)  # its value
+    return shlex.join([str(python), "-m", "djepa_jax.main", *kept, *extra])
+
+
+def _with_underscores(word: str) -> str:
+    """A flag such as --measure-scale as it is called here, --measure_scale."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+
+
+def read_config(
+    spec: str | None, json_path: str | None, overrides: Sequence[str]
+) -> Experiment | None:
+    """The configuration of a file or of JSON, with --config.KEY=VALUE words on top.
+
+    Raises:
+        ConfigError: it cannot be read, a key is unknown, or a value cannot work.
+    """
+    if spec and json_path:
+        raise ConfigError("--config and --config_json are both given; leave out one of them.")
+    if not spec and not json_path:
+        if overrides:
+            raise ConfigError(f"{overrides[0]} needs a --config to change.")
+        return None
+    config = files.load(spec) if spec else ConfigDict(_read_json(json_path))
+    return Experiment.from_dict(_overridden(config, overrides).to_dict())
+
+
+def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """A configuration with the values of some --config.KEY=VALUE words."""
+    changes = dict(word.removeprefix("--config.").partition("=")[::2] for word in overrides)
+    with config.unlocked():
+        _complete_options(config, changes.get("loss.name", config.loss.name))
+    known = list(flatten(config.to_dict()))
+    known += [f"loss.options.{name}" for name in config.loss.options]
+    for key in changes:
+        if key in RENAMED:
+            raise ConfigError(f"config.{key} is called config.{RENAMED[key]} now.")
+        if key not in known:
+            raise ConfigError(f"unknown config key {key}; did you mean {closest(key, known)}?")
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=["", *overrides]
+        )
+        values(["", *overrides])
+    except Exception as error:  # of absl, of ml_collections, of the parsers of values
+        raise ConfigError(" ".join(str(error).split()) or type(error).__name__) from error
+    return values.config
+
+
+def _complete_options(config: ConfigDict, name: str) -> None:
+    """Let all options of the loss be set; those of another loss than the file's are left out."""
+    kind = TOKEN_LOSSES.get(name)
+    if kind is None:
+        return  # which is said later
+    own = {
+        field.name: field.default
+        for field in dataclasses.fields(kind)
+        if field.name not in SHARED_LOSS_FIELDS and field.default is not dataclasses.MISSING
+    }
+    given = config.loss.options.to_dict() if name == config.loss.name else {}
+    config.loss.options = ConfigDict(own | given)
+
+
+def _read_json(path: str) -> dict:
+    """All keys of a configuration: those in a JSON file, the others as in `configs/default.py`."""
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        given = json.loads(data, parse_constant=_refuse_constant)
+        given = given["config"] if isinstance(given, dict) and "kind" in given else given
+        if not isinstance(given, dict):
+            raise ValueError('it must hold an object such as {"seed": 1}')
+        values = files.builtin("default").get_config().to_dict()
+        if "format" in given or "jepa_weight above 0" in given.get("loss", {}):
+            given = upgrade(given)
+        for name, value in _with_dotted_names(given):
+            *groups, key = name.split(".", 1)
+            place = values.get(groups[0], {}) if groups else values
+            if key not in place:
+                raise ValueError(
+                    f"unknown config key {name}; did you mean {closest(name, keys_of(Experiment))}?"
+                )
+            place[key] = value
+        return convert_group(values, Experiment)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f'--config_json "{path}" cannot be read: {reason}.') from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f'--config_json "{path}": {error}') from error
+
+
+def _with_dotted_names(given: dict) -> list[tuple[str, object]]:
+    """Names and values; groups of keys are taken apart."""
+    pairs = []
+    for name, value in given.items():
+        nested = isinstance(value, dict) and "." not in name
+        pairs += [(f"{name}.{k}", v) for k, v in value.items()] if nested else [(name, value)]
+    return pairs
+
+
+def _refuse_constant(word: str):
+    raise ValueError(f"{word} is not a number in JSON")

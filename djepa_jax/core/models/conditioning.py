@@ -1,0 +1,161 @@
+"""What is asked for, as prefix tokens in front of the sequence, which both ViTs attend to.
+
+A conditioner turns raw conditions (labels, several of them, nothing) into a `Condition`. Guidance
+and dropping act on raw conditions; the networks see the prefix alone and do not know what was said.
+The official code calls the prefix a buffer of 64 tokens and adds the class vector to each of them.
+
+Shape letters: B batch, P prefix, D width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from djepa_jax.core.models.embedding import ClassEmbedding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """Prefix tokens; a mask of None says that all of them are real."""
+
+    prefix: jax.Array  # [B, P, D]
+    mask: jax.Array | None = None  # [B, P], False where a prefix token must not be seen
+
+
+class Conditioner(Protocol):
+    """One kind of condition; implementations are frozen dataclasses.
+
+    Raw conditions are arrays with the leading axis B, or a tuple of such arrays.
+
+    Attributes:
+        param_name: of the embedding's parameters inside the context encoder.
+    """
+
+    param_name: str
+
+    def null(self, batch_size: int) -> Any:
+        """Raw conditions that say nothing."""
+
+    def drop(self, key: jax.Array, raw: Any, probability: float) -> Any:
+        """Raw conditions of which each example's is replaced by the null one with a probability."""
+
+    def in_turn(self, count: int) -> Any:
+        """Raw conditions that take all there are in turn, for sampling without a wish."""
+
+    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
+        """The module with the parameters; None if there are none."""
+
+    def embed(self, embedding: nnx.Module | None, raw: Any) -> Condition:
+        """What is added to the learned prefix tokens: `[B, P, D]`, or `[B, 1, D]` for all alike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Labels `[B]`, of which `num_classes` means none."""
+
+    num_classes: int
+
+    param_name = "class_embedding"
+
+    def null(self, batch_size: int) -> jax.Array:
+        """The label of no class, `[B]`."""
+        return jnp.full(batch_size, self.num_classes, jnp.int32)
+
+    def drop(self, key: jax.Array, raw: jax.Array, probability: float) -> jax.Array:
+        """Labels `[B]`, some of them replaced by the null label."""
+        return jnp.where(jax.random.bernoulli(key, probability, raw.shape), self.num_classes, raw)
+
+    def in_turn(self, count: int) -> np.ndarray:
+        """0, 1, 2 and so on, from 0 again after the last class: `[count]`."""
+        return np.arange(count, dtype=np.int32) % self.num_classes
+
+    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> ClassEmbedding:
+        """A vector per class and one for none."""
+        return ClassEmbedding(self.num_classes, width, rngs=rngs)
+
+    def embed(self, embedding: ClassEmbedding, raw: jax.Array) -> Condition:
+        """The class vector, the same for every prefix token: `[B, 1, D]`."""
+        return Condition(embedding(raw)[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """No condition: the learned prefix alone. Raw conditions are ignored but for their length."""
+
+    param_name = "no_embedding"
+
+    def null(self, batch_size: int) -> jax.Array:
+        """Zeros `[B]`."""
+        return jnp.zeros(batch_size, jnp.int32)
+
+    def drop(self, key: jax.Array, raw: jax.Array, probability: float) -> jax.Array:
+        """The same; there is nothing to drop."""
+        del key, probability
+        return raw
+
+    def in_turn(self, count: int) -> np.ndarray:
+        """Zeros `[count]`."""
+        return np.zeros(count, np.int32)
+
+    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> None:
+        """There are no parameters."""
+
+    def embed(self, embedding: None, raw: jax.Array) -> Condition:
+        """Nothing is added: zeros `[B, 1, 1]`."""
+        return Condition(jnp.zeros((len(raw), 1, 1)))
+
+
+class _Pair(nnx.Module):
+    """The embeddings of two conditioners."""
+
+    def __init__(self, first: nnx.Module | None, second: nnx.Module | None):
+        self.first, self.second = first, second
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """Two conditions whose prefixes are added, such as digit and speaker; raw is a pair."""
+
+    first: Conditioner
+    second: Conditioner
+
+    param_name = "pair_embedding"
+
+    def null(self, batch_size: int) -> tuple:
+        """Both say nothing."""
+        return self.first.null(batch_size), self.second.null(batch_size)
+
+    def drop(self, key: jax.Array, raw: tuple, probability: float) -> tuple:
+        """Both of an example are dropped together, since one key decides."""
+        dropped = self.first.drop(key, raw[0], probability)
+        return dropped, self.second.drop(key, raw[1], probability)
+
+    def in_turn(self, count: int) -> tuple:
+        """Both in turn, side by side."""
+        return self.first.in_turn(count), self.second.in_turn(count)
+
+    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> _Pair:
+        """Those of both."""
+        first = self.first.make_embedding(width, rngs=rngs)
+        return _Pair(first, self.second.make_embedding(width, rngs=rngs))
+
+    def embed(self, embedding: _Pair, raw: tuple) -> Condition:
+        """The sum of the prefixes; a place is seen if both say so."""
+        one = self.first.embed(embedding.first, raw[0])
+        other = self.second.embed(embedding.second, raw[1])
+        masks = [condition.mask for condition in (one, other) if condition.mask is not None]
+        mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
+        return Condition(one.prefix + other.prefix, mask)
+
+
+# Makes a conditioner from the number of classes and `config.model.condition_options`.
+CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
+    "classes": Classes,
+    "nothing": lambda num_classes: Nothing(),
+}

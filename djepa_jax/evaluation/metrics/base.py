@@ -1,0 +1,26 @@
+"""What a metric is: an accumulator of samples whose parts can be merged."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Metric(Protocol):
+    """Judges samples; records, log lines and model cards print what `result` returns."""
+
+    @classmethod
+    def from_data(cls, source) -> "Metric":
+        """An empty accumulator that judges against the data of a source.
+
+        Raises:
+            ValueError: the data cannot be used for it; the message says what to do.
+        """
+
+    def update(self, arrays: dict[str, np.ndarray], conditions: Any) -> None:
+        """Take in samples as the modality exports them, and what was asked for, leading axis n."""
+
+    def merge(self, other: "Metric") -> None:
+        """Take in what another accumulator has."""
+
+    def result(self) -> dict[str, float]:
+        """The figures by name."""
