@@ -22,6 +22,7 @@ from safetensors import safe_open  # noqa: E402
 
 from djepa_jax.checkpoints.convert.official import from_official  # noqa: E402
 from djepa_jax.core.losses import TOKEN_LOSSES  # noqa: E402
+from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import ModelConfig, split_model  # noqa: E402
 
 # Files of few and long tests come first, so that no worker is left alone with them at the end.
@@ -63,9 +64,9 @@ class Parity:
         loss = TOKEN_LOSSES["flow_matching" if c["diffloss"] == "flow" else "diffusion"]
         token_dim = c["vae_embed_dim"] * c["patch_size"] ** 2
         return ModelConfig(
-            num_tokens=self.tensors["encoder_pos_embed_learned"].shape[1],
+            grid=(self.tensors["encoder_pos_embed_learned"].shape[1],),
             token_dim=token_dim,
-            num_classes=c["class_num"],
+            conditioner=Classes(c["class_num"]),
             width=c["encoder_embed_dim"],
             encoder_depth=c["encoder_depth"],
             predictor_depth=c["decoder_depth"],

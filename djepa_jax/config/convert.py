@@ -37,14 +37,16 @@ def check_options(key: str, options: Mapping, known: set[str], owner: str) -> No
 
 
 def closest(name: str, known: Collection[str]) -> str:
-    """The existing key most like a misspelt one, by its last part first."""
-    last = name.rpartition(".")[2]
+    """The existing key most like a misspelt one, in its group if there is such a group."""
+    group, _, last = name[:100].rpartition(".")
+    inside = [key for key in known if group and key.rpartition(".")[0] == group]
 
     def likeness(other: str) -> float:
-        ratio = difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
-        return ratio + 0.01 * (other.partition(".")[0] == name.partition(".")[0])
+        other = other.rpartition(".")[2]
+        is_short_for = last == "".join(word[0] for word in other.split("_"))
+        return difflib.SequenceMatcher(None, last, other).ratio() + is_short_for
 
-    return max(sorted(known), key=likeness)
+    return max(sorted(inside or known), key=likeness)
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict:

@@ -16,7 +16,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from djepa_jax.config import files
-from djepa_jax.config.convert import ConfigError, closest, convert_group, flatten, keys_of
+from djepa_jax.config.convert import (
+    ConfigError,
+    check_options,
+    closest,
+    convert_group,
+    flatten,
+    keys_of,
+    unknown_key,
+)
 from djepa_jax.config.experiment import SHARED_LOSS_FIELDS, Experiment
 from djepa_jax.config.stored import upgrade
 from djepa_jax.core.losses import TOKEN_LOSSES
@@ -77,6 +85,13 @@ def parse(
     overrides = [word for word in argv if word.startswith("--config.")]
     try:
         rest = values([word for word in argv if not word.startswith("--config.")])[1:]
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname in keys_of(Experiment):
+            raise UsageError(
+                f"--{error.flagname} is a key of the configuration: write "
+                f"--config.{error.flagname}=VALUE."
+            ) from error
+        raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
     except flags.Error as error:
         raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
     if rest:
@@ -136,8 +151,11 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     for key in changes:
         if key in RENAMED:
             raise ConfigError(f"config.{key} is called config.{RENAMED[key]} now.")
+        if key.startswith("loss.options."):
+            name = key.split(".", 2)[2]
+            check_options("loss.options", {name: None}, set(config.loss.options), "this loss")
         if key not in known:
-            raise ConfigError(f"unknown config key {key}; did you mean {closest(key, known)}?")
+            raise unknown_key(key, known)
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict(

@@ -121,4 +121,4 @@ def test_wrong_class_names_are_a_config_error(tmp_path):
 
 def test_mask_group_of_zero_means_the_whole_batch():
     experiment = configuration.build(tiny_config("--config.loss.mask_group=0"))
-    assert experiment.train.plan.group_size == 16
+    assert experiment.train.masking.group_size == 16

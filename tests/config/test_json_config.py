@@ -112,9 +112,9 @@ def test_size_of_a_stored_configuration_can_be_changed(write):
 
 
 def test_older_stored_configuration_means_what_was_done_then(write):
-    then = load_config("digits", "--config.microbatches=1")  # there was no other way
+    then = load_config("digits", "--config.grad_accumulation_steps=1")  # there was no other way
     stored = configuration.resolved(then)
-    del stored["data"]["class_names"], stored["microbatches"], stored["autoencoder"]
+    del stored["data"]["class_names"], stored["grad_accumulation_steps"], stored["autoencoder"]
     assert load(write(stored)).to_dict() == then.to_dict()
 
 

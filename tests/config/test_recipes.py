@@ -120,9 +120,9 @@ def test_a_variant_traces_from_its_examples_to_its_samples(variant):
         (experiment.modality.num_tokens, experiment.modality.token_dim),
     )
     scales = configuration.step_scales(config, experiment.modality.num_tokens)
-    sampler = make_sampler(experiment.sample)
+    sampler = make_sampler(experiment.sampler)
     assert jax.eval_shape(sampler, state.params, ids, ids, 0, scales, 1.0).shape == (3, *tokens)
-    assert experiment.sample.guided == ("unconditional" not in variant)
+    assert experiment.sampler.guided == ("unconditional" not in variant)
 
 
 def test_debug_draws_the_posterior_as_with_a_cache():
@@ -190,7 +190,7 @@ def header(size: str) -> str:
 def test_work_and_hours_are_what_the_arithmetic_gives(size):
     config, text = load_config(f"djepa_{size}"), header(size)
     spec = configuration.build(config).train
-    image = flops.train_image(spec.model, spec.plan, spec.token_loss.noise_multiplicity)
+    image = flops.train_image(spec.model, spec.masking, spec.token_loss.noise_multiplicity)
     work = image * config.batch_size * config.num_steps
     assert f"Work: {work / 1e18:,.0f} EFLOP" in text and "40 % of the speed named" in text
     rows = re.findall(
@@ -238,13 +238,13 @@ def chosen_parts(config, devices: int, limit: float, split: bool) -> tuple[int, 
         abstract, jax.sharding.AbstractMesh(shape, sharding.MESH_AXES)
     )
     program = next(StepProgram(spec, abstract, shardings, int(limit)).in_parts())
-    return program.spec.microbatches, fits(program.plan(), ROOM)
+    return program.spec.grad_accumulation_steps, fits(program.plan(), ROOM)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_state_and_parts_are_what_training_will_take(size):
     config, text = load_config(f"djepa_{size}"), header(size)
-    assert config.microbatches == 0 and "`config.microbatches` chooses itself" in text
+    assert config.grad_accumulation_steps == 0 and "`config.grad_accumulation_steps` chooses itself" in text
     state = jax.eval_shape(lambda: init_state(configuration.build(config).train))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert f"Memory: {held / 2**30:.1f} GiB of state." in text

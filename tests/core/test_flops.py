@@ -13,9 +13,9 @@ from configs import default
 from djepa_jax.config.experiment import experiment as configuration
 from djepa_jax.core import flops
 from djepa_jax.core.losses import SAMPLERS, Diffusion, FlowMatching
-from djepa_jax.core.masking import MaskPlan
+from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params
-from djepa_jax.core.sampler import SampleSpec, make_sampler, plan_segments
+from djepa_jax.core.sampler import SamplerConfig, make_sampler, plan_segments
 from djepa_jax.core.train_step import init_state, make_train_step
 
 # Worked out apart from this code (closed forms over the exact distribution of masks); they leave
@@ -73,12 +73,12 @@ def test_one_layer_is_the_textbook_count():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_training_costs_what_was_worked_out(size):
-    counted = flops.train_image(published(size), MaskPlan(256, 2048), 4)
+    counted = flops.train_image(published(size), MaskingConfig(256, 2048), 4)
     assert 1 <= counted / (TRAINING_GFLOP[size] * 1e9) < 1 + SMALL_PROJECTIONS
 
 
 def test_mean_number_of_masked_tokens():
-    assert flops.mean_masked(MaskPlan(256, 2048)) == pytest.approx(256 - 33.545, abs=0.01)
+    assert flops.mean_masked(MaskingConfig(256, 2048)) == pytest.approx(256 - 33.545, abs=0.01)
 
 
 @pytest.mark.parametrize("size, steps, denoise_steps, guided", SAMPLING_TFLOP)
@@ -93,7 +93,7 @@ def test_sampling_costs_what_was_worked_out(size, steps, denoise_steps, guided):
 
 @pytest.mark.parametrize("size, segments", SEGMENT_COST)
 def test_best_segments_and_their_cost(size, segments):
-    spec = SampleSpec(published(size), Diffusion(num_denoise_steps=100), 64, True, segments)
+    spec = SamplerConfig(published(size), Diffusion(num_denoise_steps=100), 64, True, segments)
     plan = plan_segments(spec)
     assert [segment.stop for segment in plan] == (SEGMENT_ENDS if segments == 8 else [64])
     exact = flops.sample_image(spec.model, 64, 100, True)
@@ -103,7 +103,7 @@ def test_best_segments_and_their_cost(size, segments):
 
 
 def test_one_segment_a_step_pads_nothing():
-    spec = SampleSpec(published("B"), Diffusion(num_denoise_steps=100), 64, False, 64)
+    spec = SamplerConfig(published("B"), Diffusion(num_denoise_steps=100), 64, False, 64)
     exact = flops.sample_image(spec.model, 64, 100, False)
     assert flops.padded_sample_image(spec.model, plan_segments(spec), 100, False) == pytest.approx(
         exact, rel=1e-12
@@ -111,7 +111,7 @@ def test_one_segment_a_step_pads_nothing():
 
 
 def test_padding_costs_more_and_the_jepa_head_costs_something():
-    model, plan = published("B"), MaskPlan(256, 2048)
+    model, plan = published("B"), MaskingConfig(256, 2048)
     ideal, padded = (
         flops.train_image(model, plan, 4),
         flops.train_image(model, plan, 4, padded=True),
@@ -121,7 +121,7 @@ def test_padding_costs_more_and_the_jepa_head_costs_something():
 
 
 def test_times_are_a_table_in_diffusion_and_rows_in_flow_matching():
-    plan = MaskPlan(256, 2048)
+    plan = MaskingConfig(256, 2048)
     assert flops.time_rows(Diffusion(), plan) == 0
     assert flops.time_rows(Diffusion(), plan, padded=True) == 1000 / 2048
     assert flops.time_rows(FlowMatching(noise_multiplicity=2), plan) == 2 * flops.mean_masked(plan)
@@ -164,8 +164,8 @@ def test_padded_count_is_what_the_training_step_does(loss):
     state = jax.eval_shape(lambda: init_state(spec))
     batch = {"image": jnp.zeros((16, 16, 16, 16)), "label": jnp.zeros(16, jnp.int32)}
     traced = flops.count_products(jax.make_jaxpr(make_train_step(spec))(state, batch).jaxpr)
-    rows = flops.time_rows(spec.token_loss, spec.plan, padded=True)
-    padded = flops.train_image(spec.model, spec.plan, 4, padded=True, time_rows=rows)
+    rows = flops.time_rows(spec.token_loss, spec.masking, padded=True)
+    padded = flops.train_image(spec.model, spec.masking, 4, padded=True, time_rows=rows)
     assert traced / (16 * padded) == pytest.approx(1, abs=0.01)
 
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 
 from djepa_jax.core import masking
-from djepa_jax.core.masking import MaskPlan
+from djepa_jax.core.masking import MaskingConfig
 
 NORMAL = statistics.NormalDist()
 PLANS = {
-    "example": MaskPlan(256, 32, group_size=1),
-    "group of 32": MaskPlan(256, 64, group_size=32),
-    "batch": MaskPlan(256, 16, group_size=16),
+    "example": MaskingConfig(256, 32, group_size=1),
+    "group of 32": MaskingConfig(256, 64, group_size=32),
+    "batch": MaskingConfig(256, 16, group_size=16),
 }
 GROUPED = dict.fromkeys((b, g) for b in (8, 32, 96, 128) for g in (1, 4, 32, b) if b % g == 0)
 
 
 @functools.cache
-def draw_many(*plans: MaskPlan, seeds: int = 4096) -> list[np.ndarray]:
+def draw_many(*plans: MaskingConfig, seeds: int = 4096) -> list[np.ndarray]:
     """Masked tokens of every example under many seeds, `[seeds, B]` for each plan; one
     compilation.
     """
@@ -98,7 +98,7 @@ def test_groups_share_and_strata_spread(name):
     plan = PLANS[name]
     groups = draw_many(plan)[0].reshape(4096, -1, plan.group_size)
     assert (groups == groups[..., :1]).all()
-    strata = plan.chunk_size // plan.group_size
+    strata = plan.pack_size // plan.group_size
     ranked = np.sort(groups[..., 0].reshape(4096, -1, strata), axis=-1)
     for i in range(strata):
         upper = plan.masked_at((i + 1) / strata, slack=1e-3)
@@ -110,13 +110,13 @@ def test_groups_share_and_strata_spread(name):
 
 @pytest.mark.parametrize("batch, group", GROUPED)
 def test_packed_rows_hold_every_draw(batch, group):
-    plans = [MaskPlan(tokens, batch, group_size=group) for tokens in (16, 256)]
+    plans = [MaskingConfig(tokens, batch, group_size=group) for tokens in (16, 256)]
     for plan, masked in zip(plans, draw_many(*plans, seeds=1024), strict=True):
-        assert batch % plan.chunk_size == 0 and plan.chunk_size % group == 0
-        per_chunk = masked.reshape(-1, plan.chunk_size).sum(-1)
-        assert per_chunk.max() <= plan.packed_rows <= plan.chunk_size * plan.num_tokens
+        assert batch % plan.pack_size == 0 and plan.pack_size % group == 0
+        per_chunk = masked.reshape(-1, plan.pack_size).sum(-1)
+        assert per_chunk.max() <= plan.packed_rows <= plan.pack_size * plan.num_tokens
         assert (plan.num_tokens - masked).max() <= plan.max_visible
-        strata = plan.chunk_size // group
+        strata = plan.pack_size // group
         waste = plan.packed_rows - per_chunk.mean()
         assert waste <= group * (
             0.3 * plan.num_tokens + 2 * strata
@@ -131,14 +131,14 @@ def test_packed_rows_hold_the_most_extreme_draw(monkeypatch, ratio_min, end):
         masking.jax.random, "uniform", lambda key, shape: jnp.full(shape, end, jnp.float32)
     )
     for batch, tokens, group in ((32, 256, 1), (8, 16, 4), (96, 250, 1)):
-        plan = MaskPlan(tokens, batch, ratio_min=ratio_min, group_size=group)
+        plan = MaskingConfig(tokens, batch, ratio_min=ratio_min, group_size=group)
         num_visible = np.asarray(masking.draw_num_visible(jax.random.key(0), plan))
         assert num_visible.min() >= 0 and num_visible.max() <= plan.max_visible
-        assert (tokens - num_visible).reshape(-1, plan.chunk_size).sum(-1).max() <= plan.packed_rows
+        assert (tokens - num_visible).reshape(-1, plan.pack_size).sum(-1).max() <= plan.packed_rows
 
 
 def test_masked_weights_closed_form():
-    plan = MaskPlan(num_tokens=10, batch_size=4, ratio_min=0.5, group_size=2)
+    plan = MaskingConfig(num_tokens=10, batch_size=4, ratio_min=0.5, group_size=2)
     weights = masking.masked_weights(jnp.array([1, 1, 4, 4]), plan)
     expected = np.zeros((4, 10), np.float32)
     expected[:2, 1:] = 1 / (2 * 18)  # two groups; 18 masked tokens in the first, 12 in the second
@@ -148,7 +148,7 @@ def test_masked_weights_closed_form():
 
 @pytest.mark.parametrize("batch, tokens, group", [(8, 16, 1), (8, 16, 4), (8, 16, 8), (96, 16, 1)])
 def test_packing_picks_every_masked_row_once(batch, tokens, group):
-    plan = MaskPlan(tokens, batch, group_size=group)
+    plan = MaskingConfig(tokens, batch, group_size=group)
     rows = jnp.arange(batch * tokens).reshape(batch, tokens)
 
     @jax.jit
@@ -165,11 +165,11 @@ def test_packing_picks_every_masked_row_once(batch, tokens, group):
         num_visible, picked, weights, features, all_weights = map(
             np.asarray, run(jax.random.key(seed))
         )
-        assert picked.shape == (batch // plan.chunk_size, plan.packed_rows) == weights.shape
+        assert picked.shape == (batch // plan.pack_size, plan.packed_rows) == weights.shape
         masked = np.asarray(rows)[np.arange(tokens) >= num_visible[:, None]]
         assert len(np.unique(picked)) == picked.size
         np.testing.assert_array_equal(np.sort(picked[weights > 0]), masked)
-        chunk_of_row = picked // (tokens * plan.chunk_size)
+        chunk_of_row = picked // (tokens * plan.pack_size)
         np.testing.assert_array_equal(
             chunk_of_row, np.broadcast_to(np.arange(len(picked))[:, None], picked.shape)
         )
@@ -184,7 +184,7 @@ def test_packing_picks_every_masked_row_once(batch, tokens, group):
 )
 def test_impossible_plans_are_refused(ratio, group, name):
     with pytest.raises(ValueError, match=name):
-        MaskPlan(16, 8, ratio_min=ratio, group_size=group)
+        MaskingConfig(16, 8, ratio_min=ratio, group_size=group)
 
 
 def test_reveal_counts_sum_and_are_positive():

@@ -57,7 +57,7 @@ class Program:
 
     def __init__(self, mesh_shape):
         spec = configuration.build(tiny_config(*MODEL)).train
-        self.rows = spec.plan.packed_rows  # of the denoiser, per chunk
+        self.rows = spec.masking.packed_rows  # of the denoiser, per chunk
         mesh = sharding.make_mesh(mesh_shape)
         self.abstract = jax.eval_shape(lambda: init_state(spec))
         self.shardings = sharding.state_shardings(self.abstract, mesh)

@@ -15,7 +15,7 @@ from djepa_jax.core.losses import jepa_loss
 from djepa_jax.core.losses.diffusion import Diffusion
 from djepa_jax.core.losses.flow_matching import FlowMatching
 from djepa_jax.core.masking import to_order, to_raster
-from djepa_jax.core.modalities.patches import patchify, unpatchify
+from djepa_jax.core.modalities.image import patchify, unpatchify
 from djepa_jax.core.train_step import predict_features
 
 FORWARD = 1e-5

@@ -18,8 +18,8 @@ from einops import rearrange
 from djepa_jax.core.losses.diffusion import Diffusion
 from djepa_jax.core.losses.flow_matching import FlowMatching
 from djepa_jax.core.masking import cfg_scales, reveal_counts, to_order
-from djepa_jax.core.modalities.patches import patchify, unpatchify
-from djepa_jax.core.sampler import SampleSpec, SampleState, conditions, plan_segments, run_steps
+from djepa_jax.core.modalities.image import patchify, unpatchify
+from djepa_jax.core.sampler import SamplerConfig, SampleState, conditions, plan_segments, run_steps
 
 TOLERANCE = {"gauss": 1e-4, "gauss_p2": 1e-4, "flow": 1e-5}
 RUNS = [(variant, cfg) for variant in VARIANTS for cfg in (1, 3)]
@@ -70,7 +70,7 @@ class Recording:
         flat = to_order(jnp.asarray(placed.reshape(*self.order.shape, -1)), self.order)
         return flat.reshape(placed.shape)
 
-    def spec(self, num_segments: int) -> SampleSpec:
+    def spec(self, num_segments: int) -> SamplerConfig:
         if self.parity.variant == "flow":
             loss = FlowMatching(
                 num_denoise_steps=int(self.parity.official["num_sampling_steps"]),
@@ -78,7 +78,7 @@ class Recording:
             )
         else:
             loss = Diffusion(num_denoise_steps=int(self.parity.official["num_sampling_steps"]))
-        return SampleSpec(
+        return SamplerConfig(
             self.parity.config,
             loss,
             self.num_steps,

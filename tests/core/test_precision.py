@@ -49,17 +49,17 @@ def test_training_and_sampling(variant, dtype):
         tiny_config(f"--config.compute_dtype={dtype}", variant=variant)
     )
     state = jax.eval_shape(lambda: init_state(experiment.train))
-    size = experiment.train.plan.batch_size
+    size = experiment.train.masking.batch_size
     batch = {
         "image": jax.ShapeDtypeStruct((size, 8, 8, 1), "uint8"),
         "label": jax.ShapeDtypeStruct((size,), "int32"),
     }
-    scales = jnp.ones(experiment.sample.num_ar_steps)
+    scales = jnp.ones(experiment.sampler.num_ar_steps)
     numbers = jnp.zeros(2, jnp.int32)
     for found in (
         products(make_train_step(experiment.train), state, batch),
         products(
-            make_sampler(experiment.sample), state.ema_params, numbers, numbers, 0, scales, 1.0
+            make_sampler(experiment.sampler), state.ema_params, numbers, numbers, 0, scales, 1.0
         ),
     ):
         assert_exact(found, {"float32", dtype})

@@ -75,8 +75,8 @@ def test_seed_and_label_and_index_matter(setup, reference):
 
 def test_guidance_of_one_equals_no_guidance(setup):
     config, experiment, params = setup
-    free = jax.jit(make_sampler(dataclasses.replace(experiment.sample, guided=False)))
-    paired = jax.jit(make_sampler(experiment.sample))
+    free = jax.jit(make_sampler(dataclasses.replace(experiment.sampler, guided=False)))
+    paired = jax.jit(make_sampler(experiment.sampler))
     arguments = (params, jnp.arange(4), jnp.arange(4), 0, jnp.ones(3), 1.0)
     np.testing.assert_allclose(free(*arguments), paired(*arguments), rtol=1e-4, atol=1e-4)
 
@@ -103,7 +103,7 @@ def test_every_token_is_revealed_exactly_once(num_ar_steps, num_segments):
         def sample(self, denoiser, cond, noise, cfg_scale, temperature):
             return noise[..., 0, :]
 
-    spec = dataclasses.replace(experiment.sample, token_loss=Counting(), guided=False)
+    spec = dataclasses.replace(experiment.sampler, token_loss=Counting(), guided=False)
     from flax import nnx
 
     from djepa_jax.core.models.djepa import split_model
@@ -145,6 +145,6 @@ def test_segments_cover_every_step_with_room_enough(num_ar_steps, num_segments):
 
 def test_orders_are_permutations_and_differ(setup):
     _, experiment, _ = setup
-    order, _ = sample_streams(experiment.sample, 0, jnp.arange(50))
+    order, _ = sample_streams(experiment.sampler, 0, jnp.arange(50))
     assert (np.sort(order, axis=1) == np.arange(16)).all()
     assert len({tuple(row) for row in np.asarray(order)}) == 50

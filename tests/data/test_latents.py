@@ -17,7 +17,7 @@ from photos import same
 from tiny import load_config
 
 from djepa_jax.core.modalities import MODALITIES
-from djepa_jax.core.modalities.patches import patchify
+from djepa_jax.core.modalities.image import patchify
 from djepa_jax.data.latent_cache import (
     DTYPES,
     LatentCache,

@@ -86,11 +86,11 @@ def test_a_batch_is_taken_in_parts_where_training_would(monkeypatch):
     monkeypatch.setattr(memory, "device_limit", lambda: 1000)
     monkeypatch.setattr(benchmark, "unrolled_flops", lambda *_: None)  # takes seconds
     parts = []
-    for config.microbatches in (0, 1):
+    for config.grad_accumulation_steps in (0, 1):
         parts.append(
             benchmark.prepare_training(
                 config, experiment, mesh, benchmark.Timing(1, 1, 0)
-            ).microbatches
+            ).grad_accumulation_steps
         )
     assert parts == [2, 1]
 

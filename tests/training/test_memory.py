@@ -39,7 +39,7 @@ def spec_and_state(config, mesh_shape=(1, 1, 1)):
 
 
 def compile_step(spec, abstract):
-    shape = (spec.plan.batch_size, 8, 8, 1)
+    shape = (spec.masking.batch_size, 8, 8, 1)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, "uint8"),
         "label": jax.ShapeDtypeStruct(shape[:1], "int32"),
@@ -112,7 +112,7 @@ def test_shares_of_devices():
 
 
 @pytest.mark.parametrize(
-    "key, smaller", [("microbatches", "8"), ("model.remat", "full"), ("batch_size", "256")]
+    "key, smaller", [("grad_accumulation_steps", "8"), ("model.remat", "full"), ("batch_size", "256")]
 )
 def test_keys_of_the_remedy_make_the_estimate_smaller(key, smaller):
     spec, fewer = (
@@ -145,7 +145,7 @@ def test_what_is_said_when_it_does_not_fit():
     text = describe(MemoryPlan(GIB, GIB, 2 * GIB, 6 * GIB, 8 * GIB, False))
     assert all(
         key in text
-        for key in ("may not fit", "microbatches", "model.remat", "mesh=(1,-1,1)", "batch_size")
+        for key in ("may not fit", "grad_accumulation_steps", "model.remat", "mesh=(1,-1,1)", "batch_size")
     )
     text = describe(MemoryPlan(GIB, GIB, 2 * GIB, 6 * GIB, 3 * GIB, False))
-    assert "state alone" in text and "mesh=(1,-1,1)" in text and "microbatches" not in text
+    assert "state alone" in text and "mesh=(1,-1,1)" in text and "grad_accumulation_steps" not in text

@@ -32,7 +32,7 @@ def program(name="djepa_b", devices=1, limit=None) -> StepProgram:
 
 
 def parts(program: StepProgram) -> list[int]:
-    return [each.spec.microbatches for each in program.in_parts()]
+    return [each.spec.grad_accumulation_steps for each in program.in_parts()]
 
 
 def test_one_part_where_the_device_does_not_tell_its_memory():
@@ -50,7 +50,7 @@ def test_the_fewest_parts_whose_estimate_fits(name, devices, limit):
 
 
 def memory_plan_in(program: StepProgram, count: int):
-    spec = dataclasses.replace(program.spec, microbatches=count)
+    spec = dataclasses.replace(program.spec, grad_accumulation_steps=count)
     return memory_plan(program.abstract, program.shardings, spec=spec, limit=program.limit)
 
 
@@ -74,15 +74,15 @@ def test_recipes_fit_what_their_headers_name():
         for name in ("djepa_b", "djepa_l", "djepa_h")
     }
     assert all(fits(step.plan(), ROOM) for step in first.values())
-    assert first["djepa_b"].spec.microbatches == 1 < first["djepa_h"].spec.microbatches
+    assert first["djepa_b"].spec.grad_accumulation_steps == 1 < first["djepa_h"].spec.grad_accumulation_steps
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_parts_are_shared_by_all_devices(devices):
-    plan = program().spec.plan
+    plan = program().spec.masking
     for count in parts(program(devices=devices)):
         assert (
-            plan.batch_size // plan.chunk_size % count == 0
+            plan.batch_size // plan.pack_size % count == 0
             and plan.batch_size // count % devices == 0
         )
 
@@ -91,13 +91,13 @@ class Stub(StepProgram):
     """Compiles at once, to what `peaks` says per number of parts: bytes, or an error."""
 
     def compile(self, state, batch):
-        peak = peaks[self.spec.microbatches]
+        peak = peaks[self.spec.grad_accumulation_steps]
         if isinstance(peak, str):
             raise jax.errors.JaxRuntimeError(peak)
         names = ("argument", "output", "temp", "generated_code", "alias")
         sizes = {f"{name}_size_in_bytes": 0 for name in names} | {"temp_size_in_bytes": peak}
         return types.SimpleNamespace(
-            parts=self.spec.microbatches, memory_analysis=lambda: types.SimpleNamespace(**sizes)
+            parts=self.spec.grad_accumulation_steps, memory_analysis=lambda: types.SimpleNamespace(**sizes)
         )
 
 

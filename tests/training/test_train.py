@@ -263,7 +263,7 @@ def test_target_encoder_carries_no_gradient(step_parts):
     examples = draw_examples(
         spec, spec.tokenize(batches[0]["image"]), batches[0]["label"], key, key
     )
-    token_keys = jax.random.split(key, spec.plan.batch_size // spec.plan.chunk_size)
+    token_keys = jax.random.split(key, spec.masking.batch_size // spec.masking.pack_size)
 
     def loss(ema_params):
         return batch_loss(spec, graph, state.params, ema_params, examples, token_keys)[0]
@@ -287,7 +287,7 @@ def test_gradients_of_parts_add_up_to_the_batch(variant, rate):
         config = tiny_config(
             *PARTS,
             f"--config.model.dropout={rate}",
-            f"--config.microbatches={parts}",
+            f"--config.grad_accumulation_steps={parts}",
             variant=variant,
         )
         config.optimizer.warmup_steps = 0
@@ -313,8 +313,8 @@ def test_gradients_of_parts_add_up_to_the_batch(variant, rate):
 
 
 def test_parts_must_be_whole_chunks():
-    with pytest.raises(configuration.ConfigError, match="microbatches is 3"):
-        configuration.build(tiny_config("--config.batch_size=64", "--config.microbatches=3"))
+    with pytest.raises(configuration.ConfigError, match="grad_accumulation_steps is 3"):
+        configuration.build(tiny_config("--config.batch_size=64", "--config.grad_accumulation_steps=3"))
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
