@@ -47,5 +47,5 @@ def cut(path: pathlib.Path) -> None:
 def sampler_of(workdir: pathlib.Path) -> Callable:
     """Loads, on one device, the arrays that a run is sampled from."""
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    abstract = placed_params(configuration.build(tiny_config()), mesh)
+    abstract = placed_params(tiny_config(), mesh)
     return lambda: jax.device_get(find_model(workdir).restore(abstract))

@@ -15,7 +15,7 @@ def save_model(workdir: pathlib.Path, config, **changes) -> str:
     """A workdir with a model of a config; `changes` are of the stored configuration, with __ for
     the dot.
     """
-    stored = Settings(configuration.resolved(config)).updated(
+    stored = Settings(config.to_dict()).updated(
         {key.replace("__", "."): value for key, value in changes.items()}
     )
     rng = np.random.default_rng(1)
@@ -26,7 +26,7 @@ def save_model(workdir: pathlib.Path, config, **changes) -> str:
         )
         return rng.normal(mean, spread, leaf.shape).astype(leaf.dtype)
 
-    _, abstract = split_model(configuration.build(stored).train.model)
+    _, abstract = split_model(stored.train.model)
     filled = jax.tree_util.tree_map_with_path(fill, abstract)
     Checkpoints(workdir).save_imported({"ema_params": filled}, stored.to_dict(), step=7, examples=0)
     return str(workdir)

@@ -82,9 +82,7 @@ def read_workdir(workdir, flags: list[str], step: int | None = None) -> tuple[di
     """The parts of the training state in a workdir's checkpoint (the latest), by name, and its
     step.
     """
-    experiment = configuration.build(
-        cli.parse(["djepa_jax", f"--workdir={workdir}", *flags]).config
-    )
+    experiment = cli.parse(["djepa_jax", f"--workdir={workdir}", *flags]).config
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     shardings = sharding.state_shardings(abstract, mesh)

@@ -4,7 +4,9 @@ import pathlib
 
 import numpy as np
 
-from djepa_jax.main import main, parse
+from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.flags import read_config
+from djepa_jax.main import main
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = str(CONFIGS / "digits.py")
@@ -31,24 +33,14 @@ TINY = (
 )
 
 
-def load_config(name: str, *extra: str):
+def load_config(name: str, *extra: str) -> Experiment:
     """A shipped config by name, perhaps with :variant, with further flags."""
-    file, _, variant = name.partition(":")
-    return parse(
-        [
-            "djepa_jax",
-            f"--config={CONFIGS / file}.py" + (f":{variant}" if variant else ""),
-            "--workdir=unused",
-            *extra,
-        ]
-    ).config
+    return read_config(name, None, extra)
 
 
-def tiny_config(*extra: str, variant: str = "flow"):
+def tiny_config(*extra: str, variant: str = "flow") -> Experiment:
     """The tiny digits config with further flags."""
-    return parse(
-        ["djepa_jax", f"--config={CONFIG}:{variant}", "--workdir=unused", *TINY, *extra]
-    ).config
+    return load_config(f"digits:{variant}", *TINY, *extra)
 
 
 def run(*arguments: str) -> int:

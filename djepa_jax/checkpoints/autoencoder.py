@@ -13,7 +13,7 @@ from djepa_jax.checkpoints.convert.tensor_files import open_tensors
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.experiment import ConfigError
 from djepa_jax.core import sharding
-from djepa_jax.core.modalities.image_pixels import to_pixels, to_range
+from djepa_jax.core.modalities.image import to_pixels, to_range
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, decode_tiled, split_autoencoder
 from djepa_jax.runtime.staging import local_copy
 

@@ -22,7 +22,7 @@ from djepa_jax.config import class_names
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError
 from djepa_jax.core import sharding
-from djepa_jax.core.modalities.image_pixels import ImagePixels
+from djepa_jax.core.modalities.image import ImagePixels
 from djepa_jax.data import latent_cache
 from djepa_jax.data.latent_cache import Metadata, Shard
 from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME

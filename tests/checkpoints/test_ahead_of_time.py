@@ -100,7 +100,7 @@ def workdirs(tmp_path_factory) -> dict[str, pathlib.Path]:
     """
     folder, rng = tmp_path_factory.mktemp("weights"), np.random.default_rng(0)
     for name, (variant, _) in CASES.items():
-        _, abstract = split_model(configuration.build(tiny_config(variant=variant)).train.model)
+        _, abstract = split_model(tiny_config(variant=variant).train.model)
         shapes = official_shapes(abstract)
         tensors = {
             key: rng.normal("norm" in key, 0.2, shape).astype(np.float32)
@@ -150,7 +150,7 @@ def drawn(request, workdirs, samplers, tmp_path_factory) -> tuple[dict, dict]:
         "sample.temperature": TEMPERATURE,
     }
     config = model.config.updated(changes)
-    experiment, mesh = configuration.build(config), sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    experiment, mesh = config, sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     tokens = Generator(config, experiment, mesh)(
         model.restore(placed_params(experiment, mesh)), LABELS, SEED
     )
@@ -239,7 +239,7 @@ def test_one_scale_stands_for_the_whole_schedule(monkeypatch, schedule, scale):
             f"--config.sample.cfg_schedule={schedule}", "--config.sample.cfg_scale=2.5"
         ).to_dict()
     )
-    stablehlo.make_standalone(config, configuration.build(config))({}, [0], [0], 0, scale, 1.0)
+    stablehlo.make_standalone(config, config)({}, [0], [0], 0, scale, 1.0)
     assert_close(
         seen[0], configuration.step_scales(config.updated({"sample.cfg_scale": scale}), 16), 1e-6
     )

@@ -87,7 +87,7 @@ def average_in(workdir, flags) -> dict:
     """The moving average as sampling loads it."""
     config = parse(["djepa_jax", f"--workdir={workdir}", *flags]).config
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    return load_ema(config, configuration.build(config), workdir, mesh)[0]
+    return load_ema(config, config, workdir, mesh)[0]
 
 
 @pytest.mark.parametrize(("variant", "container"), CASES)

@@ -42,7 +42,7 @@ def start(*flags: str) -> Start:
     config = tiny_config(*flags)
     return Start(
         config,
-        configuration.build(config),
+        config,
         sharding.make_mesh((-1, 1, 1)),
         Checkpoints("unused"),
         print,

@@ -34,7 +34,7 @@ def restore(path, shape=(1, 1, 1)) -> tuple[dict, dict]:
     """Parameters read from `path` onto a mesh, and what was asked for."""
     model = find_model(path)
     mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
-    abstract = placed_params(configuration.build(model.config), mesh)
+    abstract = placed_params(model.config, mesh)
     return model.restore(abstract), abstract
 
 
@@ -244,5 +244,5 @@ def test_configurations_from_before_a_key_are_completed(changed):
             config.data.class_names == ""
             and configuration.LATER_KEYS.items() <= configuration.flatten(config).items()
         )
-        assert configuration.build(config).class_names == tuple(map(str, range(10)))
+        assert config.class_names == tuple(map(str, range(10)))
     restore(folder)

@@ -170,7 +170,7 @@ def flags_of(width: int, depth: int) -> list[str]:
 def random_tensors(width: int, depth: int) -> dict[str, np.ndarray]:
     """A model's tensors under the authors' names."""
     config = parse(["djepa_jax", "--workdir=unused", *flags_of(width, depth)]).config
-    shapes = official_shapes(split_model(configuration.build(config).train.model)[1])
+    shapes = official_shapes(split_model(config.train.model)[1])
     rng = np.random.default_rng(0)
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 

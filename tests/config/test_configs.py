@@ -27,7 +27,7 @@ SHIPPED = [
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_build(name):
-    experiment = configuration.build(load_config(name))
+    experiment = load_config(name)
     assert experiment.train.model.num_tokens == experiment.modality.num_tokens
 
 
@@ -81,44 +81,44 @@ def test_samples_may_be_asked_for_by_name(number_words):
         "--config.sample.labels=Three, sev,0",
         "--config.sample.count=4",
     ]
-    experiment = configuration.build(tiny_config(*flags))
+    experiment = tiny_config(*flags)
     assert experiment.class_names == tuple(names)
     assert experiment.sample_labels == (3, 7, 0, 3)
     with pytest.raises(
-        configuration.ConfigError,
+        ConfigError,
         match="config.sample.labels is 'e,ten'; \"e\" may be any of 0 zero",
     ):
-        configuration.build(tiny_config(flags[0], "--config.sample.labels=e,ten"))
+        tiny_config(flags[0], "--config.sample.labels=e,ten")
 
 
 def test_the_names_in_a_file_are_stored_with_the_weights(number_words):
     path, names = number_words
     config = tiny_config(f"--config.data.class_names={path}")
-    stored = Settings(configuration.resolved(config))
+    stored = Settings(config.to_dict())
     pathlib.Path(path).unlink()
     assert stored.data.class_names == names
-    assert configuration.build(stored).class_names == tuple(names)
+    assert stored.class_names == tuple(names)
     assert config.data.class_names == path, "the config itself stays as it was"
 
 
 @pytest.mark.parametrize("spec", ["", "imagenet"])
 def test_names_that_come_with_the_package_are_stored_by_their_word(spec):
     config = tiny_config(f"--config.data.class_names={spec}", "--config.data.num_classes=1000")
-    assert configuration.resolved(config)["data"]["class_names"] == spec
+    assert config.to_dict()["data"]["class_names"] == spec
 
 
 def test_wrong_class_names_are_a_config_error(tmp_path):
     with pytest.raises(
-        configuration.ConfigError,
+        ConfigError,
         match=r'class_names is "/no/such.txt", which is neither "imagenet" nor',
     ):
-        configuration.build(tiny_config("--config.data.class_names=/no/such.txt"))
+        tiny_config("--config.data.class_names=/no/such.txt")
     with pytest.raises(
-        configuration.ConfigError, match=r'"imagenet" with 1000 names, data.num_classes is 10'
+        ConfigError, match=r'"imagenet" with 1000 names, data.num_classes is 10'
     ):
-        configuration.build(tiny_config("--config.data.class_names=imagenet"))
+        tiny_config("--config.data.class_names=imagenet")
 
 
 def test_mask_group_of_zero_means_the_whole_batch():
-    experiment = configuration.build(tiny_config("--config.loss.mask_group=0"))
+    experiment = tiny_config("--config.loss.mask_group=0")
     assert experiment.train.masking.group_size == 16

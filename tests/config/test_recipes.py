@@ -36,7 +36,7 @@ def recipe(variant: str):
 def test_the_order_of_variants_does_not_matter(a, b):
     one, other = recipe(f"{a}+{b}"), recipe(f"{b}+{a}")
     assert one.to_dict() == other.to_dict()
-    configuration.build(one)
+    one
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def test_512_is_twice_the_side_in_latents_and_in_pixels():
         ("512+pixels", 512, 16, 768),
     ):
         config = recipe(variant)
-        modality = configuration.build(config).modality
+        modality = config.modality
         assert (config.data.image_size, config.data.patch_size) == (size, patch)
         assert (modality.num_tokens, modality.token_dim) == (1024, dim)
 
@@ -105,7 +105,7 @@ def test_variants_that_cannot_be_are_refused(variant, words):
 )
 def test_a_variant_traces_from_its_examples_to_its_samples(variant):
     config = recipe(variant)
-    experiment = configuration.build(config)
+    experiment = config
     source = open_data(config, experiment.modality)
     examples = [source[index] for index in range(config.batch_size)]
     batch = {name: np.stack([example[name] for example in examples]) for name in ("image", "label")}
@@ -119,7 +119,7 @@ def test_a_variant_traces_from_its_examples_to_its_samples(variant):
         np.arange(3, dtype=np.int32),
         (experiment.modality.num_tokens, experiment.modality.token_dim),
     )
-    scales = configuration.step_scales(config, experiment.modality.num_tokens)
+    scales = config.cfg_scales
     sampler = make_sampler(experiment.sampler)
     assert jax.eval_shape(sampler, state.params, ids, ids, 0, scales, 1.0).shape == (3, *tokens)
     assert experiment.sampler.guided == ("unconditional" not in variant)
@@ -127,7 +127,7 @@ def test_a_variant_traces_from_its_examples_to_its_samples(variant):
 
 def test_debug_draws_the_posterior_as_with_a_cache():
     config = recipe("debug")
-    experiment = configuration.build(config)
+    experiment = config
     example = open_data(config, experiment.modality)[3]
     assert example["image"].shape == example["mirror"].shape == (16, 16, 2 * 16)
     np.testing.assert_array_equal(example["mirror"][:, ::-1], example["image"])
@@ -189,7 +189,7 @@ def header(size: str) -> str:
 @pytest.mark.parametrize("size", SIZES)
 def test_work_and_hours_are_what_the_arithmetic_gives(size):
     config, text = load_config(f"djepa_{size}"), header(size)
-    spec = configuration.build(config).train
+    spec = config.train
     image = flops.train_image(spec.model, spec.masking, spec.token_loss.noise_multiplicity)
     work = image * config.batch_size * config.num_steps
     assert f"Work: {work / 1e18:,.0f} EFLOP" in text and "40 % of the speed named" in text
@@ -209,7 +209,7 @@ def test_work_and_hours_are_what_the_arithmetic_gives(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_model_length_and_commands_are_the_ones_told(size):
     config, text = load_config(f"djepa_{size}"), header(size)
-    state = jax.eval_shape(lambda: init_state(configuration.build(config).train))
+    state = jax.eval_shape(lambda: init_state(config.train))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert (
         f"{parameters / 1e6:,.0f} M parameters, {SIZES[size]} epochs at batch {config.batch_size}"
@@ -231,7 +231,7 @@ def chosen_parts(config, devices: int, limit: float, split: bool) -> tuple[int, 
     """In how many parts training takes a batch, the state whole or split over the devices; and
     whether that fits.
     """
-    spec = configuration.build(config).train
+    spec = config.train
     abstract = jax.eval_shape(lambda: init_state(spec))
     shape = (1, devices, 1) if split else (devices, 1, 1)
     shardings = sharding.state_shardings(
@@ -245,7 +245,7 @@ def chosen_parts(config, devices: int, limit: float, split: bool) -> tuple[int, 
 def test_state_and_parts_are_what_training_will_take(size):
     config, text = load_config(f"djepa_{size}"), header(size)
     assert config.grad_accumulation_steps == 0 and "`config.grad_accumulation_steps` chooses itself" in text
-    state = jax.eval_shape(lambda: init_state(configuration.build(config).train))
+    state = jax.eval_shape(lambda: init_state(config.train))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert f"Memory: {held / 2**30:.1f} GiB of state." in text
     found = re.search(

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import load_config
 
-from configs import default
-from djepa_jax.config import experiment as configuration
 from djepa_jax.core import flops
-from djepa_jax.core.losses import SAMPLERS, Diffusion, FlowMatching
+from djepa_jax.core.losses import TOKEN_LOSSES, Diffusion, FlowMatching
 from djepa_jax.core.masking import MaskingConfig
+from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params
-from djepa_jax.core.sampler import SamplerConfig, make_sampler, plan_segments
+from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler, plan_segments
 from djepa_jax.core.train_step import init_state, make_train_step
 
 # Worked out apart from this code (closed forms over the exact distribution of masks); they leave
@@ -57,7 +57,7 @@ SEGMENT_COST = {
 
 def published(size: str) -> ModelConfig:
     return ModelConfig(
-        num_tokens=256, token_dim=16, num_classes=1000, denoiser_out=32, **SIZES[size]
+        grid=(16, 16), token_dim=16, conditioner=Classes(1000), denoiser_out=32, **SIZES[size]
     )
 
 
@@ -149,20 +149,20 @@ def test_products_are_counted_as_often_as_they_run():
 
 def base_widths(loss: str, **sample):
     """The widths of the published B with few layers and steps."""
-    config = default.get_config()
-    config.model.update(
-        size="B", encoder_depth=2, predictor_depth=2, denoiser_depth=2, remat="none"
-    )
-    config.batch_size, config.loss.name = 16, loss
-    config.sample.update(num_ar_steps=6, num_denoise_steps=4, num_segments=2, **sample)
-    return configuration.build(config)
+    depths = {"encoder_depth": 2, "predictor_depth": 2, "denoiser_depth": 2}
+    model = {"size": "B", "remat": "none"} | depths
+    sample = {"num_ar_steps": 6, "num_denoise_steps": 4, "num_segments": 2} | sample
+    changes = {"batch_size": 16, "loss.name": loss}
+    changes |= {f"model.{key}": value for key, value in model.items()}
+    changes |= {f"sample.{key}": value for key, value in sample.items()}
+    return load_config("default", *(f"--config.{key}={value}" for key, value in changes.items()))
 
 
-@pytest.mark.parametrize("loss", SAMPLERS)
+@pytest.mark.parametrize("loss", TOKEN_LOSSES)
 def test_padded_count_is_what_the_training_step_does(loss):
-    spec = base_widths(loss, sampler=SAMPLERS[loss][0]).train
+    spec = base_widths(loss, sampler=TOKEN_LOSSES[loss].samplers[0]).train
     state = jax.eval_shape(lambda: init_state(spec))
-    batch = {"image": jnp.zeros((16, 16, 16, 16)), "label": jnp.zeros(16, jnp.int32)}
+    batch = {"example": jnp.zeros((16, 16, 16, 16)), "condition": jnp.zeros(16, jnp.int32)}
     traced = flops.count_products(jax.make_jaxpr(make_train_step(spec))(state, batch).jaxpr)
     rows = flops.time_rows(spec.token_loss, spec.masking, padded=True)
     padded = flops.train_image(spec.model, spec.masking, 4, padded=True, time_rows=rows)
@@ -170,15 +170,14 @@ def test_padded_count_is_what_the_training_step_does(loss):
 
 
 @pytest.mark.parametrize(
-    "loss, sampler", [(loss, sampler) for loss, names in SAMPLERS.items() for sampler in names]
+    "loss, sampler", [(name, s) for name, loss in TOKEN_LOSSES.items() for s in loss.samplers]
 )
 def test_padded_count_is_what_the_sampler_does(loss, sampler):
-    spec = base_widths(loss, sampler=sampler).sample
+    spec = base_widths(loss, sampler=sampler).sampler
     params = jax.eval_shape(lambda: init_params(spec.model, jax.random.key(0)))
     ids = np.arange(64, dtype=np.int32)  # they share the embedded times, which are not counted
-    jaxpr = jax.make_jaxpr(make_sampler(spec))(
-        params, ids, ids, 0, np.ones(6, np.float32), 1.0
-    ).jaxpr
+    inputs = SampleInputs(ids, ids, 0, np.ones(6, np.float32), 1.0)
+    jaxpr = jax.make_jaxpr(make_sampler(spec))(params, inputs).jaxpr
     calls = spec.token_loss.denoiser_calls
     padded = flops.padded_sample_image(spec.model, plan_segments(spec), calls, spec.guided)
     # the predictor's last layer projects q at all 64 + 256 places, though it uses new ones only

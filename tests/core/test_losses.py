@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from djepa_jax.core.losses import SAMPLERS, TOKEN_LOSSES, feature_statistics, jepa_loss
+from djepa_jax.core.losses import TOKEN_LOSSES, feature_statistics, jepa_loss
 from djepa_jax.core.losses.base import guide
 from djepa_jax.core.losses.diffusion import Diffusion, discretised_nll, gaussian_kl, make_schedule
 from djepa_jax.core.losses.flow_matching import FlowMatching
 
 CHANNELS = 3
 POINT = jnp.array([0.5, -1.0, 2.0])
-KINDS = [(name, sampler) for name in TOKEN_LOSSES for sampler in SAMPLERS[name]]
+KINDS = [(name, sampler) for name, loss in TOKEN_LOSSES.items() for sampler in loss.samplers]
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""What orders, ratios, packing and the reveal schedule mean, apart from any recorded numbers."""
+"""What orders, ratios and packing mean, apart from any recorded numbers."""
 
 import functools
 import math
@@ -169,9 +169,9 @@ def test_packing_picks_every_masked_row_once(batch, tokens, group):
         masked = np.asarray(rows)[np.arange(tokens) >= num_visible[:, None]]
         assert len(np.unique(picked)) == picked.size
         np.testing.assert_array_equal(np.sort(picked[weights > 0]), masked)
-        chunk_of_row = picked // (tokens * plan.pack_size)
+        pack_of_row = picked // (tokens * plan.pack_size)
         np.testing.assert_array_equal(
-            chunk_of_row, np.broadcast_to(np.arange(len(picked))[:, None], picked.shape)
+            pack_of_row, np.broadcast_to(np.arange(len(picked))[:, None], picked.shape)
         )
         np.testing.assert_array_equal(weights, all_weights.ravel()[picked])
         np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
@@ -180,44 +180,8 @@ def test_packing_picks_every_masked_row_once(batch, tokens, group):
 
 @pytest.mark.parametrize(
     "ratio, group, name",
-    [(0.0, 1, "mask_ratio_min"), (1.1, 1, "mask_ratio_min"), (0.7, 3, "mask_group")],
+    [(0.0, 1, "ratio_min"), (1.1, 1, "ratio_min"), (0.7, 3, "mask_group")],
 )
 def test_impossible_plans_are_refused(ratio, group, name):
     with pytest.raises(ValueError, match=name):
         MaskingConfig(16, 8, ratio_min=ratio, group_size=group)
-
-
-def test_reveal_counts_sum_and_are_positive():
-    for tokens in (1, 2, 3, 16, 49, 64, 256, 1024):
-        for steps in {1, 2, 3, tokens // 4, tokens // 2, tokens - 1, tokens}:
-            if 1 <= steps <= tokens:
-                counts = masking.reveal_counts(tokens, steps)
-                assert len(counts) == steps and sum(counts) == tokens and min(counts) >= 1
-
-
-def test_reveal_counts_follow_the_cosine():
-    hidden = 256 - np.cumsum(masking.reveal_counts(256, 8))
-    expected = [math.floor(256 * math.cos(math.pi / 2 * (s + 1) / 8)) for s in range(7)]
-    np.testing.assert_array_equal(hidden, [*expected, 0])
-
-
-@pytest.mark.parametrize("steps", [0, -1, 17])
-def test_reveal_counts_refuse_too_few_and_too_many_steps(steps):
-    with pytest.raises(ValueError, match=f"num_ar_steps is {steps}"):
-        masking.reveal_counts(16, steps)
-
-
-def test_guidance_scales():
-    np.testing.assert_array_equal(
-        masking.cfg_scales(16, 4, 2.5, "constant"), np.full(4, 2.5, np.float32)
-    )
-    np.testing.assert_array_equal(masking.cfg_scales(16, 4, 1.0, "linear"), np.ones(4, np.float32))
-    linear = masking.cfg_scales(16, 4, 3.0, "linear")
-    assert linear.dtype == np.float32 and (np.diff(linear) > 0).all()
-    np.testing.assert_allclose(
-        linear[-1], 1 + 2 * 15 / 16
-    )  # one token counts as hidden in the last step
-    with pytest.raises(ValueError, match='"cosine"'):
-        masking.cfg_scales(16, 4, 3.0, "cosine")
-    with pytest.raises(ValueError, match="num_ar_steps"):
-        masking.cfg_scales(16, 17, 3.0, "linear")

@@ -10,14 +10,13 @@ import re
 
 import jax
 import pytest
+from djepa_jax.training.memory import bytes_per_device
 from jax.sharding import AbstractMesh
 from tiny import load_config, tiny_config
 
-from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.sharding import path_name
 from djepa_jax.core.train_step import init_state, make_train_step
-from djepa_jax.training.memory import bytes_per_device
 
 WIDTH, HEADS, BATCH, TOKENS, PREFIX = (
     256,
@@ -56,14 +55,14 @@ class Program:
     """The training step compiled for a mesh."""
 
     def __init__(self, mesh_shape):
-        spec = configuration.build(tiny_config(*MODEL)).train
+        spec = tiny_config(*MODEL).train
         self.rows = spec.masking.packed_rows  # of the denoiser, per chunk
         mesh = sharding.make_mesh(mesh_shape)
         self.abstract = jax.eval_shape(lambda: init_state(spec))
         self.shardings = sharding.state_shardings(self.abstract, mesh)
         place = sharding.batch_sharding(mesh)
-        batch = {"image": jax.ShapeDtypeStruct((BATCH, 8, 8, 1), "uint8", sharding=place)}
-        batch["label"] = jax.ShapeDtypeStruct((BATCH,), "int32", sharding=place)
+        batch = {"example": jax.ShapeDtypeStruct((BATCH, 8, 8, 1), "uint8", sharding=place)}
+        batch["condition"] = jax.ShapeDtypeStruct((BATCH,), "int32", sharding=place)
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             self.abstract,
@@ -180,7 +179,7 @@ def test_tensor_parallel_splits_heads_and_mlp(tensor_parallel):
 @pytest.mark.parametrize("devices", DEVICES)
 def test_published_sizes_place_without_remainder(name, devices):
     config = load_config(f"djepa_{name}")
-    experiment = configuration.build(config)
+    experiment = config
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     for shape in DEVICES[devices]:
         _, fsdp, tensor = shape

@@ -13,14 +13,15 @@ import pytest
 from conftest import assert_close
 from flax import nnx, traverse_util
 
+from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params, split_model
 from djepa_jax.core.models.vit import REMAT_POLICIES, dropout
 from djepa_jax.core.train_step import predict_features
 
 TINY = ModelConfig(
-    num_tokens=9,
+    grid=(3, 3),
     token_dim=3,
-    num_classes=5,
+    conditioner=Classes(5),
     width=32,
     encoder_depth=2,
     predictor_depth=2,
@@ -66,18 +67,21 @@ def inputs():
     keys = jax.random.split(jax.random.key(2), BATCH + 1)
     order = jnp.stack([jax.random.permutation(key, TINY.num_tokens) for key in keys[:-1]])
     tokens = jax.random.normal(keys[-1], (BATCH, TINY.num_tokens, TINY.token_dim))
-    return tokens, order, jnp.array([0, 4, TINY.null_label, 2])
+    return tokens, order, jnp.array([0, 4, TINY.conditioner.num_classes, 2])
 
 
 def features(graph, params, inputs, num_visible=NUM_VISIBLE, keys=(None, None)):
-    return predict_features(nnx.merge(graph, params), *inputs, num_visible, PLACES, keys)
+    tokens, order, labels = inputs
+    model = nnx.merge(graph, params)
+    condition = model.embed_condition(labels)
+    return predict_features(model, tokens, order, condition, num_visible, PLACES, keys)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_of_the_published_sizes(size):
     """256 tokens of 16 channels, 1000 classes, 64 prefix tokens; nothing is allocated."""
     config = ModelConfig(
-        num_tokens=256, token_dim=16, num_classes=1000, denoiser_out=32, **SIZES[size]
+        grid=(16, 16), token_dim=16, conditioner=Classes(1000), denoiser_out=32, **SIZES[size]
     )
     _, abstract = split_model(config)
 
@@ -106,7 +110,10 @@ def test_padding_never_reaches_a_real_place(inputs):
     def run(params, tokens):
         model = nnx.merge(graph, params)
         encoded = model.context_encoder(
-            tokens[:, :PLACES], order[:, :PLACES], labels, visible=jnp.asarray(REAL)
+            tokens[:, :PLACES],
+            order[:, :PLACES],
+            model.embed_condition(labels),
+            visible=jnp.asarray(REAL),
         )
         prefix, seen = encoded[:, : TINY.num_prefix_tokens], encoded[:, TINY.num_prefix_tokens :]
         outputs = (
@@ -128,7 +135,7 @@ def test_padding_never_reaches_a_real_place(inputs):
 
 
 def test_partial_output_is_a_slice_of_the_full_one(inputs):
-    """`places` in any order, with repetitions; the last layer alone knows about them."""
+    """`query_ids` in any order, with repetitions; the last layer alone knows about them."""
     graph, params = tiny()
     tokens, order, labels = inputs
     places = jnp.array([8, 0, 3, 3])
@@ -137,7 +144,10 @@ def test_partial_output_is_a_slice_of_the_full_one(inputs):
     def run(params):
         model = nnx.merge(graph, params)
         encoded = model.context_encoder(
-            tokens[:, :PLACES], order[:, :PLACES], labels, visible=jnp.asarray(REAL)
+            tokens[:, :PLACES],
+            order[:, :PLACES],
+            model.embed_condition(labels),
+            visible=jnp.asarray(REAL),
         )
         stack, keys = (
             model.context_encoder.stack,
@@ -145,7 +155,7 @@ def test_partial_output_is_a_slice_of_the_full_one(inputs):
         )
         full = model.predictor(encoded, order, NUM_VISIBLE), stack(encoded, key_mask=keys)
         some = (
-            model.predictor(encoded, order, NUM_VISIBLE, places=places),
+            model.predictor(encoded, order, NUM_VISIBLE, query_ids=places),
             stack(encoded, key_mask=keys, queries=places),
         )
         return full, some
@@ -249,7 +259,9 @@ def test_memory_policies_and_unrolling_change_nothing(remat, unroll):
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, np.ndarray]:
     """Newly initialised parameters by path, of a model wide enough for statistics."""
-    config = dataclasses.replace(TINY, width=96, denoiser_width=64, num_classes=50, num_tokens=64)
+    config = dataclasses.replace(
+        TINY, width=96, denoiser_width=64, conditioner=Classes(50), grid=(8, 8)
+    )
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     return {
         path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params, sep="/").items()
@@ -309,7 +321,8 @@ def test_permuting_visible_and_masked_tokens_permutes_the_output(inputs):
     @jax.jit
     def run(tokens, order):
         cond = features(graph, params, (tokens, order, labels), NUM_VISIBLE[2:3])
-        return cond, nnx.merge(graph, params).encode_all(tokens, order, labels)
+        model = nnx.merge(graph, params)
+        return cond, model.encode_all(tokens, order, model.embed_condition(labels))
 
     for plain, moved in zip(
         run(tokens, order), run(tokens[:, shuffle], order[:, shuffle]), strict=True

@@ -49,9 +49,10 @@ def _outputs(variant, cache={}):  # noqa: B006 (one compile per variant)
             model = nnx.merge(parity.graph, params)
             x0 = to_order(tokens, order)
             visible = jnp.arange(padded) < num_visible[:, None]
-            encoded = model.context_encoder(x0, order, labels, visible=visible)
-            cond = predict_features(model, x0, order, labels, num_visible, padded)
-            target = model.encode_all(x0, order, labels)
+            condition = model.embed_condition(labels)
+            encoded = model.context_encoder(x0, order, condition, visible=visible)
+            cond = predict_features(model, x0, order, condition, num_visible, padded)
+            target = model.encode_all(x0, order, condition)
             return dict(
                 classes=model.context_encoder.class_embedding(labels),
                 encoded=encoded,
@@ -138,8 +139,9 @@ def total_loss(parity, params, num_places):
     mask = parity.forward["mask"]
     model = nnx.merge(parity.graph, params)
     x0 = to_order(tokens, order)
-    cond = to_raster(predict_features(model, x0, order, labels, num_visible, num_places), order)
-    target = jax.lax.stop_gradient(to_raster(model.encode_all(x0, order, labels), order))
+    condition = model.embed_condition(labels)
+    cond = to_raster(predict_features(model, x0, order, condition, num_visible, num_places), order)
+    target = jax.lax.stop_gradient(to_raster(model.encode_all(x0, order, condition), order))
     token = (recorded_token_loss(parity, model, tokens, cond) * mask).sum() / mask.sum()
     return token + (jepa_loss(model.jepa_head(cond), target) * mask).sum() / mask.sum(), token
 

@@ -17,9 +17,18 @@ from einops import rearrange
 
 from djepa_jax.core.losses.diffusion import Diffusion
 from djepa_jax.core.losses.flow_matching import FlowMatching
-from djepa_jax.core.masking import cfg_scales, reveal_counts, to_order
+from djepa_jax.core.masking import to_order
 from djepa_jax.core.modalities.image import patchify, unpatchify
-from djepa_jax.core.sampler import SamplerConfig, SampleState, conditions, plan_segments, run_steps
+from djepa_jax.core.sampler import (
+    Draws,
+    SamplerConfig,
+    SampleState,
+    embed_guided,
+    plan_segments,
+    predict,
+    run_steps,
+)
+from djepa_jax.core.schedules import guidance_scales, reveal_counts
 
 TOLERANCE = {"gauss": 1e-4, "gauss_p2": 1e-4, "flow": 1e-5}
 RUNS = [(variant, cfg) for variant in VARIANTS for cfg in (1, 3)]
@@ -93,15 +102,8 @@ class Recording:
 
         @jax.jit
         def run(order, labels, scales, temperature, noise):
-            return run_steps(
-                spec,
-                self.parity.model,
-                order,
-                labels,
-                scales,
-                temperature,
-                lambda places: noise[:, places],
-            )
+            draws = Draws(order, lambda places: noise[:, places])
+            return run_steps(spec, self.parity.model, draws, labels, scales, temperature)
 
         return run(self.order, self.labels, jnp.asarray(self.scales), self.temperature, self.noise)
 
@@ -120,7 +122,7 @@ def test_schedules(num_tokens, num_steps):
     np.testing.assert_array_equal(
         reveal_counts(num_tokens, num_steps), data[f"tokens_per_step_{name}"]
     )
-    ours = cfg_scales(num_tokens, num_steps, 3.0, "linear")
+    ours = guidance_scales(num_tokens, num_steps, 3.0, "linear")
     np.testing.assert_allclose(ours, data[f"cfg_per_step_scale3_{name}"], rtol=0, atol=1e-6)
 
 
@@ -137,7 +139,7 @@ def test_order_masks_and_guidance_of_every_step(variant, cfg):
             step["mask_to_pred"], (raster >= start) & (raster < start + count)
         )
         start += count
-    ours = cfg_scales(
+    ours = guidance_scales(
         recording.parity.config.num_tokens, recording.num_steps, float(recording.cfg), "linear"
     )
     np.testing.assert_allclose(ours, recording.scales, rtol=0, atol=1e-6)
@@ -172,15 +174,10 @@ def single_steps(variant: str, cfg: int) -> dict[str, jax.Array]:
     def run(tokens, order, labels, noise, scales):
         def known(num_visible):
             state = SampleState(tokens=tokens, num_visible=num_visible)
-            return conditions(
-                spec,
-                recording.parity.model,
-                state,
-                order,
-                labels,
-                jnp.arange(num_tokens),
-                num_tokens,
-            )
+            model = recording.parity.model
+            condition = embed_guided(spec, model, labels)
+            places = jnp.arange(num_tokens)
+            return predict(spec, model, state, order, condition, places, num_tokens)
 
         per_step = jax.vmap(known)(jnp.asarray(np.cumsum(counts) - counts))  # [T, G, B, N, D]
         step_of = np.repeat(np.arange(len(counts)), counts)  # the step that reveals a place

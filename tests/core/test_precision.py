@@ -10,7 +10,6 @@ from flax import nnx
 from small_autoencoder import SMALL
 from tiny import tiny_config
 
-from djepa_jax.config import experiment as configuration
 from djepa_jax.core.models.autoencoder_kl import split_autoencoder
 from djepa_jax.core.sampler import make_sampler
 from djepa_jax.core.train_step import init_state, make_train_step
@@ -45,14 +44,12 @@ def assert_exact(found: list, expected: set):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_and_sampling(variant, dtype):
     """In bfloat16 programs, too, what stays float32 (time embeddings) is exact."""
-    experiment = configuration.build(
-        tiny_config(f"--config.compute_dtype={dtype}", variant=variant)
-    )
+    experiment = tiny_config(f"--config.compute_dtype={dtype}", variant=variant)
     state = jax.eval_shape(lambda: init_state(experiment.train))
     size = experiment.train.masking.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((size, 8, 8, 1), "uint8"),
-        "label": jax.ShapeDtypeStruct((size,), "int32"),
+        "example": jax.ShapeDtypeStruct((size, 8, 8, 1), "uint8"),
+        "condition": jax.ShapeDtypeStruct((size,), "int32"),
     }
     scales = jnp.ones(experiment.sampler.num_ar_steps)
     numbers = jnp.zeros(2, jnp.int32)

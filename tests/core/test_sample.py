@@ -9,11 +9,17 @@ import pytest
 from djepa_jax.sampling.sample_to_npz.generator import Generator
 from tiny import tiny_config
 
-from djepa_jax.config.experiment import experiment as configuration
 from djepa_jax.core import sharding
-from djepa_jax.core.masking import reveal_counts
 from djepa_jax.core.models.djepa import init_params
-from djepa_jax.core.sampler import make_sampler, plan_segments, run_steps, sample_streams
+from djepa_jax.core.sampler import (
+    Draws,
+    SampleInputs,
+    make_draws,
+    make_sampler,
+    plan_segments,
+    run_steps,
+)
+from djepa_jax.core.schedules import reveal_counts
 
 LABELS = np.arange(10) % 10
 
@@ -21,8 +27,7 @@ LABELS = np.arange(10) % 10
 @pytest.fixture(scope="module", params=["flow", "diffusion"])
 def setup(request):
     """A tiny model with every parameter filled, so that no output is constant."""
-    config = tiny_config("--config.sample.cfg_scale=2.0", variant=request.param)
-    experiment = configuration.build(config)
+    experiment = tiny_config("--config.sample.cfg_scale=2.0", variant=request.param)
     params = jax.jit(lambda: init_params(experiment.train.model, jax.random.key(1)))()
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -30,18 +35,15 @@ def setup(request):
         leaf + 0.1 * jax.random.normal(key, leaf.shape)
         for leaf, key in zip(leaves, keys, strict=True)
     ]
-    return config, experiment, jax.tree.unflatten(tree, filled)
+    return experiment, jax.tree.unflatten(tree, filled)
 
 
 def generate(setup, batch_size, devices=1, seed=0, labels=LABELS, **sample):
-    config, experiment, params = setup
-    config = config.copy_and_resolve_references()
-    config.sample.batch_size = batch_size
-    config.sample.update(sample)
+    experiment, params = setup
+    changes = {f"sample.{key}": value for key, value in sample.items()}
+    experiment = experiment.updated({"sample.batch_size": batch_size} | changes)
     mesh = sharding.make_mesh((-1, 1, 1), jax.devices()[:devices])
-    return Generator(config, configuration.build(config) if sample else experiment, mesh)(
-        params, labels, seed
-    )
+    return Generator(experiment, mesh).tokens(params, labels, seed)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +76,11 @@ def test_seed_and_label_and_index_matter(setup, reference):
 
 
 def test_guidance_of_one_equals_no_guidance(setup):
-    config, experiment, params = setup
+    experiment, params = setup
     free = jax.jit(make_sampler(dataclasses.replace(experiment.sampler, guided=False)))
     paired = jax.jit(make_sampler(experiment.sampler))
-    arguments = (params, jnp.arange(4), jnp.arange(4), 0, jnp.ones(3), 1.0)
-    np.testing.assert_allclose(free(*arguments), paired(*arguments), rtol=1e-4, atol=1e-4)
+    inputs = SampleInputs(jnp.arange(4), jnp.arange(4), 0, jnp.ones(3), 1.0)
+    np.testing.assert_allclose(free(params, inputs), paired(params, inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_ar_steps", [1, 2, 5, 16])
@@ -87,11 +89,10 @@ def test_every_token_is_revealed_exactly_once(num_ar_steps, num_segments):
     """With a sampler that answers "my place + 1000 * how often written", each place shows up once
     in its place.
     """
-    config = tiny_config(
+    experiment = tiny_config(
         f"--config.sample.num_ar_steps={num_ar_steps}",
         f"--config.sample.num_segments={num_segments}",
     )
-    experiment = configuration.build(config)
 
     class Counting:
         """A token loss whose sample is its noise, so that the noise's place can be read off the
@@ -112,7 +113,7 @@ def test_every_token_is_revealed_exactly_once(num_ar_steps, num_segments):
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
     model = nnx.merge(graph, params)
     for seed in range(3):
-        order, _ = sample_streams(spec, seed, jnp.arange(3))
+        order = make_draws(spec, seed, jnp.arange(3)).order
 
         def noise_of(places):
             return jnp.broadcast_to(
@@ -120,7 +121,7 @@ def test_every_token_is_revealed_exactly_once(num_ar_steps, num_segments):
             )
 
         tokens = run_steps(
-            spec, model, order, jnp.zeros(3, jnp.int32), jnp.ones(num_ar_steps), 1.0, noise_of
+            spec, model, Draws(order, noise_of), jnp.zeros(3, int), jnp.ones(num_ar_steps), 1.0
         )
         in_order = np.take_along_axis(np.asarray(tokens[..., 0]), np.asarray(order), axis=1)
         np.testing.assert_array_equal(in_order, np.broadcast_to(np.arange(1, 17), (3, 16)))
@@ -128,11 +129,11 @@ def test_every_token_is_revealed_exactly_once(num_ar_steps, num_segments):
 
 @pytest.mark.parametrize(("num_ar_steps", "num_segments"), [(1, 8), (3, 2), (16, 8), (16, 100)])
 def test_segments_cover_every_step_with_room_enough(num_ar_steps, num_segments):
-    config = tiny_config(
+    experiment = tiny_config(
         f"--config.sample.num_ar_steps={num_ar_steps}",
         f"--config.sample.num_segments={num_segments}",
     )
-    segments = plan_segments(configuration.build(config).sample)
+    segments = plan_segments(experiment.sampler)
     counts = reveal_counts(16, num_ar_steps)
     assert len(segments) <= num_segments
     assert [s.start for s in segments] == [0] + [s.stop for s in segments[:-1]] and segments[
@@ -144,7 +145,6 @@ def test_segments_cover_every_step_with_room_enough(num_ar_steps, num_segments):
 
 
 def test_orders_are_permutations_and_differ(setup):
-    _, experiment, _ = setup
-    order, _ = sample_streams(experiment.sampler, 0, jnp.arange(50))
+    order = make_draws(setup[0].sampler, 0, jnp.arange(50)).order
     assert (np.sort(order, axis=1) == np.arange(16)).all()
     assert len({tuple(row) for row in np.asarray(order)}) == 50

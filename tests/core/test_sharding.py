@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 from tiny import load_config, tiny_config
 
-from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import init_state, make_train_step
 
@@ -36,7 +35,7 @@ def test_mesh_that_does_not_fit_is_refused(shape):
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_published_sizes_shard(name, mesh_shape):
-    experiment = configuration.build(load_config(f"djepa_{name}"))
+    experiment = load_config(f"djepa_{name}")
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)) == SIZES[name]
     mesh = sharding.make_mesh(mesh_shape)
@@ -55,11 +54,11 @@ def test_published_sizes_shard(name, mesh_shape):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes_trace_a_step(name):
-    experiment = configuration.build(load_config(f"djepa_{name}"))
+    experiment = load_config(f"djepa_{name}")
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     batch = {
-        "image": jax.ShapeDtypeStruct((2048, 16, 16, 16), jnp.float32),
-        "label": jax.ShapeDtypeStruct((2048,), jnp.int32),
+        "example": jax.ShapeDtypeStruct((2048, 16, 16, 16), jnp.float32),
+        "condition": jax.ShapeDtypeStruct((2048,), jnp.int32),
     }
     state, metrics = jax.eval_shape(make_train_step(experiment.train), abstract, batch)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, abstract)
@@ -68,7 +67,7 @@ def test_published_sizes_trace_a_step(name):
 
 
 def test_state_is_created_sharded():
-    experiment = configuration.build(tiny_config())
+    experiment = tiny_config()
     mesh = sharding.make_mesh((1, 8, 1))
     shardings = sharding.state_shardings(jax.eval_shape(lambda: init_state(experiment.train)), mesh)
     state = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)()
@@ -80,7 +79,7 @@ def test_state_is_created_sharded():
 
 
 def test_initial_values_do_not_depend_on_the_mesh():
-    experiment = configuration.build(tiny_config())
+    experiment = tiny_config()
     make = jax.jit(lambda: init_state(experiment.train).params)
     mesh = sharding.make_mesh((2, 2, 2))
     shardings = sharding.state_shardings(jax.eval_shape(make), mesh)

@@ -42,7 +42,7 @@ def test_every_device_holds_its_share(cache):
 
 def test_only_a_cache_that_fits_is_taken(cache, monkeypatch):
     mesh = sharding.make_mesh((-1, 1, 1))
-    with pytest.raises(configuration.ConfigError, match="device_resident needs data.source"):
+    with pytest.raises(ConfigError, match="device_resident needs data.source"):
         ResidentCache(load_digits(), mesh)
 
     class Small:
@@ -50,7 +50,7 @@ def test_only_a_cache_that_fits_is_taken(cache, monkeypatch):
             return {"bytes_limit": 100}
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Small()])
-    with pytest.raises(configuration.ConfigError, match="GiB on each device, which has 0.0 GiB"):
+    with pytest.raises(ConfigError, match="GiB on each device, which has 0.0 GiB"):
         ResidentCache(cache, mesh)
 
 

@@ -126,7 +126,7 @@ def test_sampling_with_less_memory_gives_the_same_pictures(monkeypatch, capsys):
     from djepa_jax.sampling.sample_to_npz import generator
 
     config = tiny_config()
-    experiment, mesh = configuration.build(config), sharding.make_mesh((-1, 1, 1))
+    experiment, mesh = config, sharding.make_mesh((-1, 1, 1))
     params = init_params(experiment.train.model, jax.random.key(0))
     labels = np.arange(20) % 10
     expected = generator.Generator(config, experiment, mesh)(params, labels, seed=0)

@@ -178,10 +178,10 @@ def test_stream_shows_a_picture_grow_into_the_sample(model, many):
 
 def test_encode_gives_what_the_modules_give(model, many):
     features = model.encode(many, MANY)
-    spec = configuration.build(model.config).train.model
+    spec = model.config.train.model
     assert features.shape == (20, spec.num_tokens, spec.width) and features.dtype == np.float32
     modules = nnx.merge(split_model(spec)[0], jax.device_get(model.params))
-    tokens = configuration.build(model.config).modality.tokenize(jnp.asarray(many))
+    tokens = model.config.modality.tokenize(jnp.asarray(many))
     expected = modules.encode_all(
         tokens, jnp.broadcast_to(jnp.arange(16), (20, 16)), jnp.asarray(MANY)
     )

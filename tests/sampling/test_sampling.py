@@ -115,7 +115,7 @@ def test_samples_of_other_settings_or_weights_start_anew(
 @pytest.fixture(scope="module")
 def model() -> tuple:
     config = tiny_config("--config.sample.batch_size=16")
-    experiment = configuration.build(config)
+    experiment = config
     return (
         config,
         experiment,
@@ -212,5 +212,5 @@ WRONG = {
 @pytest.mark.parametrize("flag", WRONG)
 def test_values_that_cannot_work_are_refused(flag):
     with pytest.raises(ConfigError) as caught:
-        configuration.build(tiny_config(flag))
+        tiny_config(flag)
     assert WRONG[flag] in str(caught.value)

@@ -17,7 +17,7 @@ from tiny import arrays_of, run, tiny_config
 import djepa_jax
 from djepa_jax.checkpoints.stored import find_model
 from djepa_jax.config import experiment as configuration
-from djepa_jax.config.experiment import ConfigError
+from djepa_jax.config.convert import ConfigError
 from djepa_jax.data.latent_cache import LatentCache
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import Unlabelled
@@ -237,7 +237,7 @@ def test_an_unconditional_model_has_its_autoencoder_compared_too(tmp_path, weigh
 
 def test_training_does_not_go_on_with_latents_of_another_autoencoder():
     config = tiny_config(*LATENTS)
-    stored = configuration.resolved(config)
+    stored = config.to_dict()
     check_same_model(stored, config)
     stored["autoencoder"]["sha256"] = SHA
     check_same_model(stored, config)  # where the config does not know

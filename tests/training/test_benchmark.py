@@ -82,7 +82,7 @@ def test_figures_of_a_part_are_consistent(tiny_run, part, batch, calls):
 def test_a_batch_is_taken_in_parts_where_training_would(monkeypatch):
     """On a device that is too small for the whole; the table says so."""
     config = tiny_config("--config.batch_size=64")
-    experiment, mesh = configuration.build(config), sharding.make_mesh((-1, 1, 1))
+    experiment, mesh = config, sharding.make_mesh((-1, 1, 1))
     monkeypatch.setattr(memory, "device_limit", lambda: 1000)
     monkeypatch.setattr(benchmark, "unrolled_flops", lambda *_: None)  # takes seconds
     parts = []
@@ -109,11 +109,11 @@ def test_xla_agrees_with_the_model_where_products_dominate():
     config = digits.get_config()
     config.model.update(encoder_depth=2, predictor_depth=3, denoiser_depth=2, scan_unroll=1)
     config.batch_size = 32
-    experiment = configuration.build(config)
+    experiment = config
     spec = experiment.train
     batch = {
-        "image": jax.ShapeDtypeStruct((32, *experiment.modality.example_shape), "uint8"),
-        "label": jax.ShapeDtypeStruct((32,), "int32"),
+        "example": jax.ShapeDtypeStruct((32, *experiment.modality.example_shape), "uint8"),
+        "condition": jax.ShapeDtypeStruct((32,), "int32"),
     }
     unrolled = benchmark.unrolled_flops(spec, jax.eval_shape(lambda: init_state(spec)), batch)
     assert unrolled / benchmark.train_flops(spec)["padded"] == pytest.approx(1, abs=0.05)

@@ -32,7 +32,7 @@ MIDDLE = (  # 33 MB of parameters, 64 tokens, 4 + 4 layers
 
 
 def spec_and_state(config, mesh_shape=(1, 1, 1)):
-    spec = configuration.build(config).train
+    spec = config.train
     abstract = jax.eval_shape(lambda: init_state(spec))
     mesh = sharding.make_mesh(mesh_shape, jax.devices()[: math.prod(mesh_shape)])
     return spec, abstract, sharding.state_shardings(abstract, mesh)
@@ -41,8 +41,8 @@ def spec_and_state(config, mesh_shape=(1, 1, 1)):
 def compile_step(spec, abstract):
     shape = (spec.masking.batch_size, 8, 8, 1)
     batch = {
-        "image": jax.ShapeDtypeStruct(shape, "uint8"),
-        "label": jax.ShapeDtypeStruct(shape[:1], "int32"),
+        "example": jax.ShapeDtypeStruct(shape, "uint8"),
+        "condition": jax.ShapeDtypeStruct(shape[:1], "int32"),
     }
     return (
         jax.jit(make_train_step(spec), donate_argnums=0)
@@ -116,7 +116,7 @@ def test_shares_of_devices():
 )
 def test_keys_of_the_remedy_make_the_estimate_smaller(key, smaller):
     spec, fewer = (
-        configuration.build(load_config("djepa_b", *extra)).train
+        load_config("djepa_b", *extra).train
         for extra in ((), (f"--config.{key}={smaller}",))
     )
     assert memory.estimate_activations(fewer, 1) < 0.7 * memory.estimate_activations(

@@ -25,7 +25,7 @@ GIB = 2**30
 
 @functools.cache
 def program(name="djepa_b", devices=1, limit=None) -> StepProgram:
-    spec = configuration.build(load_config(name)).train
+    spec = load_config(name).train
     abstract = jax.eval_shape(lambda: init_state(spec))
     mesh = sharding.make_mesh((devices, 1, 1), jax.devices()[:devices])
     return StepProgram(spec, abstract, sharding.state_shardings(abstract, mesh), limit)
@@ -57,9 +57,7 @@ def memory_plan_in(program: StepProgram, count: int):
 def test_one_part_that_fits_is_taken_though_two_would_not():
     """From two parts on there is a second copy of the gradients."""
     step = program("djepa_h", 8)
-    spec = configuration.build(
-        load_config("djepa_h", "--config.batch_size=256", "--config.model.remat=full")
-    ).train
+    spec = load_config("djepa_h", "--config.batch_size=256", "--config.model.remat=full").train
     totals = [memory_plan_in(dataclasses.replace(step, spec=spec), count).total for count in (1, 2)]
     assert totals[0] < totals[1]
     assert parts(dataclasses.replace(step, spec=spec, limit=int(1.001 * totals[0] / ROOM)))[0] == 1
