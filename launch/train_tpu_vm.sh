@@ -71,7 +71,7 @@ cd djepa_jax && bash launch/tpu_worker.sh stop && bash launch/setup.sh tpu --ins
 }
 
 train() {
-  tpu tpu-vm ssh "$name" --worker=all "--command=cd djepa_jax && $(quoted bash launch/tpu_worker.sh follow "$(date +%s)-$$" \
+  tpu tpu-vm ssh "$name" --worker=all "--command=cd djepa_jax && $(quoted bash launch/tpu_worker.sh follow "$(date +%s)-$$-$restarts" \
     env JAX_PLATFORMS=tpu,cpu .venv/bin/python -m djepa_jax.main "${program[@]}" --distributed=tpu)" </dev/null
 }
 
