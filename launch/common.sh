@@ -91,8 +91,8 @@ is_prepared() {
 }
 
 pip_install() {
-  local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --log=.venv/pip.log)
-  run "${pip[@]}" "$@" 2>/dev/null ||
+  local quiet=(--quiet --progress-bar=off --disable-pip-version-check --log=.venv/pip.log)
+  run "$PYTHON" -m pip install "${quiet[@]}" "$@" 2>/dev/null ||
     die "installing failed; is there a network? .venv/pip.log ends with:" \
       "$(sed -n 's/.*ERROR: //p' .venv/pip.log 2>/dev/null | tail -n 1)"
 }

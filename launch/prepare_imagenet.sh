@@ -2,9 +2,11 @@
 # Make the latents of ImageNet for training: the KL autoencoder's, of the archives of ILSVRC 2012, which are read where
 # they lie.
 #
-#   bash launch/prepare_imagenet.sh --tars=DIR --cache_dir=DIR --config.autoencoder.path=kl16.ckpt [--platform=cuda]
-#       [--publish=gs://BUCKET/CACHE] [--config=configs/djepa_l.py] [--dry_run] [--config.KEY=VALUE ...] [-- more flags for djepa_jax.main]
-#   bash launch/prepare_imagenet.sh --tars=/data/tars --cache_dir=/data/latents --config.autoencoder.path=kl16.ckpt --platform=cuda
+#   bash launch/prepare_imagenet.sh --tars=DIR --cache_dir=DIR --config.autoencoder.path=FILE [--platform=cuda]
+#       [--publish=gs://BUCKET/CACHE] [--config=configs/djepa_l.py] [--dry_run] [--config.KEY=VALUE ...]
+#       [-- more flags for djepa_jax.main]
+#   bash launch/prepare_imagenet.sh --tars=/data/tars --cache_dir=/data/latents --platform=cuda \
+#       --config.autoencoder.path=kl16.ckpt
 #
 # --tars holds ILSVRC2012_img_train.tar, which image-net.org gives after registration; nothing is downloaded here.
 # --platform is what encodes: cpu, cuda or tpu; a CPU (the default) takes very long. Run the same command again after an
@@ -19,7 +21,8 @@ require tars cache_dir
 if [ -n "$publish" ]; then
   [[ $publish == gs://?* ]] || die "--publish=$publish: give a bucket, gs://BUCKET/CACHE"
   [ -z "${SLURM_STEP_NODELIST:-}" ] || die "--publish: run this once more, without srun, when all shares are made"
-  [ -n "$dry_run" ] || command -v gcloud >/dev/null 2>&1 || die "no gcloud here for --publish; install the Google Cloud CLI and log in"
+  [ -n "$dry_run" ] || command -v gcloud >/dev/null 2>&1 ||
+    die "no gcloud here for --publish; install the Google Cloud CLI and log in"
 fi
 [ -z "${SLURM_STEP_NODELIST:-}" ] || is_prepared "$platform" || die "first, once: bash launch/setup.sh $platform"
 [ -z "${SLURM_STEP_NODELIST:-}" ] || extra+=("--shard=$SLURM_PROCID/$SLURM_NTASKS")

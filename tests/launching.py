@@ -107,7 +107,7 @@ def one_error(done, *texts: str) -> None:
 def installing(machine: Machine, jax: str, extra: str = "") -> list[list[str]]:
     """The commands that make .venv."""
     pip = [str(machine.checkout / ".venv/bin/python"), "-m", "pip", "install", "--quiet"]
-    pip += ["--disable-pip-version-check", "--log=.venv/pip.log"]
+    pip += ["--progress-bar=off", "--disable-pip-version-check", "--log=.venv/pip.log"]
     return [
         [machine.environment["DJEPA_PYTHON"], "-m", "venv", ".venv"],
         [*pip, "setuptools>=77", "wheel", jax, "-r", "requirements.txt"],
