@@ -6,12 +6,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 platform=cpu
 case ${1:-} in
-  cpu | cuda | tpu)
-    platform=$1
-    shift
-    ;;
-  "" | --*) ;;
-  *) die "unknown platform \"$1\"; use cpu, cuda or tpu, then flags that start with --" ;;
+  -h | --help) show_help ;;
+  [!-]*) platform=$1 && shift ;;
 esac
 prepare "$platform"
 exec "$PYTHON" -m djepa_jax.main --config=configs/digits.py --workdir=runs/digits "$@"

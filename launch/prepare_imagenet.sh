@@ -1,52 +1,39 @@
 #!/usr/bin/env bash
-# Make the latents of ImageNet for training from the two archives of ILSVRC 2012: unpack and check the pictures into
-# --data_dir, then encode them into --cache_dir.
+# Make the latents of ImageNet for training: the KL autoencoder's, of the archives of ILSVRC 2012, which are read where
+# they lie.
 #
-#   bash launch/prepare_imagenet.sh --tars=DIR --data_dir=DIR --cache_dir=DIR [--platform=cuda] [--skip_size_check]
-#       [--publish=gs://BUCKET/CACHE] [--config=configs/djepa_l.py] [--dry_run] [--config.KEY=VALUE ...] [-- more flags for djepa_jax.main]
-#   bash launch/prepare_imagenet.sh --tars=/data/tars --data_dir=/data/imagenet --cache_dir=/data/latents --platform=cuda
+#   bash launch/prepare_imagenet.sh --tars=DIR --cache_dir=DIR --config.autoencoder.path=FILE [--platform=cuda]
+#       [--publish=gs://BUCKET/CACHE] [--config=configs/djepa_l.py] [--dry_run] [--config.KEY=VALUE ...]
+#       [-- more flags for djepa_jax.main]
+#   bash launch/prepare_imagenet.sh --tars=/data/tars --cache_dir=/data/latents --platform=cuda \
+#       --config.autoencoder.path=kl16.ckpt
 #
-# --tars holds ILSVRC2012_img_train.tar (147,897,477,120 bytes) and ILSVRC2012_img_val.tar (6,744,924,160 bytes), which
-# image-net.org gives after registration; nothing is downloaded here. --platform is what encodes: cpu, cuda or tpu; a CPU
-# (the default) takes very long. --publish copies the finished cache to a bucket, from where TPUs take it; run the same
-# command again after an interruption.
+# --tars holds ILSVRC2012_img_train.tar, which image-net.org gives after registration; nothing is downloaded here.
+# --platform is what encodes: cpu, cuda or tpu; a CPU (the default) takes very long. Run the same command again after an
+# interruption. Started by srun, each process makes its share. --publish copies the finished cache to a bucket, from where
+# TPUs take it.
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-# check_archive NAME BYTES: an absent one is noted in `missing`.
-check_archive() {
-  local path="$tars/$1" size
-  if [ ! -f "$path" ]; then
-    missing="${missing:+$missing and }$1"
-  elif [ -z "$skip_size_check" ]; then
-    size=$(($(wc -c <"$path")))
-    [ "$size" = "$2" ] || die "$path has $size bytes and not $2: the download is incomplete (--skip_size_check takes it as it is)"
-  fi
-}
-
-tars="" data_dir="" cache_dir="" publish="" config=configs/djepa_l.py platform=cpu skip_size_check="" dry_run=""
-parse_flags "tars data_dir cache_dir publish config platform" "skip_size_check dry_run" "$@"
-require tars data_dir cache_dir
-case $platform in cpu | cuda | tpu) ;; *) die "--platform=$platform: use cpu, cuda or tpu" ;; esac
-case $publish in "" | gs://?*) ;; *) die "--publish=$publish: give a bucket, gs://BUCKET/CACHE" ;; esac
-publish=${publish%/}
-check_config "$config"
-
-if [ -z "$dry_run" ]; then
-  [ -z "$publish" ] || command -v gcloud >/dev/null 2>&1 || die "no gcloud here for --publish; install the Google Cloud CLI and log in"
-  missing=""
-  check_archive ILSVRC2012_img_train.tar 147897477120
-  check_archive ILSVRC2012_img_val.tar 6744924160
-  [ -z "$missing" ] || die "not in $tars: $missing; image-net.org gives both archives (ILSVRC 2012, tasks 1 and 2) after registration"
+tars="" data_dir="" cache_dir="" publish="" config=configs/djepa_l.py platform=cpu dry_run=""
+parse_flags "tars data_dir cache_dir publish config platform" "dry_run" "$@"
+require tars cache_dir
+[ -z "$data_dir" ] || echo "note: --data_dir is no longer needed; the archives are read where they lie" >&2
+if [ -n "$publish" ]; then
+  [[ $publish == gs://?* ]] || die "--publish=$publish: give a bucket, gs://BUCKET/CACHE"
+  [ -z "${SLURM_STEP_NODELIST:-}" ] || die "--publish: run this once more, without srun, when all shares are made"
+  [ -n "$dry_run" ] || command -v gcloud >/dev/null 2>&1 ||
+    die "no gcloud here for --publish; install the Google Cloud CLI and log in"
 fi
-prepare "$platform" prepare
-run "$PYTHON" -m djepa_jax.data.ilsvrc "--tars=$tars" "--data_dir=$data_dir"
+[ -z "${SLURM_STEP_NODELIST:-}" ] || is_prepared "$platform" || die "first, once: bash launch/setup.sh $platform"
+[ -z "${SLURM_STEP_NODELIST:-}" ] || extra+=("--shard=$SLURM_PROCID/$SLURM_NTASKS")
+
+prepare "$platform"
 encode=("$PYTHON" -m djepa_jax.main --mode=prepare "--config=$config" "--workdir=$cache_dir"
-  --config.prepare.source=tfds "--config.prepare.path=imagenet2012@$data_dir" ${extra[@]+"${extra[@]}"})
+  --config.prepare.source=ilsvrc "--config.prepare.path=$tars" ${extra[@]+"${extra[@]}"})
 if [ -z "$publish" ]; then
   run_last "${encode[@]}"
-else
+else # the metadata last: a cache that has it is whole
   run "${encode[@]}"
-  # The metadata last: a cache that has it is whole.
-  run gcloud storage rsync --recursive '--exclude=^metadata\.json$|^\.lock' "$cache_dir" "$publish"
-  run_last gcloud storage cp "$cache_dir/metadata.json" "$publish/metadata.json"
+  run gcloud storage rsync --recursive '--exclude=^metadata\.json$|^\.lock' "$cache_dir" "${publish%/}"
+  run gcloud storage cp "$cache_dir/metadata.json" "${publish%/}/metadata.json"
 fi

@@ -9,27 +9,21 @@
 # XLA_PYTHON_CLIENT_MEM_FRACTION, if set, says how much instead. The program does not fall back to the CPU.
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-# The driver must answer, and know the GPUs of --gpus.
-check_gpus() {
-  local listing count number
-  command -v nvidia-smi >/dev/null 2>&1 ||
-    die "no nvidia-smi here: no NVIDIA driver is installed (bash launch/local.sh trains on the CPU)"
-  listing=$(nvidia-smi -L 2>&1) || die "nvidia-smi finds no GPU: $(tail -n 1 <<<"$listing")"
-  count=$(grep -c '^GPU ' <<<"$listing") || die "nvidia-smi finds no GPU: $(tail -n 1 <<<"$listing")"
-  for number in ${gpus//,/ }; do
-    [ "$number" -lt "$count" ] || die "--gpus=$gpus: there is no GPU $number; nvidia-smi -L lists 0 to $((count - 1))"
-  done
-}
-
 config="" config_json="" workdir="" gpus="" dry_run=""
 parse_flags "config config_json workdir gpus" "dry_run" "$@"
-[ -n "$config$config_json" ] || require config
+[ -n "$config_json" ] || require config
 require workdir
-[ -z "$gpus" ] || [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus=$gpus: give numbers with commas between, such as --gpus=0,1"
-take_config
 
-if [ -n "$dry_run" ]; then quoted nvidia-smi -L; else check_gpus; fi
+if [ -z "$dry_run" ]; then
+  listing=$(nvidia-smi -L 2>&1) || true
+  count=$(grep -c '^GPU ' <<<"$listing") ||
+    die "nvidia-smi finds no GPU (bash launch/local.sh trains on the CPU): $(tail -n 1 <<<"$listing")"
+  for number in ${gpus//,/ }; do
+    grep -q "^GPU $number:" <<<"$listing" ||
+      die "--gpus=$gpus: there is no GPU $number; nvidia-smi -L lists 0 to $((count - 1)), name some as in --gpus=0,1"
+  done
+fi
 prepare cuda
 settings=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}" "JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}")
-[ -z "$gpus" ] || settings+=("CUDA_VISIBLE_DEVICES=$gpus")
-run_last env "${settings[@]}" "$PYTHON" -m djepa_jax.main "$config_flag" "--workdir=$workdir" ${extra[@]+"${extra[@]}"}
+run_last env "${settings[@]}" ${gpus:+"CUDA_VISIBLE_DEVICES=$gpus"} "$PYTHON" -m djepa_jax.main \
+  ${config:+"--config=$config"} ${config_json:+"--config_json=$config_json"} "--workdir=$workdir" ${extra[@]+"${extra[@]}"}

@@ -8,8 +8,8 @@
 #
 # Flags of sbatch override the #SBATCH lines below. Five minutes before the time limit the processes get SIGTERM: they
 # save and stop, and the same command goes on. To queue several stretches at once, submit the command several times with
-# --job-name=NAME --dependency=singleton: they run one after the other, and a finished run ends at once. A job that is
-# preempted goes back into the queue and on from there.
+# --job-name=NAME --dependency=singleton: they run one after the other, and a finished run ends at once. A preempted job
+# goes back into the queue and on from there. With `-- --mode=prepare` each node makes its share of a latent cache.
 #SBATCH --job-name=djepa_jax
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -34,23 +34,23 @@ source "$repository/launch/common.sh"
 
 config="" config_json="" workdir="" platform=cuda dry_run=""
 parse_flags "config config_json workdir platform" "dry_run" "$@"
-[ -n "$config$config_json" ] || require config
+[ -n "$config_json" ] || require config
 require workdir
 case $platform in cpu | cuda) ;; *) die "--platform=$platform: use cuda or cpu" ;; esac
-take_config
 if ! is_prepared "$platform" && [ -z "$dry_run" ]; then
   die "$PWD/.venv is not installed, or not for these requirements; run: bash launch/setup.sh $platform"
 fi
 [ -n "${SLURM_JOB_ID:-}${dry_run}" ] || die "this is not a Slurm job; submit it: sbatch --nodes=1 launch/train_slurm.sh ..."
 
-# DJEPA_DISTRIBUTED=slurm tells the program to let JAX find addresses and ranks in Slurm's variables. JAX would give each
-# process one GPU only, the one of its local rank; JAX_LOCAL_DEVICE_IDS names all that Slurm shows on this node.
-# shellcheck disable=SC2016 # expanded on the node
-on_node='gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}; '
+# Expanded on the node, where JAX would take one GPU only, the one of the process's local rank; JAX_LOCAL_DEVICE_IDS
+# names all that Slurm shows. exec in every shell on the way: Slurm's signal must reach the program itself.
 # shellcheck disable=SC2016
-on_node+='commas=${gpus//[^,]/}; [ -z "$gpus" ] || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 ${#commas}); exec "$@"'
-settings=(DJEPA_DISTRIBUTED=slurm "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
+on_node='gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}
+commas=${gpus//[^,]/}; [ -z "$gpus" ] || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 ${#commas})
+case " $* " in *" --mode=prepare "*) exec "$@" --shard=$SLURM_PROCID/$SLURM_NTASKS ;; esac
+exec "$@" --distributed=slurm'
+settings=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
 [ "$platform" != cuda ] || settings+=("JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}")
-# exec in every shell on the way: Slurm's signal must reach the program itself.
 run_last srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none env "${settings[@]}" bash -c "$on_node" on_node \
-  "$PYTHON" -m djepa_jax.main "$config_flag" "--workdir=$workdir" ${extra[@]+"${extra[@]}"}
+  "$PYTHON" -m djepa_jax.main ${config:+"--config=$config"} ${config_json:+"--config_json=$config_json"} \
+  "--workdir=$workdir" ${extra[@]+"${extra[@]}"}

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 
 ROOT = pathlib.Path(__file__).parents[1]
+FILES = ("requirements.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def copy_repository(folder: pathlib.Path, *names: str) -> pathlib.Path:
@@ -16,20 +17,9 @@ def copy_repository(folder: pathlib.Path, *names: str) -> pathlib.Path:
     target.mkdir()
     for name in names:
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("requirements.txt", "pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, target / name)
     return target
-
-
-def launch(checkout: pathlib.Path, script: str, *arguments: str, **environment: str):
-    return subprocess.run(
-        ["bash", str(checkout / "launch" / script), *arguments],
-        cwd="/",
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 # Takes the place of Python everywhere: notes its arguments, makes environments that hold itself,
@@ -37,17 +27,15 @@ def launch(checkout: pathlib.Path, script: str, *arguments: str, **environment: 
 FAKE_PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$LOG"
 case "$*" in
-  --version) echo "Python 3.12.1" ;;
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip"*) [ -z "${PIP_ERROR:-}" ] || { echo "2026 ERROR: $PIP_ERROR" >.venv/pip.log; exit 1; } ;;
   "-c import jax"*) echo "[FakeDevice]" ;;
-  "-m djepa_jax.data.ilsvrc"*) exit "${IMAGENET_STATUS:-0}" ;;
   "-m djepa_jax.main"*) eval "${PROGRAM:-}" ;;
 esac
 """
 TOOLS = (
     "bash basename cat chmod cmp cp date dirname env find git grep gzip head hostname mkdir "
-    "mktemp mv paste rm sed seq "
-    "setsid sleep sort tail tar tee touch wc"
+    "mktemp mv paste rm sed seq setsid sleep sort tail tar timeout touch wc"
 )
 
 
@@ -65,14 +53,34 @@ class Machine:
 
     def install(self, name: str, text: str) -> pathlib.Path:
         path = self.bin / name
-        path.write_text(text)
+        path.write_text(f"#!/usr/bin/env bash\n{text}")
         path.chmod(0o755)
         return path
 
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+        """The script in the background, in a session of its own like that of a terminal."""
+        return subprocess.Popen(
+            ["bash", str(self.checkout / "launch" / script), *arguments],
+            env={**os.environ, **self.environment, **environment},
+            cwd="/",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
     def launch(self, script: str, *arguments: str, **environment: str):
-        return launch(self.checkout, script, *arguments, **{**self.environment, **environment})
+        return subprocess.run(
+            ["bash", str(self.checkout / "launch" / script), *arguments],
+            env={**os.environ, **self.environment, **environment},
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     def log(self) -> list[str]:
+        """What was asked since the last time, except for Python's version."""
         path = self.folder / "log"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
@@ -83,73 +91,41 @@ def commit(checkout: pathlib.Path) -> None:
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
     for command in (
         ["init", "-q"],
-        ["add", "launch", "configs", "requirements.txt", "pyproject.toml"],
+        ["add", "launch", "configs", *FILES],
         [*identity, "commit", "-qm", "x"],
     ):
-        subprocess.run(
-            ["git", *command],
-            cwd=checkout,
-            check=True,
-            env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"},
-        )
+        environment = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+        subprocess.run(["git", *command], cwd=checkout, check=True, env=environment)
 
 
 def one_error(done, *texts: str) -> None:
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (
-        done.returncode,
-        done.stdout,
-        done.stderr,
-    )
-    assert done.stderr.startswith("error: ") and all(text in done.stderr for text in texts), (
-        done.stderr
-    )
-
-
-TPU = [
-    "--name=t",
-    "--zone=z",
-    "--accelerator_type=v6e-8",
-    "--config=configs/digits.py",
-    "--workdir=gs://b/run",
-]
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(text in done.stderr for text in texts), done.stderr
 
 
 def installing(machine: Machine, jax: str, extra: str = "") -> list[list[str]]:
     """The commands that make .venv."""
-    pip = [
-        str(machine.checkout / ".venv/bin/python"),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
+    pip = [str(machine.checkout / ".venv/bin/python"), "-m", "pip", "install", "--quiet"]
+    pip += ["--progress-bar=off", "--disable-pip-version-check", "--log=.venv/pip.log"]
     return [
         [machine.environment["DJEPA_PYTHON"], "-m", "venv", ".venv"],
-        [*pip, "setuptools>=69", "wheel", jax, "-r", "requirements.txt"],
+        [*pip, "setuptools>=77", "wheel", jax, "-r", "requirements.txt"],
         [*pip, "--no-build-isolation", "-e", f".{extra}"],
     ]
 
 
 def program(machine: Machine, *arguments: str) -> list[str]:
-    return [str(machine.checkout / ".venv/bin/python"), "-m", *arguments]
+    return [str(machine.checkout / ".venv/bin/python"), "-m", "djepa_jax.main", *arguments]
 
 
 def dry_run(machine: Machine, script: str, *arguments: str) -> list[list[str]]:
     """The words of each command that the script would run; it runs none and changes nothing."""
     for name in ("gcloud", "srun", "nvidia-smi"):
-        machine.install(name, '#!/usr/bin/env bash\necho "$0" >>"$LOG"\n')
+        machine.install(name, 'echo "$0" >>"$LOG"\n')
     before = [(path, path.stat().st_mtime_ns) for path in sorted(machine.checkout.rglob("*"))]
-    done = machine.launch(script, *arguments)
+    done = machine.launch(script, *arguments, "--dry_run")
+    after = [(path, path.stat().st_mtime_ns) for path in sorted(machine.checkout.rglob("*"))]
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert [
-        (path, path.stat().st_mtime_ns) for path in sorted(machine.checkout.rglob("*"))
-    ] == before
-    assert machine.log() == []
+    assert after == before and machine.log() == []
     return [shlex.split(line) for line in done.stdout.splitlines()]
-
-
-def as_json(machine: Machine) -> str:
-    """A configuration as data, beside the others."""
-    (machine.checkout / "configs/mine.json").write_text("{}")
-    return "--config_json=configs/mine.json"
