@@ -113,9 +113,7 @@ def test_wrong_class_names_are_a_config_error(tmp_path):
         match=r'class_names is "/no/such.txt", which is neither "imagenet" nor',
     ):
         tiny_config("--config.data.class_names=/no/such.txt")
-    with pytest.raises(
-        ConfigError, match=r'"imagenet" with 1000 names, data.num_classes is 10'
-    ):
+    with pytest.raises(ConfigError, match=r'"imagenet" with 1000 names, data.num_classes is 10'):
         tiny_config("--config.data.class_names=imagenet")
 
 

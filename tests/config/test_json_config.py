@@ -140,10 +140,7 @@ def test_workdir_of_a_run_goes_on_from_its_own_configuration(write, tmp_path):
     """
     config = tiny_config()
     again = load(write(config.to_dict()))
-    assert (
-        configuration.differences(config.to_dict(), again.to_dict())
-        == []
-    )
+    assert configuration.differences(config.to_dict(), again.to_dict()) == []
 
 
 # what is refused

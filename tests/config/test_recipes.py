@@ -244,7 +244,10 @@ def chosen_parts(config, devices: int, limit: float, split: bool) -> tuple[int, 
 @pytest.mark.parametrize("size", SIZES)
 def test_state_and_parts_are_what_training_will_take(size):
     config, text = load_config(f"djepa_{size}"), header(size)
-    assert config.grad_accumulation_steps == 0 and "`config.grad_accumulation_steps` chooses itself" in text
+    assert (
+        config.grad_accumulation_steps == 0
+        and "`config.grad_accumulation_steps` chooses itself" in text
+    )
     state = jax.eval_shape(lambda: init_state(config.train))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert f"Memory: {held / 2**30:.1f} GiB of state." in text

@@ -249,4 +249,4 @@ def test_training_that_was_told_to_stop_is_not_complete(machine):
         child.communicate(timeout=60)
         assert child.returncode == status, play
     # the words that tell it
-    assert 'print(f"stopped at step {' in (ROOT / "djepa_jax/main.py").read_text()
+    assert 'print(f"stopped at step {' in (ROOT / "djepa_jax/training/reporting.py").read_text()

@@ -112,12 +112,12 @@ def test_shares_of_devices():
 
 
 @pytest.mark.parametrize(
-    "key, smaller", [("grad_accumulation_steps", "8"), ("model.remat", "full"), ("batch_size", "256")]
+    "key, smaller",
+    [("grad_accumulation_steps", "8"), ("model.remat", "full"), ("batch_size", "256")],
 )
 def test_keys_of_the_remedy_make_the_estimate_smaller(key, smaller):
     spec, fewer = (
-        load_config("djepa_b", *extra).train
-        for extra in ((), (f"--config.{key}={smaller}",))
+        load_config("djepa_b", *extra).train for extra in ((), (f"--config.{key}={smaller}",))
     )
     assert memory.estimate_activations(fewer, 1) < 0.7 * memory.estimate_activations(
         spec, 1
@@ -145,7 +145,15 @@ def test_what_is_said_when_it_does_not_fit():
     text = describe(MemoryPlan(GIB, GIB, 2 * GIB, 6 * GIB, 8 * GIB, False))
     assert all(
         key in text
-        for key in ("may not fit", "grad_accumulation_steps", "model.remat", "mesh=(1,-1,1)", "batch_size")
+        for key in (
+            "may not fit",
+            "grad_accumulation_steps",
+            "model.remat",
+            "mesh=(1,-1,1)",
+            "batch_size",
+        )
     )
     text = describe(MemoryPlan(GIB, GIB, 2 * GIB, 6 * GIB, 3 * GIB, False))
-    assert "state alone" in text and "mesh=(1,-1,1)" in text and "grad_accumulation_steps" not in text
+    assert (
+        "state alone" in text and "mesh=(1,-1,1)" in text and "grad_accumulation_steps" not in text
+    )

@@ -72,7 +72,11 @@ def test_recipes_fit_what_their_headers_name():
         for name in ("djepa_b", "djepa_l", "djepa_h")
     }
     assert all(fits(step.plan(), ROOM) for step in first.values())
-    assert first["djepa_b"].spec.grad_accumulation_steps == 1 < first["djepa_h"].spec.grad_accumulation_steps
+    assert (
+        first["djepa_b"].spec.grad_accumulation_steps
+        == 1
+        < first["djepa_h"].spec.grad_accumulation_steps
+    )
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
@@ -95,7 +99,8 @@ class Stub(StepProgram):
         names = ("argument", "output", "temp", "generated_code", "alias")
         sizes = {f"{name}_size_in_bytes": 0 for name in names} | {"temp_size_in_bytes": peak}
         return types.SimpleNamespace(
-            parts=self.spec.grad_accumulation_steps, memory_analysis=lambda: types.SimpleNamespace(**sizes)
+            parts=self.spec.grad_accumulation_steps,
+            memory_analysis=lambda: types.SimpleNamespace(**sizes),
         )
 
 

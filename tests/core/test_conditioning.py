@@ -1,0 +1,131 @@
+"""Conditions: what they mean for both networks, for dropping, and for guidance."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close
+from flax import nnx
+from test_models import BATCH, NUM_VISIBLE, PLACES, TINY, inputs  # noqa: F401 (a fixture)
+
+from djepa_jax.core.models.conditioning import CONDITIONERS, Classes, Condition, Nothing, Sum
+from djepa_jax.core.models.djepa import init_params, split_model
+from djepa_jax.core.train_step import predict_features
+
+CONDITIONS = {
+    "classes": (Classes(5), jnp.array([0, 4, 2, 1])),
+    "nothing": (Nothing(), jnp.zeros(4, int)),
+    "sum": (Sum(Classes(5), Classes(3)), (jnp.array([0, 4, 2, 1]), jnp.array([2, 0, 1, 1]))),
+}
+
+
+def filled(conditioner):
+    """A tiny model with a conditioner; no parameter is zero."""
+    config = dataclasses.replace(TINY, conditioner=conditioner)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.15 * rng.standard_normal(leaf.shape), jnp.float32),
+        split_model(config)[1],
+    )
+    return nnx.merge(split_model(config)[0], params)
+
+
+@pytest.fixture(params=CONDITIONS)
+def case(request):
+    conditioner, raw = CONDITIONS[request.param]
+    return conditioner, raw, filled(conditioner)
+
+
+def test_a_condition_is_prefix_tokens(case):
+    _, raw, model = case
+    condition = model.embed_condition(raw)
+    assert condition.prefix.shape == (BATCH, TINY.num_prefix_tokens, TINY.width)
+    assert condition.mask is None
+
+
+def test_null_says_the_same_for_every_example(case):
+    conditioner, _, model = case
+    prefix = model.embed_condition(conditioner.null(3)).prefix
+    np.testing.assert_array_equal(prefix[0], prefix[2])
+
+
+def test_dropping_replaces_whole_examples_by_null(case):
+    conditioner, _, _ = case
+    raw, null = conditioner.in_turn(1000), conditioner.null(1000)
+    dropped = conditioner.drop(jax.random.key(0), jax.tree.map(jnp.asarray, raw), 0.3)
+    leaves = zip(*(jax.tree.leaves(x) for x in (raw, null, dropped)), strict=True)
+    is_null = [np.asarray(d == n) & np.asarray(r != n) for r, n, d in leaves]
+    if isinstance(conditioner, Nothing):
+        assert not is_null[0].any()
+        return
+    assert abs(is_null[0].mean() - 0.3) < 0.05
+    assert all((each == is_null[0]).all() for each in is_null), "both of a pair, or none"
+
+
+def test_what_is_asked_for_matters(case, inputs):  # noqa: F811
+    conditioner, raw, model = case
+    tokens, order, _ = inputs
+    said, unsaid = (
+        predict_features(
+            model, tokens, order, model.embed_condition(r), NUM_VISIBLE, PLACES, (None, None)
+        )
+        for r in (raw, conditioner.null(BATCH))
+    )
+    differs = float(jnp.abs(said - unsaid).max()) > 1e-3
+    assert differs != isinstance(conditioner, Nothing)
+
+
+def test_classes_keep_their_parameters():
+    """Checkpoints know the class table and the vector of no class by these names."""
+    abstract = split_model(TINY)[1]["context_encoder"]
+    assert abstract["class_embedding"]["table"].shape == (5, TINY.width)
+    assert abstract["class_embedding"]["null"].shape == (1, TINY.width)
+    assert abstract["prefix_table"].shape == (TINY.num_prefix_tokens, TINY.width)
+
+
+def test_nothing_has_no_parameters_beside_the_prefix():
+    abstract = split_model(dataclasses.replace(TINY, conditioner=Nothing()))[1]["context_encoder"]
+    assert not {name for name in abstract if "embedding" in name}
+
+
+def test_a_masked_prefix_token_is_never_seen(inputs):  # noqa: F811
+    """Neither network's output has a gradient to a prefix token that the mask leaves out."""
+    tokens, order, labels = inputs
+    model = filled(Classes(5))
+    mask = jnp.ones((BATCH, TINY.num_prefix_tokens), bool).at[:, 1].set(False)
+
+    @jax.jit
+    @jax.grad
+    def gradient(prefix):
+        condition = Condition(prefix, mask)
+        args = (tokens, order, condition, NUM_VISIBLE, PLACES, (None, None))
+        cond = predict_features(model, *args)  # [B, N, D]
+        return (cond * jnp.cos(jnp.arange(cond.size).reshape(cond.shape))).sum()
+
+    grads = gradient(model.embed_condition(labels).prefix)
+    assert (grads[:, 1] == 0).all() and (jnp.abs(grads[:, 0]).max(-1) > 0).all()
+
+
+def test_positions_of_axes_are_summed(inputs):  # noqa: F811
+    """A factorised table is the full table of the sums of its rows."""
+    tokens, order, labels = inputs
+    config = dataclasses.replace(TINY, factorised_positions=True)
+    params = init_params(config, jax.random.key(0))
+    full_params = jax.tree.map(lambda leaf: leaf, params)
+    for network in ("context_encoder", "predictor"):
+        rows, columns = jnp.split(params[network]["positions"], 2)  # [3, D] each
+        summed = (rows[:, None] + columns[None]).reshape(9, -1)
+        full_params[network] = params[network] | {"positions": summed}
+    outputs = []
+    for c, p in ((config, params), (TINY, full_params)):
+        model = nnx.merge(split_model(c)[0], p)
+        condition = model.embed_condition(labels)
+        args = (tokens, order, condition, NUM_VISIBLE, PLACES, (None, None))
+        outputs.append(predict_features(model, *args))
+    assert_close(outputs[0], outputs[1], 1e-5)
+
+
+def test_the_table_makes_conditioners_from_settings():
+    assert CONDITIONERS["classes"](7) == Classes(7) and CONDITIONERS["nothing"](7) == Nothing()
