@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from djepa_jax.checkpoints.autoencoder import has_autoencoder, makes_latents
 from djepa_jax.config import json_config
 from djepa_jax.config.experiment import flatten
-from djepa_jax.runtime import distributed, errors, rendezvous
+from djepa_jax.runtime import distributed, errors
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
 from djepa_jax.runtime.storage import as_path
 from djepa_jax.sampling.generator import command_line
@@ -99,29 +99,31 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     if values.distributed != "none" and values.mode in ("import", "export"):
         raise UsageError(
             f"--mode={values.mode} is for one process; leave out --distributed "
-            f"({rendezvous.VARIABLE})."
+            f"({distributed.VARIABLE})."
         )
     return values
 
 
 def _define_distributed(values: flags.FlagValues) -> None:
-    """The flags that tell where several processes meet (`meeting.Rendezvous`)."""
-    default = os.environ.get(rendezvous.VARIABLE, "none")
-    kinds = "none: alone; tpu, slurm: as these tell; explicit: as the next three flags tell."
+    """The flags that tell where several processes meet (`distributed.connect`)."""
+    default = os.environ.get(distributed.VARIABLE, "none")
+    kinds = "none; auto, tpu, slurm: as JAX finds it; explicit: as the next three flags tell."
     flags.DEFINE_string("distributed", default, kinds, flag_values=values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", 0, "How many there are.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Which one this is, from 0.", flag_values=values)
     flags.DEFINE_integer(
         "rendezvous_timeout",
-        rendezvous.TIMEOUT,
+        distributed.TIMEOUT,
         "Seconds to wait for the others.",
+        lower_bound=1,
         flag_values=values,
     )
     flags.DEFINE_integer(
         "heartbeat_timeout",
-        rendezvous.HEARTBEAT,
+        distributed.HEARTBEAT,
         "Seconds after which a silent one is dead.",
+        lower_bound=1,
         flag_values=values,
     )
 
@@ -250,7 +252,7 @@ def run_training(values: flags.FlagValues) -> None:
     from djepa_jax.training.loop import train
 
     result = train(values.config, values.workdir, restore_from=values.restore_from)
-    if distributed.is_main():
+    if distributed.is_main_process():
         summarise(result, values.config, values.workdir)
 
 
@@ -267,7 +269,7 @@ def run_evaluation(values: flags.FlagValues) -> None:
     from djepa_jax.evaluation.evaluate import run_evaluate
 
     record = run_evaluate(values.config, values.workdir)
-    if not distributed.is_main():
+    if not distributed.is_main_process():
         return
     print(
         f"step {record['step']}: accuracy {record['accuracy']:.3f}, Frechet distance "
@@ -370,10 +372,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
     try:
         values = parse(sys.argv if argv is None else argv)
-        names = ("coordinator", "num_processes", "process_id")
-        place = {name: values[name].value for name in names}
-        rendezvous.start(
-            rendezvous.Rendezvous(values.distributed, **place, **_timeouts(values)),
+        distributed.connect(
+            values.distributed,
+            values.coordinator,
+            values.num_processes,
+            values.process_id,
+            values.rendezvous_timeout,
+            values.heartbeat_timeout,
             saves=values.mode == "train",
         )
         use_compilation_cache()
@@ -388,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = errors.expected(error)
         if text is None:
-            if distributed.alone():
+            if distributed.is_single_process():
                 raise
             traceback.print_exc()
             text = f"{type(error).__name__} in process {jax.process_index()}"
@@ -396,15 +401,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit_status(2)
 
 
-def _timeouts(values: flags.FlagValues) -> dict[str, int]:
-    return {"timeout": values.rendezvous_timeout, "heartbeat": values.heartbeat_timeout}
-
-
 def _exit_status(status: int) -> int:
     """The status to end with. One of several processes ends at once, for JAX would first wait for
     the others.
     """
-    if not distributed.alone():
+    if not distributed.is_single_process():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

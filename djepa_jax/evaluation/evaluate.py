@@ -59,7 +59,7 @@ def evaluate(
         params, labels, settings.seed, progress=True, should_stop=should_stop
     )["images"]
     of = identity(params, config, step) | {"evaluation": settings.to_dict()}
-    if not distributed.is_main():
+    if not distributed.is_main_process():
         return {}
     record = evaluate_images(samples, labels, source.images, source.labels) | of
     write_json(as_path(workdir) / FILE_NAME, record)

@@ -66,7 +66,7 @@ def run_sample(config, workdir: str, out: str, latents_only: bool = False) -> li
     if generator.decodes:
         generator.autoencoder  # noqa: B018 (read now, so that one that cannot be used is refused before the work)
     params = Checkpoints(workdir).restore_ema(placed_params(experiment, mesh), meta.step)
-    distributed.on_main(lambda: check_writable(target.parent, "--out"))
+    distributed.run_on_main(lambda: check_writable(target.parent, "--out"))
     settings = {
         "step": meta.step,
         "model": dataclasses.asdict(experiment.train.model),
@@ -126,13 +126,13 @@ def write_samples(
     png, npz = output_paths(target)
     parts = Parts(npz, identity_of(generator, params, settings), len(labels))
     with distributed.held_by_main(parts.held()):
-        first = distributed.on_main(parts.begin)
+        first = distributed.run_on_main(parts.begin)
         for arrays in generator.batches(
-            params, labels, seed, first, progress=distributed.is_main()
+            params, labels, seed, first, progress=distributed.is_main_process()
         ):
-            if distributed.is_main():
+            if distributed.is_main_process():
                 parts.add(arrays)
-        if not distributed.is_main():
+        if not distributed.is_main_process():
             return []
         text, arrays = json.dumps(settings), parts.arrays()
         write_large_npz(npz, npz_members(arrays, labels, text), parts.folder)

@@ -67,7 +67,7 @@ class StepProgram:
             (i for i, program in enumerate(programs) if fits(program.plan(), ROOM)),
             len(programs) - 1,
         )
-        return iter(programs[distributed.largest(first) :])
+        return iter(programs[distributed.max_over_processes(first) :])
 
 
 def fits(plan: MemoryPlan, share: float = 1.0) -> bool:
@@ -97,7 +97,7 @@ def compile_to_fit(program: StepProgram, state, batch, say: Callable[[str], None
             program, state, batch, say, may_fail=not last, choosing=True
         )
         misfit = compiled is None or not fits(program.plan(compiled))
-        if last or not distributed.largest(int(misfit)):
+        if last or not distributed.max_over_processes(int(misfit)):
             return compiled
 
 

@@ -52,7 +52,7 @@ class Start:
         """
         config, step = (
             self._config,
-            distributed.on_main(lambda: self._checkpoints.step_to_resume(self._say)),
+            distributed.run_on_main(lambda: self._checkpoints.step_to_resume(self._say)),
         )
         if step is None:
             self._write_config()
@@ -94,7 +94,7 @@ class Start:
         check_restorable(folder, self.abstract, meta)
 
     def _write_config(self) -> None:
-        if distributed.is_main():
+        if distributed.is_main_process():
             write_json(
                 self._checkpoints.workdir / configuration.FILE_NAME,
                 configuration.resolved(self._config),

@@ -25,13 +25,13 @@ from djepa_jax.data.latent_cache import LatentCache, check_autoencoder
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import Source, open_data
 from djepa_jax.evaluation.metrics.small_images import check_judgeable
-from djepa_jax.runtime import distributed, metric_writer
+from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.profiling import ProfileWindow, debug_switches
+from djepa_jax.runtime.progress import Stopwatch, format_seconds
 from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import as_path, check_writable
-from djepa_jax.runtime.units import format_seconds
 from djepa_jax.training.compile_step import StepProgram, announce_and_compile, compile_to_fit
 from djepa_jax.training.initial_state import Start
 from djepa_jax.training.memory import device_limit
@@ -89,7 +89,7 @@ def train(
         check_judgeable(source)
     check_decoder(config, source)
     config = with_autoencoder(config, latents_made_by(config, source))
-    distributed.on_main(lambda: check_writable(workdir))
+    distributed.run_on_main(lambda: check_writable(workdir))
     with distributed.held_by_main(lock_workdir(workdir)), debug_switches(config.debug):
         distributed.check_shared(as_path(workdir))
         same = f"{configuration.resolved(config)} {len(source)} {restore_from}"
@@ -97,7 +97,7 @@ def train(
         run = _Run(config, experiment, source, mesh, as_path(workdir))
         if restore_from:
             keep, check_fits = config.keep_checkpoints, run.start.check_fits
-            distributed.on_main(
+            distributed.run_on_main(
                 lambda: go_back(workdir, restore_from, keep, check_fits, run.report.say)
             )
         return run.train(should_stop)
@@ -238,7 +238,7 @@ class _Run:
         profile = ProfileWindow(
             report.local_folder, config.debug.profile_start, config.debug.profile_steps
         )
-        report.watch = metric_writer.Stopwatch()
+        report.watch = Stopwatch()
         stopped = should_stop(step)
         with contextlib.closing(profile):
             while step < config.num_steps and not stopped:

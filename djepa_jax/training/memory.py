@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainSpec
-from djepa_jax.runtime.units import format_bytes
+from djepa_jax.runtime.progress import format_bytes
 
 # What a layer keeps for its backward pass, per token: numbers of its width, and copies of the
 # attention weights.

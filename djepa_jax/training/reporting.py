@@ -17,6 +17,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.evaluation.evaluate import evaluate, identity, read_evaluation
 from djepa_jax.runtime import distributed, metric_writer
+from djepa_jax.runtime.progress import ProgressLine, Stopwatch
 from djepa_jax.sampling.generator import (
     Generator,
     Stopped,
@@ -45,17 +46,15 @@ class Reporter:
             workdir,
         )
         self.generator = Generator(config, experiment, mesh)
-        self.progress = metric_writer.ProgressLine(
-            config.num_steps, quiet=not distributed.is_main()
-        )
-        self.watch = metric_writer.Stopwatch()
+        self.progress = ProgressLine(config.num_steps, quiet=not distributed.is_main_process())
+        self.watch = Stopwatch()
         self.last_logged, self.rate = 0, 0.0  # step, and steps per second up to it
         self.writer: metric_writer.MetricWriter | None = None
         self.stop_requested: Callable[[int], bool] = lambda step: False
 
     def open(self, step: int) -> None:
         """Begin to write metrics of the steps after `step`."""
-        if distributed.is_main():
+        if distributed.is_main_process():
             self.writer = metric_writer.MetricWriter(self.workdir, step)
         self.last_logged = step
 
@@ -124,7 +123,7 @@ class Reporter:
         """
         png, npz = output_paths(self._grid_path(step))
         wanted = self._identity(step, state)
-        if not distributed.on_main(lambda: int(stored_settings(npz) == wanted)):
+        if not distributed.run_on_main(lambda: int(stored_settings(npz) == wanted)):
             self.sample_grid(step, state)
         return next((path for path in (png, npz) if path.exists()), None)
 
@@ -135,7 +134,7 @@ class Reporter:
         if self.config.evaluation.kind == "none":
             return None
         record = read_evaluation(self.config, state.ema_params, step, self.workdir)
-        if not distributed.on_main(lambda: int(record is not None)):
+        if not distributed.run_on_main(lambda: int(record is not None)):
             self.say(f"evaluating {self.config.evaluation.count} samples")
             record = self.evaluate(step, state)
         return record
