@@ -146,13 +146,12 @@ def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
         probe.write_bytes(b"\n")
         probe.unlink()
     except Exception as error:  # storage services have exceptions of their own
-        raise PathError(f'{flag} "{folder}" cannot be written ({reason(error)}); {remedy}.') from (
-            error
-        )
+        said = f'{flag} "{folder}" cannot be written ({reason(error)}); {remedy}.'
+        raise PathError(said) from error
 
 
 def reason(error: Exception) -> str:
     """What the system or storage said, on one line."""
-    if isinstance(error, OSError) and error.strerror:
+    if type(error).__module__ == "builtins" and getattr(error, "strerror", None):
         return error.strerror
     return " ".join(f"{type(error).__name__}: {error}".split())
