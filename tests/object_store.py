@@ -21,6 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import google_crc32c
+
 PAGE = 1000  # names in one answer to a listing, at most
 
 
@@ -53,6 +55,7 @@ class Version:
             "timeCreated": self.stamp,
             "updated": self.stamp,
             "md5Hash": base64.b64encode(hashlib.md5(self.data).digest()).decode(),
+            "crc32c": base64.b64encode(google_crc32c.Checksum(self.data).digest()).decode(),
         }
 
 
@@ -209,9 +212,11 @@ class ObjectStore:
             return self._store(name, data).resource()
 
     def delete(self, name: str, query: dict[str, str]) -> None:
-        """Forget an object."""
+        """Forget an object, or that generation of it."""
         with self._lock:
-            self.get(name, query)
+            generation = str(self.get(name, query).generation)
+            if query.get("generation", generation) != generation:
+                raise Refused(404, f"No such object: {self.bucket}/{name}#{query['generation']}")
             del self.objects[name]
 
     def listing(self, query: dict[str, str]) -> dict:

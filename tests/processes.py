@@ -29,7 +29,7 @@ from djepa_jax.config.settings import Settings
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data import prepare_latents
 from djepa_jax.main import main
-from djepa_jax.runtime import lock, rendezvous
+from djepa_jax.runtime import distributed, lock
 from djepa_jax.training import compile_step, loop
 from djepa_jax.training.reporting import Reporter
 
@@ -349,10 +349,7 @@ def _prepare(
     keep_compiled(compiled)
     if share is not None:
         port, index = share
-        rendezvous.start(
-            rendezvous.Rendezvous("explicit", f"127.0.0.1:{port}", 2, index, heartbeat=10),
-            saves=False,
-        )
+        distributed.connect("explicit", f"127.0.0.1:{port}", 2, index, heartbeat=10, saves=False)
 
     def say(text: str) -> None:
         pipe.send(text)

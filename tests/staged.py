@@ -5,8 +5,8 @@ import pathlib
 from caches import write_cache
 from object_store import ObjectStore
 
+from djepa_jax.data.latent_cache import local_cache
 from djepa_jax.runtime import staging
-from djepa_jax.runtime.staging import local_copy
 
 URL = "gs://bucket/data/cache"
 LATENTS = (
@@ -41,17 +41,17 @@ def with_cache(store: ObjectStore, folder: pathlib.Path) -> ObjectStore:
     return store
 
 
-def copy_anew(store: ObjectStore, folder: pathlib.Path, url: str = URL) -> pathlib.Path:
-    """Copy as the next process would; the copy."""
+def copy_anew(store: ObjectStore, folder: pathlib.Path) -> pathlib.Path:
+    """Copy the cache as the next process would; the copy."""
     staging._copied.cache_clear()
     store.requests.clear()
-    return local_copy(url, str(folder))
+    return local_cache(URL, str(folder))
 
 
 def downloaded(store: ObjectStore) -> list[str]:
-    """The objects whose content was asked for, but for the metadata, which every start compares."""
-    names = [request.rpartition("/")[2] for request in store.requests if "/download/" in request]
-    return sorted(name for name in names if name != "metadata.json")
+    """The objects whose content was asked for, but for the metadata, which every start reads."""
+    names = {request.rpartition("/")[2] for request in store.requests if "/download/" in request}
+    return sorted(names - {"metadata.json"})
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:

@@ -41,7 +41,7 @@ class ResidentCache:
         self._source, place = source, sharding.batch_sharding(mesh)
         self._num_rows = _rows_per_device(source, mesh) * sharding.batch_divisor(mesh)
         self._check_memory(mesh)
-        if distributed.is_main():
+        if distributed.is_main_process():
             print(f"reading {len(source):,} examples into the memory of the devices", flush=True)
         self.rows = RowNumbers(source)
         shape = (self._num_rows, *source.metadata.shape)

@@ -23,6 +23,8 @@ from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.class_names import IMAGENET, imagenet, resolve
 from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME
 from djepa_jax.data.records import DataError
+from djepa_jax.runtime.staging import local_copy
+from djepa_jax.runtime.storage import as_path, is_remote, write_bytes
 
 FORMAT = 1
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": np.float32}
@@ -171,6 +173,24 @@ def read_metadata(folder: pathlib.Path) -> Metadata:
             "again."
         )
     return metadata
+
+
+def local_cache(path: str, staging: str = "") -> pathlib.Path:
+    """The folder of a cache on a local disk; of one in a bucket the shards are copied first.
+
+    Raises:
+        DataError, PathError: there is no complete cache, or it cannot be copied.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    metadata = as_path(path) / METADATA_NAME
+    shards = read_metadata(metadata.parent).shards
+    files = [
+        (f"{SHARDS_NAME}/{shard.file}", shard.bytes, f"sha256:{shard.sha256}") for shard in shards
+    ]
+    folder = local_copy(path, staging, files=files)
+    write_bytes(folder / METADATA_NAME, metadata.read_bytes())
+    return folder
 
 
 def check_shard(folder: pathlib.Path, shard: Shard, verify: bool) -> None:

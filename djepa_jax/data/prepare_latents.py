@@ -67,15 +67,15 @@ def run_prepare(
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(config.autoencoder, mesh, config.data.staging)
     plan = make_plan(config, source, autoencoder)
-    distributed.on_main(lambda: check_writable(folder))
+    distributed.run_on_main(lambda: check_writable(folder))
     path = pathlib.Path(folder)
     with distributed.held_by_main(lock_workdir(folder)):
         distributed.check_shared(as_path(folder))
         distributed.check_same(repr(plan), "the configuration, the images or the autoencoder")
-        distributed.on_main(lambda: _begin(path, plan, config.prepare.path))
+        distributed.run_on_main(lambda: _begin(path, plan, config.prepare.path))
         with Shares(path) as shares:
             make_shards(path, plan, source, autoencoder, config, shares, say)
-        distributed.on_main(lambda: _finish(path, plan, config, source, measure_scale, say))
+        distributed.run_on_main(lambda: _finish(path, plan, config, source, measure_scale, say))
     metadata = latent_cache.read_metadata(path)
     say(
         f"{metadata.count:,} images of {metadata.num_classes} classes in {len(metadata.shards)} "

@@ -22,9 +22,9 @@ from djepa_jax.data.latent_cache import Shard
 from djepa_jax.data.layout import SHARDS_NAME
 from djepa_jax.data.loader import read_in_order
 from djepa_jax.data.records import DataError
+from djepa_jax.runtime.progress import format_seconds
 from djepa_jax.runtime.shares import Shares
 from djepa_jax.runtime.storage import write_json
-from djepa_jax.runtime.units import format_seconds
 
 AHEAD = 3  # batches of images that may wait, read, for the autoencoder
 PROGRESS_SECONDS = 10.0  # between lines within a shard

@@ -17,7 +17,13 @@ import numpy as np
 
 from djepa_jax.data.arrays import read_npz
 from djepa_jax.data.image_folder import open_folder
-from djepa_jax.data.latent_cache import DTYPES, LatentCache, check_cache, read_metadata
+from djepa_jax.data.latent_cache import (
+    DTYPES,
+    LatentCache,
+    check_cache,
+    local_cache,
+    read_metadata,
+)
 from djepa_jax.data.records import (
     ANY_CLASS,
     MAX_BROKEN,
@@ -31,7 +37,8 @@ from djepa_jax.data.records import (
 )
 from djepa_jax.data.tfds import open_tfds
 from djepa_jax.data.webdataset import open_tars
-from djepa_jax.runtime.staging import local_source, reachable
+from djepa_jax.runtime.staging import local_copy
+from djepa_jax.runtime.storage import PathError, as_path, is_remote
 
 
 class Source(Protocol):
@@ -173,6 +180,25 @@ def open_source(
     return source
 
 
+def local_source(name: str, path: str, staging: str = "", group: str = "data") -> str:
+    """The path for a source: that of a copy, if it lies in a bucket.
+
+    Raises:
+        PathError: it cannot be copied, or the source reads no buckets.
+    """
+    if not is_remote(path):
+        return path
+    if name in FILE_SOURCES:
+        raise PathError(
+            f'{group}.path "{path}" lies in a bucket, which {group}.source "{name}" does not read; '
+            "copy it to a local disk, encode it there with --mode=prepare, and copy the latent "
+            "cache to the bucket: gcloud storage cp -r CACHE gs://BUCKET/CACHE."
+        )
+    if name == "latents":
+        return str(local_cache(path, staging))
+    return str(local_copy(path, staging, f"{group}.path")) if name == "npz" else path
+
+
 def _check_path(name: str, path: str, group: str) -> None:
     """Raise DataError if a source has no path but needs one."""
     if path or name in PATHLESS:
@@ -213,7 +239,7 @@ def open_data(config, modality) -> Source:
     if data.source == "latents":
         _check_path(data.source, data.path, "data")
         check_cache(
-            read_metadata(reachable(data.path)), data
+            read_metadata(as_path(data.path)), data
         )  # names every difference, where an array tells of one
     num_classes = ANY_CLASS if data.unconditional else data.num_classes
     path = local_source(data.source, data.path, data.staging)

@@ -1,10 +1,12 @@
-"""Processes that train together: what one of them does for all, and when they stop (`meeting`: how
-they find each other).
-"""
+"""Processes that train together: how they meet, what one of them does for all, when they stop."""
 
 import contextlib
 import os
+import re
 import signal
+import socket
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -16,31 +18,125 @@ from jax.experimental import multihost_utils
 
 from djepa_jax.runtime.errors import UserError
 
-# What a signal leads to, while a training reads its checkpoint; while it trains; when the last step
-# is saved.
+KINDS = ("none", "auto", "tpu", "slurm", "explicit")
+VARIABLE = "DJEPA_DISTRIBUTED"  # gives --distributed where the flag is not; launch scripts set it
+TIMEOUT, HEARTBEAT, SHUTDOWN = 300, 60, 3600  # seconds to wait for others, silent ones, late ones
+SHARED_SECONDS = 5.0  # that a file may take to be seen by all processes
+# What a signal leads to: while a checkpoint is read, while training, and after the last save.
 STARTING = "stopping as soon as the checkpoint is read"
 SAVING = "saving a checkpoint, then stopping"
 SAVED = "everything is saved; leaving out samples and evaluation that are not made yet"
-SHARED_SECONDS = 5.0  # that a file may take to be seen by all processes
 
 
 class HostsError(UserError, ValueError):
     """Processes that cannot work together; the message says why."""
 
 
-def alone() -> bool:
-    """Whether there are no other processes; asks no device, so that it can be asked before JAX has
-    found any.
+def connect(
+    kind: str,
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    timeout: int = TIMEOUT,
+    heartbeat: int = HEARTBEAT,
+    saves: bool = True,
+) -> None:
+    """Meet the other processes, if there are to be others; before JAX looks for devices.
+
+    Kind explicit takes the place from the next three, HOST:PORT and numbers; auto, tpu and slurm
+    leave it to JAX to find it in the environment. One that does not save is ended by SIGTERM.
+
+    Raises:
+        HostsError: a wrong setting, nowhere to meet, or a port that cannot be used.
     """
+    place = _place(kind, coordinator, num_processes, process_id)
+    if kind == "none":
+        return
+    who = f"process {process_id} of {num_processes}, coordinator {coordinator}"
+    who = who if place else f"--distributed={kind}"
+    print(f"{who}: waiting up to {timeout} s for the others", flush=True)
+    # JAX would end the process with a stack trace when nobody comes.
+    timer = threading.Timer(timeout, _give_up, [timeout])
+    timer.daemon = True
+    timer.start()
+    jax.config.update("jax_enable_preemption_service", saves)
+    limits = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": heartbeat}
+    try:
+        jax.distributed.initialize(**place, **limits, shutdown_timeout_seconds=SHUTDOWN)
+        # Opens the way for collectives, while nobody has work that delays it.
+        multihost_utils.sync_global_devices("connected")
+    except Exception as error:  # JAX's, the network's, and what parsing an environment gives
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise HostsError(
+            f"{who} (or {VARIABLE}): JAX cannot connect this process to others ({said}); start one "
+            "on each TPU host, or with srun, or say where to meet: --distributed=explicit."
+        ) from error
+    finally:
+        timer.cancel()
+    me = f"process {jax.process_index()} of {jax.process_count()}"
+    me += f" ({socket.gethostname()}, pid {os.getpid()})"
+    print(f"{me} is connected; if one dies, the others end within {heartbeat} s", flush=True)
+
+
+def _place(kind: str, coordinator: str, num_processes: int, process_id: int) -> dict:
+    """What JAX is told of the place to meet; nothing, where it is to find it itself.
+
+    Raises:
+        HostsError: JAX cannot meet there; it would end with SIGSEGV where the port is in use.
+    """
+    if kind not in KINDS:
+        raise HostsError(
+            f'--distributed (or {VARIABLE}) is "{kind}"; it must be one of {", ".join(KINDS)}.'
+        )
+    if kind != "explicit":
+        if coordinator or num_processes or process_id >= 0:
+            flags = "--coordinator, --num_processes and --process_id"
+            raise HostsError(f"{flags} are only for --distributed=explicit; leave them out.")
+        return {}
+    port = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator)
+    if port is None or not 1 <= int(port[1]) <= 65535:
+        raise HostsError(
+            f'--coordinator is "{coordinator}"; it must be HOST:PORT, with a port from 1 to 65535.'
+        )
+    if not 0 <= process_id < num_processes:
+        raise HostsError(
+            f"--process_id is {process_id}; it must be from 0 to below --num_processes, "
+            f"{num_processes}."
+        )
+    try:
+        if process_id == 0:
+            socket.create_server(("", int(port[1]))).close()
+    except OSError as error:
+        raise HostsError(
+            f"port {port[1]} of this machine, where process 0 is to meet the others "
+            f"({coordinator}), cannot be opened ({error.strerror or error}); end what uses it, or "
+            "name another one with --coordinator to all processes."
+        ) from error
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _give_up(seconds: int) -> None:
+    text = f"error: not all processes came within {seconds} s; start all of them again."
+    print(text, file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def is_single_process() -> bool:
+    """Whether there are no other processes; asks no device."""
     return not jax.distributed.is_initialized()
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes logs and pictures."""
     return jax.process_index() == 0
 
 
-def on_main(function: Callable[[], int | None]) -> int | None:
+def run_on_main(function: Callable[[], int | None]) -> int | None:
     """Call a function in process 0 alone and tell every process its result, a number or None.
 
     Raises:
@@ -49,46 +145,44 @@ def on_main(function: Callable[[], int | None]) -> int | None:
     if jax.process_count() == 1:
         return function()
     result, error = None, None
-    if is_main():
+    if is_main_process():
         try:
             result = function()
         except Exception as caught:
             error = caught
-    mark = 2 if error else int(result is None)
-    mark, value = multihost_utils.broadcast_one_to_all(
-        np.array([mark, result or 0], np.int32)
-    ).tolist()
+    told = np.array([error is not None, result is None, result or 0], np.int32)
+    failed, is_none, value = multihost_utils.broadcast_one_to_all(told).tolist()
     if error:
         raise error
-    if mark == 2:
+    if failed:
         raise HostsError("process 0 cannot go on; what it printed says why.")
-    return None if mark == 1 else value
+    return None if is_none else value
 
 
 @contextlib.contextmanager
 def held_by_main(context: contextlib.AbstractContextManager):
     """Enter a context in process 0 alone; every process fails if that fails."""
     with contextlib.ExitStack() as stack:
-        on_main(lambda: stack.enter_context(context) and None)
+
+        def enter() -> None:
+            stack.enter_context(context)
+
+        run_on_main(enter)
         yield
 
 
 def check_shared(folder: epath.Path) -> None:
-    """Make sure that all processes see the same folder.
-
-    Raises:
-        HostsError: in all processes: one of them does not see what process 0 wrote there.
-    """
+    """Raise HostsError, in all processes, unless all of them see the same folder."""
     if jax.process_count() == 1:
         return
-    number = on_main(lambda: int.from_bytes(os.urandom(3)))
+    number = run_on_main(lambda: int.from_bytes(os.urandom(3)))
     mark = folder / f".shared-{number}"  # a new name, which no file system remembers as missing
-    on_main(lambda: mark.write_text("") and None)
+    run_on_main(mark.touch)
     deadline = time.monotonic() + SHARED_SECONDS
     while not (seen := mark.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     all_see = multihost_utils.process_allgather(np.array(seen)).all()
-    on_main(lambda: mark.unlink(missing_ok=True))
+    run_on_main(lambda: mark.unlink(missing_ok=True))
     if not all_see:
         raise HostsError(
             f'"{folder}" is not the same folder for all processes; name one that they share, such '
@@ -97,12 +191,7 @@ def check_shared(folder: epath.Path) -> None:
 
 
 def check_same(text: str, what: str) -> None:
-    """Make sure that all processes have the same text.
-
-    Raises:
-        HostsError: in all processes: one of them has another than process 0; the message names
-            `what`.
-    """
+    """Raise HostsError, in all processes, unless all have the same text; `what` names it."""
     if jax.process_count() == 1:
         return
     numbers = multihost_utils.process_allgather(np.array(zlib.crc32(text.encode()), np.uint32))
@@ -114,7 +203,7 @@ def check_same(text: str, what: str) -> None:
         )
 
 
-def largest(number: int) -> int:
+def max_over_processes(number: int) -> int:
     """The largest of all processes' numbers, for all of them."""
     if jax.process_count() == 1:
         return number
@@ -128,69 +217,55 @@ def wait_for_all(name: str) -> None:
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request to save and stop; a second SIGINT ends the
-    process at once.
+    """A context in which the first SIGINT or SIGTERM is a request to save and stop (`requested`),
+    and a second SIGINT ends the process at once.
 
-    With several processes, a signal to any of them stops all of them after the same question
-    (`requested`), which is why all of them have to ask the same questions in the same order.
+    A signal to any of several processes stops all of them after the same question, which is why
+    they have to ask the same questions in the same order.
 
     Attributes:
-        caught: whether this process has seen a signal; with several processes, SIGINT only.
-        answer: what is going to be done about it, for people.
+        answer: what is going to be done about a signal, for people.
     """
 
     def __init__(self):
-        self.caught, self.answer = False, SAVING
+        self.answer = SAVING
+        self._caught, self._agreed, self._questions = False, False, 0
         self._together = jax.process_count() > 1
-        self._questions = 0
-        self._agreed = False
         self._previous: dict = {}
 
     def __enter__(self):
-        numbers = (
-            (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM)
-        )  # SIGTERM is JAX's there
-        for number in numbers:
-            try:
+        # With several processes SIGTERM is JAX's: it tells the others.
+        numbers = [signal.SIGINT] if self._together else [signal.SIGINT, signal.SIGTERM]
+        with contextlib.suppress(ValueError):  # not the main thread: somebody else's business
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._catch)
-            except ValueError:  # not the main thread: signals are somebody else's business
-                break
         return self
 
     def __exit__(self, *_):
-        for (
-            number,
-            handler,
-        ) in (
-            self._previous.items()
-        ):  # with several, JAX keeps SIGTERM: one that is done waits for the others
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def requested(self, step: int) -> bool:
         """Whether to stop now, with `step` steps made; once it was so, it stays so."""
         if not self._together:
-            return self.caught
-        # not the step: JAX stops at the question after the last one, and a step may be the last
+            return self._caught
+        # Not the step: JAX stops at the question after the last one, and a step may be the last.
         self._questions += 1
         if not self._agreed and multihost_utils.reached_preemption_sync_point(self._questions):
             self._agreed = True
-            if is_main():
+            if is_main_process():
                 print(f"a process was asked to stop, at step {step}: {self.answer}", flush=True)
         return self._agreed
 
     def _catch(self, number, frame):
-        """What must not fail comes first; nothing raises, for it would be raised wherever the
-        training is.
-        """
+        """Nothing here may raise: it would be raised wherever the training is."""
         del frame
-        self.caught = True
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # at once: not after what Python waits for, a save or another process
+        self._caught = True
+        # Python's own handler would wait for what it is in: a save, or another process.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
-        text = (
-            f"\n{signal.Signals(number).name}: {self.answer}; press Ctrl-C again to stop at once.\n"
-        )
+        name = signal.Signals(number).name
+        text = f"\n{name}: {self.answer}; press Ctrl-C again to stop at once.\n"
         with contextlib.suppress(OSError):  # nobody may be listening any more
-            os.write(1, text.encode())  # not by print, which may be what the signal has interrupted
+            os.write(1, text.encode())  # not by print, which may be what the signal interrupted

@@ -14,12 +14,9 @@ def debug_switches(settings):
 
 
 class ProfileWindow:
-    """A trace of a few steps, for XProf or TensorBoard's profile plugin.
+    """A trace of `count` steps after the first `first`, for XProf or TensorBoard's profile plugin.
 
-    Args:
-        folder: where the trace goes, below `plugins/profile`; a local folder.
-        first: how many steps pass before the first that is traced.
-        count: how many are traced; 0 for none.
+    It lies below `plugins/profile` in a local folder.
     """
 
     def __init__(self, folder: str | os.PathLike, first: int, count: int):

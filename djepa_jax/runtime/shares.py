@@ -34,7 +34,7 @@ class Shares:
 
     def __init__(self, folder: pathlib.Path):
         self._folder, self._count = folder, jax.process_count()
-        self._number = distributed.on_main(self._clear)
+        self._number = distributed.run_on_main(self._clear)
 
     def _clear(self) -> int:
         """Remove what killed processes have left; a new number, so that no file system remembers

@@ -1,7 +1,7 @@
 """Files and folders on a local disk or in Google Cloud Storage, through one path type.
 
 An object in a bucket appears whole or not at all, but nothing can be renamed there; on a disk it is
-the other way round. What has to differ for that reason is here, and nowhere else.
+the other way round.
 """
 
 import errno
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import uuid
 
 import fsspec
@@ -20,29 +21,18 @@ from etils import epath
 from djepa_jax.runtime.errors import STORAGE_PACKAGES, UserError
 
 BUCKET = "gs://"
-SETTINGS = {"EPATH_USE_TF": "0", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # of etils and gcsfs
-
+# Of etils and gcsfs, whose experimental parts ask over gRPC what kind of bucket it is.
+SETTINGS = {"EPATH_USE_TF": "0", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 # What TensorStore says of storage that does not answer, or not to this user.
-UNREACHABLE = (
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-    "RESOURCE_EXHAUSTED",
+UNREACHABLE = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED"
 )
-PASSING = {
-    errno.ESTALE,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EMFILE,
-    errno.ENOMEM,
-}
+NETWORK = (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)
+PASSING = (*NETWORK, errno.ESTALE, errno.EMFILE, errno.ENOMEM)
 
 
 class PathError(UserError, ValueError):
-    """A folder that cannot be used as asked; the message names it and the remedy."""
+    """A file or folder that cannot be used as asked; the message names it and the remedy."""
 
 
 def as_path(text: str | os.PathLike) -> epath.Path:
@@ -62,28 +52,8 @@ def as_path(text: str | os.PathLike) -> epath.Path:
     return epath.Path(pathlib.Path(os.path.expanduser(text)).absolute())
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether a failure to read may be gone the next time, and says nothing about what is
-    stored.
-    """
-    if isinstance(error, (TimeoutError, ConnectionError, PermissionError)):
-        return True
-    if isinstance(error, OSError) and error.errno in PASSING:
-        return True
-    return (
-        any(word in str(error) for word in UNREACHABLE)
-        or type(error).__module__.partition(".")[0] in STORAGE_PACKAGES
-    )
-
-
 def _set_up_bucket_access(text: str) -> None:
-    """Let paths go through gcsfs, TensorFlow or not, and never answer from a listing that was true
-    some time ago.
-
-    The parts of gcsfs that are called experimental would ask over gRPC, before every access, what
-    kind of bucket it is, if the answer is refused. What gcsfs raises is reported; it would log it,
-    too, with a traceback.
-    """
+    """Let paths go through gcsfs, and never answer from a listing that was true some time ago."""
     if not text.removeprefix(BUCKET).partition("/")[0]:
         raise PathError(f'"{text}" names no bucket; write {BUCKET}BUCKET/FOLDER.')
     if importlib.util.find_spec("gcsfs") is None:
@@ -91,15 +61,31 @@ def _set_up_bucket_access(text: str) -> None:
     for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is reported anyway
 
 
-def is_remote(path: os.PathLike) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path lies in a bucket."""
     return os.fspath(path).startswith(BUCKET)
 
 
-def write_bytes(path: epath.Path, data: bytes) -> None:
+def user_cache(name: str) -> pathlib.Path | None:
+    """A folder in the user's cache folder; None for a user without a home."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(root) / "djepa_jax" / name if os.path.isabs(root) else None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a failure to read may be gone the next time, and tells nothing of what is stored."""
+    if isinstance(error, (TimeoutError, ConnectionError, PermissionError)):
+        return True
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return True
+    is_storage = type(error).__module__.partition(".")[0] in STORAGE_PACKAGES
+    return is_storage or bool(UNREACHABLE.search(str(error)))
+
+
+def write_bytes(path: os.PathLike, data: bytes) -> None:
     """Write a file so that a reader never sees half of it.
 
     Raises:
@@ -141,14 +127,8 @@ def check_local(path: str | os.PathLike, flag: str, remedy: str = "name one") ->
         raise PathError(f'{flag} "{path}" is not a local path; {remedy}.')
 
 
-def bucket_reason(error: Exception) -> str:
-    """What storage said, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
-    """Make sure that the folder a flag names can be written, before anything is computed; creates
-    it.
+    """Make the folder that a flag names, and write into it, before anything is computed.
 
     Raises:
         PathError: it is a file, may not be created or written, or its storage cannot be reached.
@@ -156,25 +136,22 @@ def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
     if not os.fspath(folder):
         raise PathError(f"{flag} is empty; name a folder.")
     path = as_path(folder)
+    probe = path / f".probe-{uuid.uuid4().hex}"
+    remedy = "choose another folder"
+    if is_remote(path):
+        remedy = "check the bucket's name and your access (roles/storage.objectUser)"
     try:
-        if not is_remote(
-            path
-            # there, a bucket that is missing would be made, in a place and for a price that nobody
-            # chose
-        ):
+        if not is_remote(path):  # there, a bucket would be made, at a price that nobody chose
             path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{uuid.uuid4().hex}"
         probe.write_bytes(b"\n")
         probe.unlink()
-    # storage services have exceptions of their own: no bucket, no permission, no network
-    except Exception as error:
-        if is_remote(path):
-            reason, remedy = (
-                bucket_reason(error),
-                "check the bucket's name and your access (roles/storage.objectUser)",
-            )
-        elif isinstance(error, OSError):
-            reason, remedy = error.strerror or str(error), "choose another folder"
-        else:
-            raise
-        raise PathError(f'{flag} "{folder}" cannot be written ({reason}); {remedy}.') from error
+    except Exception as error:  # storage services have exceptions of their own
+        said = f'{flag} "{folder}" cannot be written ({reason(error)}); {remedy}.'
+        raise PathError(said) from error
+
+
+def reason(error: Exception) -> str:
+    """What the system or storage said, on one line."""
+    if type(error).__module__ == "builtins" and getattr(error, "strerror", None):
+        return error.strerror
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,118 +1,95 @@
-"""Copies of what lies in a bucket: made once, compared, completed, renewed.
+"""Copies of what lies in a bucket: made once, compared, completed, renewed, or refused in one line.
 
 The bucket is an `ObjectStore` in this process, on loopback.
 """
 
-import base64
+import errno
 import json
 import os
 import pathlib
 import threading
 
-import google_crc32c
 import jax
 import numpy as np
 import pytest
-from caches import TOTAL, entries, write_cache
-from djepa_jax.config.experiment.experiment import build
-from object_store import ObjectStore
+from buckets import refusal
+from caches import SHA, TOTAL, entries, write_cache
 from processes import Training
 from small_autoencoder import NAME, registered, write_weights
 from staged import LATENTS, NAMES, URL, downloaded, files, upload
-from tiny import load_config
+from tiny import CONFIG, load_config
 from workdirs import RUN, compiled
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.core import sharding
-from djepa_jax.data.latent_cache import LatentCache
-from djepa_jax.data.sources import SOURCES, open_data
-from djepa_jax.runtime import downloads, staging
-from djepa_jax.runtime.staging import local_copy, local_source
+from djepa_jax.data.latent_cache import LatentCache, local_cache
+from djepa_jax.data.sources import SOURCES, local_source
+from djepa_jax.runtime import staging
+from djepa_jax.runtime.staging import local_copy
+from djepa_jax.runtime.storage import PathError
+
+FILE = "gs://bucket/kl/weights.safetensors"
+
+
+def shard(number: int) -> str:
+    return f"data/cache/shards/{NAMES[number]}"
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
 
 # ---------------------------------------------------------------- copies of a cache
 
 
-def test_copy_holds_what_the_bucket_holds(bucket, again, capsys):
+def test_a_copy_is_what_the_bucket_holds_and_is_made_once(bucket, again, capsys):
     folder = again()
     assert files(folder) == bucket.objects and downloaded(bucket) == NAMES
     cache = LatentCache(str(folder))
     assert len(cache) == TOTAL and cache.key(3) == entries()[3][1]
-    assert f"copying {URL} to {folder}: 3 of 3 files, " in capsys.readouterr().out
-
-
-def test_second_start_copies_nothing(bucket, again, capsys):
-    folder = again()
-    capsys.readouterr()
+    assert f"of {URL} to {folder}" in capsys.readouterr().out
     assert again() == folder and downloaded(bucket) == [] and capsys.readouterr().out == ""
 
 
-def test_process_asks_the_bucket_once(bucket, tmp_path):
-    first = local_copy(URL, str(tmp_path))
-    bucket.requests.clear()
-    assert local_copy(URL + "/", str(tmp_path)) == first and bucket.requests == []
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 1]) + data[1:]]
-)
-def test_damaged_file_is_copied_again(bucket, again, damage):
+@pytest.mark.parametrize("damage", [flipped, lambda data: data[:-1], None])
+def test_a_damaged_file_is_copied_again(bucket, again, damage):
     path = again() / "shards" / NAMES[1]
-    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    path.write_bytes(damage(path.read_bytes()))
-    os.utime(path, ns=times)  # as a failing disk does it, which tells nobody
+    if damage is None:
+        path.rename(path.with_name(path.name + ".unfinished"))  # as a killed process leaves it
+    else:
+        path.write_bytes(damage(path.read_bytes()))
     assert files(again()) == bucket.objects and downloaded(bucket) == [NAMES[1]]
 
 
-def test_file_of_a_large_cache_is_read_again_only_if_it_was_changed(bucket, again, monkeypatch):
-    shards = again() / "shards"
+def test_a_large_copy_is_not_read_through(bucket, again, monkeypatch):
+    folder = again()
     monkeypatch.setattr(staging, "VERIFIED_BYTES", 0)
-    read = []
-    hasher = staging.hasher
-    monkeypatch.setattr(staging, "hasher", lambda kind: read.append(kind) or hasher(kind))
-    again()
-    assert read == []
-    (shards / NAMES[0]).write_bytes((shards / NAMES[0]).read_bytes())
-    os.utime(shards / NAMES[0], ns=(1, 1))
-    again()
-    assert read == ["sha256"] and downloaded(bucket) == []
-    (shards / NAMES[0]).write_bytes(bytes((shards / NAMES[0]).stat().st_size))
-    assert files(again()) == bucket.objects and downloaded(bucket) == [NAMES[0]]
+    monkeypatch.setattr(staging, "_checksum", lambda path, like: 1 / 0)
+    assert again() == folder and downloaded(bucket) == []
 
 
-def test_interrupted_copy_is_completed(bucket, again, monkeypatch):
-    storage, count = downloads.storage(), []
-    cat_file = storage.cat_file
+def test_an_interrupted_copy_goes_on_where_it_was(bucket, again, monkeypatch):
+    checksum, count = staging._checksum, []
 
-    def cut_off(path, **where):
-        count.extend([path] if "shards" in path else [])
+    def cut_off(path, like):
+        count.append(path)
         if len(count) == 3:
             raise KeyboardInterrupt
-        return cat_file(path, **where)
+        return checksum(path, like)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(downloads, "THREADS", 1)
-        patch.setattr(storage, "cat_file", cut_off)
+        patch.setattr(staging, "THREADS", 1)
+        patch.setattr(staging, "_checksum", cut_off)
         again()
-    folder = again()
-    assert downloaded(bucket) == [NAMES[2]] and files(folder) == bucket.objects
+    assert files(again()) == bucket.objects and downloaded(bucket) == [NAMES[2]]
 
 
-def test_what_a_killed_process_leaves_is_used_or_removed(bucket, again):
-    folder = again()
-    for name in ("metadata.json", staging.RECORD_NAME):
-        (folder / name).unlink()
-    path = folder / "shards" / NAMES[1]
-    path.rename(path.with_name(path.name + downloads.UNFINISHED))
-    assert files(again()) == bucket.objects and downloaded(bucket) == [NAMES[1]]
-
-
-def test_other_cache_at_the_same_address_is_noticed(bucket, again, tmp_path):
-    folder = again()
-    (folder / "shards" / "of an earlier state").touch()
+def test_another_cache_at_the_same_address_is_noticed(bucket, again, tmp_path):
+    folder, before = again(), dict(bucket.objects)
     upload(bucket, write_cache(tmp_path / "other", "float32"))
-    assert again() == folder and files(folder) == bucket.objects and downloaded(bucket) == NAMES
-    assert LatentCache(str(folder)).metadata.dtype == "float32"
+    assert files(again()) == bucket.objects and downloaded(bucket) == NAMES
+    assert files(folder) == before, "a run may still read it"
 
 
 def test_metadata_that_was_written_anew_costs_no_shard(bucket, again):
@@ -122,116 +99,49 @@ def test_metadata_that_was_written_anew_costs_no_shard(bucket, again):
     assert files(again()) == bucket.objects and downloaded(bucket) == []
 
 
-def test_caches_at_other_addresses_have_other_copies(bucket, again):
-    bucket.objects.update(
-        {name.replace("data/", "else/"): data for name, data in bucket.objects.items()}
-    )
-    assert again() != again("gs://bucket/else/cache")
-
-
 def test_of_two_processes_one_copies(bucket, tmp_path, capsys):
-    folders, both = [], threading.Barrier(2)
-
-    def copy():
-        both.wait()
-        folders.append(staging._copied.__wrapped__(URL, tmp_path / "staged", "data.path"))
-
-    threads = [threading.Thread(target=copy) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: local_cache(URL, str(tmp_path / "staged")))
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert folders[0] == folders[1] and downloaded(bucket) == NAMES
-    assert capsys.readouterr().out.count("copying") == 1
-
-
-def test_lock_is_waited_for(bucket, tmp_path, monkeypatch, capsys):
-    held = []
-
-    def flock(file, operation):
-        held.append(operation)
-        if operation & staging.fcntl.LOCK_NB:
-            raise BlockingIOError
-
-    monkeypatch.setattr(staging.fcntl, "flock", flock)
-    local_copy(URL, str(tmp_path / "staged"))
-    assert held == [staging.fcntl.LOCK_EX | staging.fcntl.LOCK_NB, staging.fcntl.LOCK_EX]
-    assert (
-        f"waiting for another process on this host, which copies {URL}" in capsys.readouterr().out
-    )
-
-
-def test_progress_tells_what_is_left():
-    said = []
-    progress = downloads.Progress(4 * 2**30, said.append)
-    progress.add(10)
-    progress._told -= downloads.PROGRESS_SECONDS
-    progress._start -= 100
-    progress.add(2**30)
-    (line,) = said
-    assert (
-        line.startswith("copied 1.0 GiB of 4.0 GiB, ")
-        and line.endswith(" left")
-        and "MiB/s" in line
-    )
+    assert downloaded(bucket) == NAMES and capsys.readouterr().out.count("copying") == 1
 
 
 # ---------------------------------------------------------------- single files
 
 
-def with_npz(store: ObjectStore, tmp_path: pathlib.Path) -> dict[str, np.ndarray]:
-    arrays = {
-        "images": np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4),
-        "labels": np.arange(5) % 2,
-    }
-    np.savez(tmp_path / "mine.npz", **arrays)
-    store.objects["data/mine.npz"] = (tmp_path / "mine.npz").read_bytes()
-    return arrays
+def test_a_file_is_copied_once_by_a_process_and_anew_when_it_changes(bucket, tmp_path):
+    bucket.objects["kl/weights.safetensors"] = b"one"
+    path = local_copy(FILE, str(tmp_path))
+    assert path.name == "weights.safetensors" and path.read_bytes() == b"one"
+    bucket.objects["kl/weights.safetensors"] = b"two"
+    assert local_copy(FILE, str(tmp_path)) == path and path.read_bytes() == b"one"
+    staging._copied.cache_clear()
+    assert local_copy(FILE, str(tmp_path)).read_bytes() == b"two"
 
 
-def test_npz_file_in_a_bucket_is_a_source(bucket, tmp_path):
-    arrays = with_npz(bucket, tmp_path)
-    flags = [
-        "image_size=4",
-        "patch_size=1",
-        "num_classes=2",
-        f"staging={tmp_path / 'staged'}",
-        "class_names=",
-    ]
-    places = ["--config.data.source=npz", "--config.data.path=gs://bucket/data/mine.npz"]
-    config = load_config("digits", *places, *(f"--config.data.{flag}" for flag in flags))
-    source = open_data(config, build(config).modality)
-    np.testing.assert_array_equal(source.images[..., 0], arrays["images"])
-
-
-@pytest.mark.parametrize("kind", ["md5", "crc32c"])
-def test_file_is_known_by_its_checksum(bucket, again, tmp_path, monkeypatch, kind):
-    with_npz(bucket, tmp_path)
-    storage = downloads.storage()
-    info = storage.info
-
-    def of_parts(path):
-        """What is told of an object that was uploaded in parts."""
-        crc = google_crc32c.Checksum(bucket.objects["data/mine.npz"]).digest()
-        told = {name: value for name, value in info(path).items() if name != "md5Hash"}
-        return told | {"crc32c": base64.b64encode(crc).decode()}
-
-    if kind == "crc32c":
-        monkeypatch.setattr(storage, "info", of_parts)
-    path = again("gs://bucket/data/mine.npz")
-    assert path.name == "mine.npz" and path.read_bytes() == bucket.objects["data/mine.npz"]
-    again("gs://bucket/data/mine.npz")
-    assert downloaded(bucket) == []
-    bucket.objects["data/mine.npz"] = bytes(len(bucket.objects["data/mine.npz"]))
-    assert again("gs://bucket/data/mine.npz").read_bytes() == bucket.objects["data/mine.npz"]
+def test_npz_files_and_autoencoders_in_a_bucket(bucket, tmp_path):
+    np.savez(tmp_path / "mine.npz", images=np.zeros((5, 4, 4), np.uint8), labels=np.arange(5))
+    bucket.objects["data/mine.npz"] = (tmp_path / "mine.npz").read_bytes()
+    path = local_source("npz", "gs://bucket/data/mine.npz", str(tmp_path / "staged"))
+    assert np.load(path)["labels"].tolist() == list(range(5))
+    weights = write_weights(tmp_path / "small.safetensors")
+    bucket.objects["kl/weights.safetensors"] = pathlib.Path(weights).read_bytes()
+    settings = load_config("default", f"--config.autoencoder.name={NAME}").autoencoder
+    settings.path = FILE
+    mesh = sharding.make_mesh((-1, 1, 1), jax.devices()[:1])
+    with registered():
+        found = Autoencoder(settings, mesh, str(tmp_path / "staged"))
+    assert found.sha256 == file_sha256(weights)
 
 
 def test_local_paths_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert (
-        local_copy("a/b") == pathlib.Path("a/b")
-        and local_copy("~/kl16.ckpt") == tmp_path / "kl16.ckpt"
-    )
+    assert local_copy("a/b") == pathlib.Path("a/b") and local_copy("~/kl16") == tmp_path / "kl16"
     assert all(local_source(name, "a//b") == "a//b" for name in SOURCES)
 
 
@@ -239,33 +149,95 @@ def test_local_paths_are_left_alone(tmp_path, monkeypatch):
 
 
 def test_training_takes_its_cache_from_a_bucket(bucket, tmp_path):
-    flags = (
-        *RUN,
-        *LATENTS,
-        f"--config.data.staging={tmp_path / 'staged'}",
-        f"--workdir={tmp_path / 'run'}",
-    )
-    status, said = Training(
-        compiled(), *flags, "--config.num_steps=2", storage=bucket.environment
-    ).finish()
-    assert status == 0 and f"copying {URL} to {tmp_path / 'staged'}" in said, said
-    assert downloaded(bucket) == NAMES
-    bucket.requests.clear()
-    status, said = Training(
-        compiled(), *flags, "--config.num_steps=4", storage=bucket.environment
-    ).finish()
-    assert status == 0 and "going on from step 2 of 4" in said and downloaded(bucket) == [], said
+    flags = (*RUN, *LATENTS, f"--config.data.staging={tmp_path}", f"--workdir={tmp_path / 'run'}")
+    training = Training(compiled(), *flags, "--config.num_steps=2", storage=bucket.environment)
+    status, said = training.finish()
+    assert status == 0 and downloaded(bucket) == NAMES, said
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
     assert stored["path"] == URL, "the next start needs the address, not the copy"
 
 
-def test_autoencoder_in_a_bucket(bucket, tmp_path):
-    weights = write_weights(tmp_path / "small.safetensors")
-    bucket.objects["kl/small.safetensors"] = pathlib.Path(weights).read_bytes()
-    settings = load_config("default", f"--config.autoencoder.name={NAME}").autoencoder
-    settings.path = "gs://bucket/kl/small.safetensors"
-    with registered():
-        found = Autoencoder(
-            settings, sharding.make_mesh((-1, 1, 1), jax.devices()[:1]), str(tmp_path / "staged")
-        )
-    assert found.sha256 == file_sha256(weights) and downloaded(bucket) == ["small.safetensors"]
+BAD = {  # what is done to the bucket -> words of the error
+    "no object": (lambda objects: objects.clear(), [URL]),
+    "an unfinished cache": (lambda objects: objects.pop("data/cache/metadata.json"), [URL]),
+    "a missing shard": (lambda objects: objects.pop(shard(2)), [NAMES[2], "check the address"]),
+    "a cut shard": (lambda objects: objects.update({shard(2): b"1"}), [NAMES[2], "checksum"]),
+    "a damaged shard": (
+        lambda objects: objects.update({shard(2): flipped(objects[shard(2)])}),
+        [NAMES[2], "checksum", "copy it to the bucket again"],
+    ),
+    "other metadata": (
+        lambda objects: objects.update({"data/cache/metadata.json": b"[]"}),
+        [f"{URL}/metadata.json cannot be read"],
+    ),
+    "a name that leads out": (
+        lambda objects: objects.update(
+            {
+                "data/cache/metadata.json": objects["data/cache/metadata.json"].replace(
+                    NAMES[0].encode(), b"../../x"
+                )
+            }
+        ),
+        ["../../x is not the name of a file"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_cache_is_one_line(bucket, tmp_path, capsys, name):
+    change, words = BAD[name]
+    change(bucket.objects)
+    flags = [f"--config={CONFIG}", *LATENTS, f"--config.data.staging={tmp_path / 'staged'}"]
+    line = refusal(capsys, *flags, f"--workdir={tmp_path / 'run'}")
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "staged").rglob(NAMES[2]))
+
+
+REFUSED = {  # flags -> words of the error
+    "--config.data.latent_scale=0.5": [URL, "--config.data.latent_scale=0.25"],
+    "--config.autoencoder.path=gs://bucket/kl16.ckpt": ["autoencoder.path", "kl16.ckpt"],
+    "--config.autoencoder.path=gs://bucket/kl/kl16.ckpt": [SHA, "gs://bucket/kl/kl16.ckpt"],
+    "--config.data.source=tar": ["data.source", '"tar"', "prepare", "gcloud storage cp"],
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_what_does_not_fit_a_cache_is_one_line(bucket, tmp_path, capsys, flag):
+    bucket.objects["kl/kl16.ckpt"] = b"another"
+    flags = [f"--config={CONFIG}", *LATENTS, f"--config.data.staging={tmp_path / 'staged'}", flag]
+    line = refusal(capsys, *flags, f"--workdir={tmp_path / 'run'}")
+    assert all(word in line for word in REFUSED[flag]), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_cannot_take_it_is_named(bucket, again, monkeypatch, tmp_path):
+    needed = sum(len(data) for name, data in bucket.objects.items() if "shards" in name)
+    usage = staging.shutil.disk_usage("/")
+    with monkeypatch.context() as patch, pytest.raises(PathError, match=f"needs {needed:,} bytes"):
+        patch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+        again()
+    assert downloaded(bucket) == []
+
+    def full(path, like):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(PathError, match="No space left.*staging"):
+        patch.setattr(staging, "_checksum", full)
+        again()
+    assert files(again()) == bucket.objects
+    (tmp_path / "file").touch()
+    with pytest.raises(PathError, match=f"cannot be copied to {tmp_path}/file .*data.staging"):
+        local_copy(FILE, str(tmp_path / "file"))
+
+
+def test_where_copies_are_kept(bucket, monkeypatch, tmp_path):
+    bucket.objects["kl/weights.safetensors"] = b"one"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert local_copy(FILE).is_relative_to(tmp_path / "djepa_jax" / "staged")
+    with pytest.raises(PathError, match='data.staging "gs://bucket/x" is not a local path'):
+        local_copy(FILE, "gs://bucket/x")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", str)
+    with pytest.raises(PathError, match="no cache folder.*--config.data.staging"):
+        local_copy(FILE)

@@ -1,5 +1,5 @@
 """SIGTERM and Ctrl-C, wherever a run of one process is, and what else ends it early;
-`test_hosts.py` has those of several.
+`test_distributed_processes.py` has those of several.
 """
 
 import os

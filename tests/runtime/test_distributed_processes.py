@@ -22,7 +22,6 @@ from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.orbax_io import restore_arrays, stored_arrays
 from djepa_jax.runtime.distributed import SAVED, STARTING
 from djepa_jax.runtime.lock import lock_workdir
-from djepa_jax.runtime.rendezvous import VARIABLE
 
 STEPS, EVERY, HEARTBEAT = 12, 4, 10
 MESH = "(1,4,1)"  # parameters are split over the processes, as the batch is
@@ -151,11 +150,9 @@ def test_only_the_first_process_writes_and_speaks(together):
     assert [line["step"] for line in metrics(workdir)] == list(range(1, STEPS + 1))
     assert len(list(workdir.glob("events.out.tfevents*"))) == 1
     assert "Training is complete" in first.log
-    awaited, connected = second.log.splitlines()
-    assert awaited.startswith("process 1 of 2, coordinator 127.0.0.1:") and awaited.endswith(
-        "up to 300 s for the others"
-    )
-    assert connected.startswith("process 1 of 2 is connected")
+    assert "process 1 of 2, coordinator 127.0.0.1:" in second.log
+    assert "waiting up to 300 s for the others" in second.log
+    assert f"pid {second.process.pid}) is connected" in second.log and "step" not in second.log
     assert not list(workdir.glob(".shared*"))
 
 
@@ -242,11 +239,8 @@ def test_a_signal_to_one_ends_both_where_there_is_nothing_to_save(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which, number", [(1, signal.SIGTERM), (0, signal.SIGINT)])
-def test_with_the_training_step_as_it_is_a_signal_stops_both(
-    together, start, tmp_path, which, number
-):
-    stop_by_signal(start, tmp_path / "run", which, number)
+def test_with_the_training_step_as_it_is_a_signal_stops_both(together, start, tmp_path):
+    stop_by_signal(start, tmp_path / "run", 0, signal.SIGINT)
     assert_goes_on(start, tmp_path / "run", together[0], pictures=False)
 
 
@@ -260,10 +254,8 @@ def lose_one(start, workdir: pathlib.Path, which: int, **troubles) -> None:
         member.wait_for(f"holding at {EVERY + 1}")
     while Checkpoints(workdir).recorded_step() != EVERY:
         time.sleep(0.02)
-    assert (
-        f"process {which} = {socket.gethostname()}, pid {members[which].process.pid}\n"
-        in members[0].log
-    )
+    name = f"process {which} of 2 ({socket.gethostname()}, pid {members[which].process.pid})"
+    assert f"{name} is connected" in members[which].log
     began = time.monotonic()
     members[which].process.kill()
     members[which].process.join()
@@ -284,9 +276,8 @@ def test_when_one_is_killed_the_other_ends(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1])
-def test_when_one_was_killed_the_same_command_goes_on(together, start, tmp_path, which):
-    lose_one(start, tmp_path / "run", which)
+def test_when_one_was_killed_the_same_command_goes_on(together, start, tmp_path):
+    lose_one(start, tmp_path / "run", 0)
     assert_goes_on(start, tmp_path / "run", together[0], pictures=False)
 
 
@@ -347,11 +338,8 @@ def test_unlike_commands_are_refused_by_both(start, tmp_path):
 
 def test_waiting_for_others_has_an_end(compiled, tmp_path):
     """For either process, at the same time: each waits for its own other one."""
-    began, ports, command = (
-        time.monotonic(),
-        (free_port(), free_port()),
-        arguments(tmp_path / "run", "--rendezvous_timeout=4"),
-    )
+    began, command = time.monotonic(), arguments(tmp_path / "run", "--rendezvous_timeout=4")
+    ports = [free_port(), free_port()]
     members = [
         Member(compiled, tmp_path / f"log{index}", command, (ports[index], index))
         for index in (0, 1)
@@ -359,27 +347,20 @@ def test_waiting_for_others_has_an_end(compiled, tmp_path):
     assert statuses(members) == [2, 2], members[0].log + members[1].log
     assert time.monotonic() - began >= 4
     for index, member in enumerate(members):
-        lines = member.log.splitlines()
-        assert (
-            lines[0]
-            == f"process {index} of 2, coordinator 127.0.0.1:{ports[index]}: waiting up to 4 s "
-            "for the others"
+        place = f"process {index} of 2, coordinator 127.0.0.1:{ports[index]}"
+        assert f"{place}: waiting up to 4 s for the others\n" in member.log
+        assert member.log.endswith(
+            "error: not all processes came within 4 s; start all of them again.\n"
         )
-        assert lines[1].startswith("still waiting for the others, ") and lines[1].endswith(
-            " s left"
-        )
-        assert lines[-1] == "error: not all processes came within 4 s; start all of them again."
     assert not (tmp_path / "run").exists()
 
 
-def test_a_port_in_use_ends_the_first_process_with_an_error(compiled, tmp_path):
-    with socket.create_server(("127.0.0.1", free_port())) as service:
-        port = service.getsockname()[1]
-        member = Member(compiled, tmp_path / "log", arguments(tmp_path / "run"), (port, 0))
-        assert member.status() == 2, member.log
-    assert (
-        f"error: port {port} of this machine, where process 0 is to meet the others" in member.log
-    )
+def test_a_machine_where_jax_finds_no_others_is_told_so(compiled, tmp_path):
+    command = arguments(tmp_path / "run", "--distributed=tpu")
+    member = Member(compiled, tmp_path / "log", command)
+    assert member.status() == 2, member.log
+    (line,) = [line for line in member.log.splitlines() if line.startswith("error: ")]
+    assert "--distributed=tpu" in line and "--distributed=explicit" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -387,7 +368,7 @@ def test_a_port_in_use_ends_the_first_process_with_an_error(compiled, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["(4,1,1)", "(2,2,1)", "(1,2,2)", "(2,1,2)"])
+@pytest.mark.parametrize("mesh", ["(2,2,1)", "(1,2,2)"])
 def test_any_mesh_over_two_processes_trains_as_one_process_does(alone, start, tmp_path, mesh):
     members = start(arguments(tmp_path / "run", "--config.evaluation.kind=none", mesh=mesh))
     assert statuses(members) == [0, 0], members[0].log + members[1].log
@@ -395,31 +376,24 @@ def test_any_mesh_over_two_processes_trains_as_one_process_does(alone, start, tm
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_slurm_tells_where_to_meet(together, compiled, tmp_path):
-    """The command line as `launch/train_slurm.sh` runs it."""
+def test_slurm_tells_where_to_meet():
+    """What `launch/train_slurm.sh` relies on: JAX reads Slurm's variables."""
     job = {
         "SLURM_JOB_ID": "7",
         "JAX_COORDINATOR_PORT": str(free_port()),
         "SLURM_NTASKS": "2",
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_LOCALID": "0",
-    }
-    flags = (
-        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false"
-    )
-    where = {
-        "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": f"{compiled}/slurm",
         "JAX_PLATFORMS": "cpu",
-        VARIABLE: "slurm",
     }
-    command = [sys.executable, "-m", "djepa_jax.main", *arguments(tmp_path / "run")]
+    code = (
+        "from djepa_jax.runtime import distributed; distributed.connect('slurm'); "
+        "print('the largest is', distributed.max_over_processes(distributed.jax.process_index()))"
+    )
     children = [
         subprocess.Popen(
-            command,
-            env=os.environ | where | job | {"SLURM_PROCID": str(index)},
+            [sys.executable, "-c", code],
+            env=os.environ | job | {"SLURM_PROCID": str(index)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -427,5 +401,6 @@ def test_slurm_tells_where_to_meet(together, compiled, tmp_path):
     ]
     outputs = [child.communicate(timeout=300)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
-    assert f"process 1 of 2 in Slurm job {job['SLURM_JOB_ID']} on" in outputs[1]
-    assert_same_arrays(tmp_path / "run", together[0])
+    for index, output in enumerate(outputs):
+        assert "--distributed=slurm: waiting up to" in output
+        assert f"process {index} of 2 (" in output and "the largest is 1" in output
