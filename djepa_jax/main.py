@@ -25,7 +25,7 @@ def train(values: flags.FlagValues, experiment: Experiment) -> None:
     from djepa_jax.training.reporting import summarise
 
     result = train(experiment, values.workdir, restore_from=values.restore_from)
-    if distributed.is_main():
+    if distributed.is_main_process():
         summarise(result, experiment, values.workdir)
 
 
@@ -42,7 +42,7 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
     from djepa_jax.evaluation.evaluate import describe, run_evaluate
 
     record, path = run_evaluate(experiment, values.workdir)
-    if distributed.is_main():
+    if distributed.is_main_process():
         print(f"step {record['step']}: {describe(record['metrics'])}\nwrote {path}")
 
 
@@ -164,6 +164,19 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Experiment | None]:
     return values, experiment
 
 
+def connect(values: flags.FlagValues) -> None:
+    """Meet the other processes, if there are to be any."""
+    distributed.connect(
+        values.distributed,
+        values.coordinator,
+        values.num_processes,
+        values.process_id,
+        timeout=values.rendezvous_timeout,
+        heartbeat=values.heartbeat_timeout,
+        saves=values.mode == "train",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: expected failures become one line and exit status 2 (130 for Ctrl-C)."""
     argv = sys.argv if argv is None else argv
@@ -171,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
     try:
         values, experiment = parse(argv if len(argv) > 1 else [*argv, "--help"])
-        distributed.start(values, saves=values.mode == "train")
+        connect(values)
         use_compilation_cache()
         MODES[values.mode].run(values, experiment)
         return 0
@@ -184,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = errors.expected(error)
         if text is None:
-            if distributed.alone():
+            if distributed.is_single_process():
                 raise
             traceback.print_exc()
             text = f"{type(error).__name__} in process {jax.process_index()}"
@@ -194,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _exit_status(status: int) -> int:
     """The status to end with. One of several processes ends at once: JAX would wait for others."""
-    if not distributed.alone():
+    if not distributed.is_single_process():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -228,7 +228,7 @@ class StopSignals:
     """
 
     def __init__(self):
-        self.answer = SAVING
+        self._answer = SAVING
         self._caught, self._agreed, self._questions = False, False, 0
         self._together = jax.process_count() > 1
         self._previous: dict = {}
@@ -245,6 +245,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def announce(self, answer: str) -> None:
+        """Say what a signal leads to from now on."""
+        self._answer = answer
+
     def requested(self, step: int) -> bool:
         """Whether to stop now, with `step` steps made; once it was so, it stays so."""
         if not self._together:
@@ -254,7 +258,7 @@ class StopSignals:
         if not self._agreed and multihost_utils.reached_preemption_sync_point(self._questions):
             self._agreed = True
             if is_main_process():
-                print(f"a process was asked to stop, at step {step}: {self.answer}", flush=True)
+                print(f"a process was asked to stop, at step {step}: {self._answer}", flush=True)
         return self._agreed
 
     def _catch(self, number, frame):
@@ -266,6 +270,6 @@ class StopSignals:
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
         name = signal.Signals(number).name
-        text = f"\n{name}: {self.answer}; press Ctrl-C again to stop at once.\n"
+        text = f"\n{name}: {self._answer}; press Ctrl-C again to stop at once.\n"
         with contextlib.suppress(OSError):  # nobody may be listening any more
             os.write(1, text.encode())  # not by print, which may be what the signal interrupted

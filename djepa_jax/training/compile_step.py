@@ -15,8 +15,8 @@ from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, TrainStepConfig, make_train_step
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
+from djepa_jax.runtime.progress import format_bytes
 from djepa_jax.runtime.storage import write_json
-from djepa_jax.runtime.units import format_bytes
 
 FILE_NAME = "grad_accumulation.json"
 

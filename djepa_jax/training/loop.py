@@ -24,8 +24,8 @@ from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.profiling import ProfileWindow, debug_switches
+from djepa_jax.runtime.progress import format_seconds
 from djepa_jax.runtime.storage import as_path, check_writable
-from djepa_jax.runtime.units import format_seconds
 from djepa_jax.training.compile_step import (
     StepProgram,
     compile_step,
@@ -164,7 +164,7 @@ class _Run:
         train_step = self._compile(state, batch)
         debug = experiment.debug
         profile = ProfileWindow(self.report.local_folder, debug.profile_start, debug.profile_steps)
-        watch.restart()
+        watch.lap()  # compiling is not training
         stopped = self._asked_to_stop(step)
         with contextlib.closing(profile):
             while step < experiment.num_steps and not stopped:
