@@ -222,9 +222,6 @@ class StopSignals:
 
     A signal to any of several processes stops all of them after the same question, which is why
     they have to ask the same questions in the same order.
-
-    Attributes:
-        answer: what is going to be done about a signal, for people.
     """
 
     def __init__(self):

@@ -31,8 +31,8 @@ def expected(error: Exception) -> str | None:
     if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error):
         reason = str(error).splitlines()[0]
         return (
-            f"the devices' memory is too small ({reason}); in training raise config.grad_accumulation_steps, "
-            "in sampling lower config.sample.batch_size or config.autoencoder.batch_size."
+            f"the devices' memory is too small ({reason}); in training raise "
+            "config.grad_accumulation_steps, in sampling lower config.sample.batch_size or config.autoencoder.batch_size."
         )
     if type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
         return f"storage: {type(error).__name__}: {error}"
