@@ -278,7 +278,7 @@ def run_evaluation(values: flags.FlagValues) -> None:
 
 def run_importing(values: flags.FlagValues) -> None:
     """Make a checkpoint of weights from elsewhere."""
-    from djepa_jax.checkpoints.convert.importing import run_import
+    from djepa_jax.checkpoints.convert.import_weights import run_import
 
     for line in run_import(values.config, values.workdir, values.source):
         print(line)

@@ -17,8 +17,8 @@ from flax import traverse_util
 
 from djepa_jax import __version__
 from djepa_jax.checkpoints.autoencoder import stored_sha256, with_autoencoder
+from djepa_jax.checkpoints.convert.import_weights import LAYOUT
 from djepa_jax.checkpoints.convert.official import to_official
-from djepa_jax.checkpoints.convert.reading import LAYOUT
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
 from djepa_jax.checkpoints.integrity import write_manifest
 from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
