@@ -1,9 +1,6 @@
-"""Files as the authors' program writes them, the command line that imports them, and what a workdir
-then holds.
-"""
+"""Files as the authors' program writes them, a config that fits them, and what an import leaves."""
 
 import argparse
-import pathlib
 
 import jax
 import numpy as np
@@ -13,7 +10,7 @@ from tiny import CONFIGS
 
 from djepa_jax import main as cli
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import init_state
 
@@ -44,11 +41,9 @@ def flags_of(parity: Parity, *extra: str) -> list[str]:
     ]
 
 
-def run_import(source, workdir, flags: list[str]) -> int:
-    """The exit code of an import by the command line."""
-    return cli.main(
-        ["djepa_jax", "--mode=import", f"--source={source}", f"--workdir={workdir}", *flags]
-    )
+def config_of(parity: Parity, *extra: str):
+    """That config."""
+    return cli.parse(["djepa_jax", "--workdir=unused", *flags_of(parity, *extra)]).config
 
 
 def as_torch(
@@ -78,11 +73,11 @@ def without(tensors: dict, *parts: str) -> dict:
     }
 
 
-def read_workdir(workdir, flags: list[str], step: int | None = None) -> tuple[dict, int]:
+def read_workdir(workdir, config, step: int | None = None) -> tuple[dict, int]:
     """The parts of the training state in a workdir's checkpoint (the latest), by name, and its
     step.
     """
-    experiment = cli.parse(["djepa_jax", f"--workdir={workdir}", *flags]).config
+    experiment = configuration.build(config)
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     shardings = sharding.state_shardings(abstract, mesh)
@@ -94,11 +89,6 @@ def read_workdir(workdir, flags: list[str], step: int | None = None) -> tuple[di
     parts = checkpoints.restore(placed, meta)
     checkpoints.close()
     return parts, meta.step
-
-
-def has_checkpoint(workdir: pathlib.Path) -> bool:
-    """Whether a workdir holds a finished step."""
-    return workdir.exists() and Checkpoints(workdir).latest_step() is not None
 
 
 def assert_same(actual: dict, expected: dict) -> None:

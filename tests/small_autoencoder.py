@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from tiny import load_config
 
 from djepa_jax.checkpoints import autoencoder
-from djepa_jax.checkpoints.convert import autoencoder as interop
-from djepa_jax.checkpoints.convert.autoencoder import LATENT_DIFFUSION, names_of
+from djepa_jax.checkpoints.convert import autoencoder_kl as interop
+from djepa_jax.checkpoints.convert.autoencoder_kl import LATENT_DIFFUSION, names_of
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, AutoencoderConfig, split_autoencoder
 
 NAME = "small"  # as which tests register it

@@ -60,7 +60,7 @@ def test_importing_touches_no_device():
         "import sys; sys.modules |= dict.fromkeys(('torch', 'tensorflow', 'safetensors', "
         "'flatbuffers')); "  # not importable
         "import djepa_jax.main, djepa_jax.training.loop, djepa_jax.sampling.model, "
-        "djepa_jax.checkpoints.export, djepa_jax.checkpoints.convert.importing; "
+        "djepa_jax.checkpoints.export, djepa_jax.checkpoints.convert.import_weights; "
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

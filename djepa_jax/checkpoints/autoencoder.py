@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from djepa_jax.checkpoints.convert.autoencoder import from_tensors
+from djepa_jax.checkpoints.convert.autoencoder_kl import from_tensors
 from djepa_jax.checkpoints.convert.tensor_files import open_tensors
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.experiment import ConfigError
@@ -18,6 +18,7 @@ from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, decode_tiled, spl
 from djepa_jax.runtime.staging import local_copy
 
 TILE, OVERLAP = 64, 16  # latents; maps up to 64 x 64 (1024 pixels with KL-16) are decoded whole
+FLAG = "--config.autoencoder.path"
 
 
 class Autoencoder:
@@ -35,27 +36,19 @@ class Autoencoder:
     """
 
     def __init__(self, settings, mesh, staging: str = ""):
-        if not settings.path:
-            raise ConfigError(
-                "config.autoencoder.path is empty; name the weights (kl16.ckpt, or a .safetensors "
-                "file)."
-            )
-        path = local_copy(settings.path, staging, "config.autoencoder.path")
+        path = weights_file(settings, staging)
         self.config, self._mesh = AUTOENCODERS[settings.name], mesh
         self.sha256 = check_sha256(settings, path)
-        params = read_autoencoder(path, settings.name)
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-settings.batch_size // divisor) * divisor
-        self._params = jax.device_put(params, sharding.replicated(mesh))
-        self._encode = jax.jit(make_encoder(settings.name), out_shardings=sharding.replicated(mesh))
-        self._decode = jax.jit(
-            make_decoder(settings.name, settings.dtype), out_shardings=sharding.replicated(mesh)
-        )
+        replicated = sharding.replicated(mesh)
+        self._params = jax.device_put(read_autoencoder(path, settings.name), replicated)
+        self._encode = jax.jit(make_encoder(settings.name), out_shardings=replicated)
+        decoder = make_decoder(settings.name, settings.dtype)
+        self._decode = jax.jit(decoder, out_shardings=replicated)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Moments of images and of their mirror images: uint8 `[n, H, W, 3]` -> float32 `[n, 2, h,
-        w, 2c]`.
-        """
+        """Uint8 `[n, H, W, 3]` -> moments `[n, 2, h, w, 2c]` of them and their mirror images."""
         return self._in_batches(self._encode, images)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -63,15 +56,12 @@ class Autoencoder:
         return self._in_batches(self._decode, latents)
 
     def _in_batches(self, function: Callable, arrays: np.ndarray) -> np.ndarray:
-        """Apply a jitted function batch by batch; the last one is padded, so that one program
-        serves all.
-        """
-        place, results = sharding.batch_sharding(self._mesh), []
+        """Apply a jitted function; the last batch is padded, so that one program serves all."""
+        results = []
         for start in range(0, len(arrays), self.batch_size):
             chosen = np.arange(start, start + self.batch_size) % len(arrays)
-            results.append(
-                np.asarray(function(self._params, jax.device_put(arrays[chosen], place)))
-            )
+            batch = jax.device_put(arrays[chosen], sharding.batch_sharding(self._mesh))
+            results.append(np.asarray(function(self._params, batch)))
         return np.concatenate(results)[: len(arrays)]
 
 
@@ -85,45 +75,46 @@ def has_autoencoder(config) -> bool:
     return makes_latents(config) and bool(config.autoencoder.path)
 
 
+def weights_file(settings, staging: str = "") -> pathlib.Path:
+    """The file that `config.autoencoder` names; one in a bucket is copied below `staging` first.
+
+    Raises:
+        ConfigError: none is named.
+    """
+    if not settings.path:
+        raise ConfigError(f"{FLAG} is empty; name the weights (kl16.ckpt, or a .safetensors file).")
+    return local_copy(settings.path, staging, FLAG.removeprefix("--"))
+
+
 def check_sha256(settings, path: pathlib.Path) -> str:
-    """The sha256 of the weights in `path`, which `config.autoencoder` names; empty if there is no
-    such file.
+    """The sha256 of the weights in `path`; empty if there is no such file, which reading will say.
 
     Raises:
         ConfigError: it is not the one that `config.autoencoder` asks for.
     """
-    found = (
-        file_sha256(path) if path.is_file() else ""
-    )  # without one, reading it says what is wrong
+    found = file_sha256(path) if path.is_file() else ""
     if found and settings.sha256 and found != settings.sha256:
         raise ConfigError(
-            f'config.autoencoder.path "{settings.path}" has sha256 {found}, but the latents are '
-            "those of the autoencoder with "
-            f"sha256 {settings.sha256} (config.autoencoder.sha256): another one makes wrong "
-            "pictures of them. Name that file."
+            f'{FLAG} "{settings.path}" has sha256 {found}, but the latents are those of the '
+            f"autoencoder with sha256 {settings.sha256} (config.autoencoder.sha256): another one "
+            "makes wrong pictures of them. Name that file."
         )
     return found
 
 
 def weights_sha256(config) -> str:
-    """As `check_sha256`, of the file that a config names; one in a bucket is copied first."""
-    return check_sha256(
-        config.autoencoder,
-        local_copy(config.autoencoder.path, config.data.staging, "config.autoencoder.path"),
-    )
+    """As `check_sha256`, of the file that a config names."""
+    path = weights_file(config.autoencoder, config.data.staging)
+    return check_sha256(config.autoencoder, path)
 
 
 def stored_sha256(stored: dict) -> str:
-    """Of the autoencoder whose latents a stored configuration's model learned; empty where that is
-    not known.
-    """
+    """Of the autoencoder whose latents a stored model learned; empty where that is not known."""
     return stored.get("autoencoder", {}).get("sha256", "")
 
 
 def with_autoencoder(config, sha256: str):
-    """A copy of a config in which the latents are those of the autoencoder with a certain sha256;
-    the config if that is empty.
-    """
+    """A copy of a config that asks for the autoencoder with `sha256`, unless that is empty."""
     if not sha256:
         return config
     if hasattr(config, "updated"):  # Settings
@@ -134,15 +125,13 @@ def with_autoencoder(config, sha256: str):
 
 
 def read_autoencoder(path: pathlib.Path, name: str) -> dict:
-    """Parameters of the autoencoder called `name` in `AUTOENCODERS`, from a file in either known
-    layout.
+    """Parameters of the autoencoder called `name` in `AUTOENCODERS`, from a file in any layout.
 
     Raises:
         SourceError, MismatchError: the file cannot be read, or is of another autoencoder.
     """
-    flag = "--config.autoencoder.path"
-    tensors = next(iter(open_tensors(path, flag).weights.values()))
-    return from_tensors(tensors, AUTOENCODERS[name], f'{flag} "{path}"')
+    file = open_tensors(path, FLAG)
+    return from_tensors(file.groups[file.average], AUTOENCODERS[name], f'{FLAG} "{path}"')
 
 
 def make_encoder(name: str) -> Callable:

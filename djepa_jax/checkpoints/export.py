@@ -8,6 +8,7 @@ complete, never before.
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -16,27 +17,16 @@ import optax
 from flax import traverse_util
 
 from djepa_jax import __version__
+from djepa_jax.checkpoints import stablehlo, stored
 from djepa_jax.checkpoints.autoencoder import stored_sha256, with_autoencoder
+from djepa_jax.checkpoints.convert.import_weights import LAYOUT
 from djepa_jax.checkpoints.convert.official import to_official
-from djepa_jax.checkpoints.convert.reading import LAYOUT
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
 from djepa_jax.checkpoints.integrity import write_manifest
-from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
+from djepa_jax.checkpoints.model_card import model_card, read_provenance
 from djepa_jax.checkpoints.orbax_io import FORMAT, CheckpointError, save_arrays
-from djepa_jax.checkpoints.stablehlo import arguments, compile_sampler
-from djepa_jax.checkpoints.stored import (
-    CARD_NAME,
-    CONFIG_NAME,
-    KIND,
-    OFFICIAL,
-    ORBAX,
-    PARAMS_NAME,
-    SAFETENSORS,
-    StoredModel,
-    find_model,
-    is_export,
-    tensor_file,
-)
+from djepa_jax.checkpoints.stablehlo import STABLEHLO
+from djepa_jax.checkpoints.stored import OFFICIAL, ORBAX, SAFETENSORS, StoredModel
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.settings import Settings
@@ -44,20 +34,23 @@ from djepa_jax.core import sharding
 from djepa_jax.runtime.storage import check_local, check_writable, write_json
 from djepa_jax.sampling.generator import check_same_model, placed_params
 
-STABLEHLO = "stablehlo"
+FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
 # Places on this machine are nobody's business.
 PRIVATE = {"data.path": "", "data.staging": "", "prepare.path": "", "autoencoder.path": ""}
-FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
+# Patterns, as which Orbax takes the path that it writes to, and bytes that are no UTF-8.
+ORBAX_REFUSES = re.compile(r"[*?\[\\\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What to export, and how."""
+class ExportJob:
+    """A model to export, with its parameters in memory, and how."""
 
     model: StoredModel
     config: Settings
     experiment: Experiment
+    abstract: dict
     params: dict
+    form: str
     licence: str
 
 
@@ -67,131 +60,128 @@ def run_export(
     """Write an export folder; returns its path.
 
     Args:
-        config: an ml-collections config; None for the one that is stored with the weights.
+        config: None for the one that is stored with the weights.
         workdir: a workdir, one of its steps, or another export.
         out: the folder to write.
         form: one of `FORMATS`.
         overwrite: replace a folder that an export wrote.
-        licence: what the card says about the licence of the weights.
+        licence: of the weights, for the card.
 
     Raises:
         CheckpointError: nothing to export, or `out` exists or cannot be written.
         ConfigError: the config is of another model.
     """
-    model = find_model(workdir)
+    model = stored.find_model(workdir)
     if config is not None:
         check_same_model(model.config, config)
-    config = Settings(configuration.resolved(config)) if config is not None else model.config
+    config = model.config if config is None else Settings(configuration.resolved(config))
     config = with_autoencoder(config, stored_sha256(model.config))
     experiment = configuration.build(config)
-    target = _check_target(out, overwrite)
+    target = _check_target(out, form, overwrite)
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
-    job = Job(model, config, experiment, model.restore(placed_params(experiment, mesh)), licence)
+    abstract = placed_params(experiment, mesh)
+    params = model.restore(abstract)
+    job = ExportJob(model, config, experiment, abstract, params, form, licence)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir()
-        _write(job, form, unfinished)
-        _check_target(out, overwrite)  # somebody may have put something there meanwhile
+        _write_weights(job, unfinished)
+        _describe(job, unfinished)
+        _check_readable(job, unfinished)
+        _check_target(out, form, overwrite)  # somebody may have put something there meanwhile
         _publish(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
-def _check_target(out: str, overwrite: bool) -> pathlib.Path:
+def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
     """The folder to write, found to be free, or an export that may be replaced.
 
     Raises:
-        CheckpointError: it may not be written.
+        CheckpointError, PathError: it may not, or cannot, be written.
     """
     check_local(out, "--out")
-    target = pathlib.Path(
-        os.path.expanduser(out)
-    ).resolve()  # a link is kept, and what it names is written
-    if target.exists() and not overwrite:
+    target = pathlib.Path(os.path.expanduser(out)).resolve()  # what a link names, not the link
+    odd = ORBAX_REFUSES.search(str(target)) if form == ORBAX else None
+    if odd:
         raise CheckpointError(
-            f'--out "{out}" exists; name another folder, or add --overwrite to replace an export.'
+            f'--out "{target}" has {odd[0]!a} in it, with which Orbax cannot write; name another '
+            "folder, or another --format."
         )
-    if target.exists() and not is_export(target):
+    if target.exists() and not (overwrite and stored.is_export(target)):
+        found = "exists and is no export" if overwrite else "exists"
         raise CheckpointError(
-            f'--out "{out}" exists and is no export, so --overwrite does not replace it; name '
-            "another folder."
+            f'--out "{out}" {found}; name another folder, or add --overwrite to replace an export.'
         )
     check_writable(target.parent, "--out")
     return target
 
 
-def _write(job: Job, form: str, folder: pathlib.Path) -> None:
-    """The weights in their form, then what describes them, then the manifest of all of it."""
-    WRITERS[form](job, folder)
-    step, parameters = job.model.step, sum(leaf.size for leaf in jax.tree.leaves(job.params))
-    provenance = read_provenance(job.model.path, step, float(optax.tree.norm(job.params)))
+def _write_weights(job: ExportJob, folder: pathlib.Path) -> None:
+    if job.form == ORBAX:
+        save_arrays(folder / stored.PARAMS_NAME, job.params)
+    elif job.form == SAFETENSORS:
+        arrays = traverse_util.flatten_dict(job.params, sep="/")
+        save_tensors(stored.tensor_file(folder), arrays, LAYOUT)
+    elif job.form == OFFICIAL:
+        save_tensors(stored.tensor_file(folder), to_official(job.params), {"format": "pt"})
+    else:
+        stablehlo.compile_sampler(folder, job.config, job.experiment, job.params)
+
+
+def _describe(job: ExportJob, folder: pathlib.Path) -> None:
+    """Write the card and the record, then the manifest of everything."""
+    model, experiment = job.model, job.experiment
+    provenance = read_provenance(model.path, model.step, float(optax.tree.norm(job.params)))
     provenance = dataclasses.replace(provenance, licence=job.licence or provenance.licence)
-    card = model_card(
-        job.model.config, job.config, job.experiment, step, parameters, form, provenance
-    )
-    (folder / CARD_NAME).write_text(card, "utf-8")
-    write_json(folder / CONFIG_NAME, _record(job, form, provenance))
-    write_manifest(folder)
-
-
-def _record(job: Job, form: str, provenance: Provenance) -> dict:
+    card = model_card(model, job.config, experiment, job.form, provenance)
+    (folder / stored.CARD_NAME).write_text(card, "utf-8")
     sampler = {
-        "arguments": arguments(job.experiment.sample.guided),
+        "arguments": stablehlo.arguments(experiment.sample.guided),
         "batch_size": job.config.sample.batch_size,
     }
-    return {
-        "kind": KIND,
+    record = {
+        "kind": stored.KIND,
         "format": FORMAT,
         "djepa_jax": __version__,
-        "weights": form,
-        "step": job.model.step,
-        "class_names": list(job.experiment.class_names),
-        **({"sampler": sampler} if form == STABLEHLO else {}),
+        "weights": job.form,
+        "step": model.step,
+        "class_names": list(experiment.class_names),
+        **({"sampler": sampler} if job.form == STABLEHLO else {}),
         "provenance": dataclasses.asdict(provenance),
         "config": job.config.updated(PRIVATE).to_dict(),
     }
+    write_json(folder / stored.CONFIG_NAME, record)
+    write_manifest(folder)
+
+
+def _check_readable(job: ExportJob, folder: pathlib.Path) -> None:
+    """Open a finished export as its reader will, and compare every array with the one in memory.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    compiled = job.form == STABLEHLO
+    found = (
+        stablehlo.open_sampler(folder)
+        if compiled
+        else stored.find_model(folder).restore(job.abstract)
+    )
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), found, job.params)
+    if not all(jax.tree.leaves(same)):
+        raise CheckpointError(f"{folder} does not read back as written; check the disk.")
 
 
 def _publish(unfinished: pathlib.Path, target: pathlib.Path) -> None:
-    """Give a finished folder its name; an export that is replaced goes only when the new one is
-    there.
-    """
-    if not target.exists():
-        unfinished.rename(target)
-        return
-    old = unfinished.with_name(unfinished.name + "-replaced")
-    target.rename(old)
+    """Give a finished folder its name; the export that it replaces goes when that is done."""
+    old = unfinished.with_name(f"{unfinished.name}-replaced")
+    if target.exists():
+        target.rename(old)
     try:
         unfinished.rename(target)
     except OSError:
-        old.rename(target)
+        if old.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old)
-
-
-def _write_orbax(job: Job, folder: pathlib.Path) -> None:
-    save_arrays(folder / PARAMS_NAME, job.params)
-
-
-def _write_safetensors(job: Job, folder: pathlib.Path) -> None:
-    arrays = traverse_util.flatten_dict(job.params, sep="/")
-    save_tensors(
-        tensor_file(folder), {path: np.asarray(value) for path, value in arrays.items()}, LAYOUT
-    )
-
-
-def _write_official(job: Job, folder: pathlib.Path) -> None:
-    save_tensors(tensor_file(folder), to_official(job.params), {"format": "pt"})
-
-
-def _write_stablehlo(job: Job, folder: pathlib.Path) -> None:
-    compile_sampler(folder, job.config, job.experiment, job.params)
-
-
-WRITERS = {
-    ORBAX: _write_orbax,
-    SAFETENSORS: _write_safetensors,
-    OFFICIAL: _write_official,
-    STABLEHLO: _write_stablehlo,
-}
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,4 @@
-"""The sampler as one compiled-ahead file that needs nothing but JAX to run (StableHLO, by
-`jax.export`).
-"""
+"""The sampler, compiled ahead into a file that runs on JAX alone (StableHLO, by `jax.export`)."""
 
 import pathlib
 
@@ -10,24 +8,19 @@ import numpy as np
 from flax import traverse_util
 from jax import export
 
-from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.masking import cfg_scales
 from djepa_jax.core.sampler import make_sampler
 
+STABLEHLO = "stablehlo"  # as which an export has it
 PLATFORMS = ("cpu", "cuda", "tpu")
 SAMPLER_NAME, ARRAYS_NAME = "sampler.stablehlo", "params.npz"
 
 
 def arguments(guided: bool) -> tuple[str, ...]:
     """What the stored function takes, in order."""
-    return (
-        "params",
-        "labels",
-        "sample_ids",
-        "seed",
-        *(("cfg_scale",) if guided else ()),
-        "temperature",
-    )
+    scale = ("cfg_scale",) if guided else ()
+    return ("params", "labels", "sample_ids", "seed", *scale, "temperature")
 
 
 def make_standalone(config, experiment: Experiment):
@@ -38,44 +31,42 @@ def make_standalone(config, experiment: Experiment):
     them.
     """
     generate, modality = make_sampler(experiment.sample), experiment.modality
-    guided = experiment.sample.guided
-    steps = configuration.step_scales(
-        config.updated({"sample.cfg_scale": 2.0}), modality.num_tokens
-    )
-    share = steps - 1  # of the guidance that every step gets
+    sample = config.sample
+    # of the guidance above 1, every step gets the share that it gets at scale 2
+    share = cfg_scales(modality.num_tokens, sample.num_ar_steps, 2.0, sample.cfg_schedule) - 1
 
-    def sample(params, labels, sample_ids, seed, *scalars):
-        cfg_scale, temperature = scalars if guided else (jnp.ones(()), *scalars)
-        scales = 1 + (cfg_scale - 1) * share
+    def draw(params, labels, sample_ids, seed, *scalars):
+        *scale, temperature = scalars  # none where the sampler is not guided
+        scales = 1 + (scale[0] - 1) * share if scale else jnp.ones_like(share)
         params = traverse_util.unflatten_dict(params, sep="/")
         tokens = generate(params, labels, sample_ids, seed, scales, temperature)
         return {"tokens": tokens, **modality.export(tokens)}
 
-    return sample
+    return draw
 
 
 def compile_sampler(folder: pathlib.Path, config, experiment: Experiment, params: dict) -> None:
-    """Write `sampler.stablehlo`, for CPU, CUDA and TPU and a batch of `config.sample.batch_size`,
-    and `params.npz`.
-    """
-    arrays = {
-        path: np.asarray(value)
-        for path, value in traverse_util.flatten_dict(params, sep="/").items()
-    }
+    """Write `sampler.stablehlo`, for CPU, CUDA and TPU and a fixed batch size, and `params.npz`."""
+    arrays = jax.tree.map(np.asarray, traverse_util.flatten_dict(params, sep="/"))
     batch = jax.ShapeDtypeStruct((config.sample.batch_size,), jnp.int32)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    abstract = {
-        path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in arrays.items()
-    }
     shapes = {
-        "params": abstract,
+        "params": jax.tree.map(
+            lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), arrays
+        ),
         "labels": batch,
         "sample_ids": batch,
         "seed": jax.ShapeDtypeStruct((), jnp.int32),
     }
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
     inputs = [shapes.get(name, scalar) for name in arguments(experiment.sample.guided)]
-    exported = export.export(jax.jit(make_standalone(config, experiment)), platforms=PLATFORMS)(
-        *inputs
-    )
+    sampler = jax.jit(make_standalone(config, experiment))
+    exported = export.export(sampler, platforms=PLATFORMS)(*inputs)
     (folder / SAMPLER_NAME).write_bytes(exported.serialize())
     np.savez(folder / ARRAYS_NAME, **arrays)
+
+
+def open_sampler(folder: pathlib.Path) -> dict:
+    """The parameters of a compiled sampler, whose program was found to be readable."""
+    export.deserialize(bytearray((folder / SAMPLER_NAME).read_bytes()))
+    with np.load(folder / ARRAYS_NAME, allow_pickle=False) as arrays:
+        return traverse_util.unflatten_dict(dict(arrays), sep="/")

@@ -141,7 +141,7 @@ def _read_orbax(folder: os.PathLike, abstract: dict) -> dict:
 
 
 def _read_tensors(folder: os.PathLike, abstract: dict) -> dict:
-    from djepa_jax.checkpoints.convert.reading import read_params
+    from djepa_jax.checkpoints.convert.import_weights import read_params
 
     try:
         return read_params(tensor_file(folder), abstract)

@@ -12,28 +12,30 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_close
-from djepa_jax.config.experiment.settings import Settings
-from djepa_jax.sampling.sample_to_npz.generator import Generator, placed_params
+from filled import save_model
 from flax import traverse_util
 from jax import export as jax_export
-from safetensors.numpy import save_file
-from tiny import CONFIG, TINY, tiny_config
+from tiny import tiny_config
 
 import djepa_jax
 from djepa_jax.checkpoints import stablehlo
-from djepa_jax.checkpoints.convert.official import official_shapes
+from djepa_jax.checkpoints.export import run_export
 from djepa_jax.checkpoints.stored import find_model
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
+from djepa_jax.config.settings import Settings
 from djepa_jax.core import sharding
-from djepa_jax.core.models.djepa import split_model
-from djepa_jax.main import main
+from djepa_jax.sampling.generator import Generator, placed_params
 
 BATCH, SEED, TEMPERATURE = 4, 7, 0.8
 LABELS = (3, 7, 0, 9, 1, 10, 3, 2)  # two batches; 10 stands for no class
-CASES = {
-    "guided": ("diffusion", 2.5),
-    "unguided": ("flow", 1.0),
-}  # variant of the configuration, guidance scale
+CASES = {  # variant of the configuration, guidance scale, scalars of the stored function
+    "guided": (
+        "diffusion",
+        2.5,
+        {"seed": "int32", "cfg_scale": "float32", "temperature": "float32"},
+    ),
+    "unguided": ("flow", 1.0, {"seed": "int32", "temperature": "float32"}),
+}
 
 # Put before a program, this leaves it JAX with what JAX needs, and flatbuffers.
 ONLY_JAX = """
@@ -89,114 +91,64 @@ def run_alone(program: str, folder: pathlib.Path, *arguments: str) -> str:
     return result.stdout
 
 
-def run(variant: str, *arguments: str):
-    assert main(["djepa_jax", f"--config={CONFIG}:{variant}", *TINY, *arguments]) == 0
-
-
-@pytest.fixture(scope="module")
-def workdirs(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """Tiny models of random weights that all matter; after a little training the last layers would
-    be almost zero.
-    """
-    folder, rng = tmp_path_factory.mktemp("weights"), np.random.default_rng(0)
-    for name, (variant, _) in CASES.items():
-        _, abstract = split_model(tiny_config(variant=variant).train.model)
-        shapes = official_shapes(abstract)
-        tensors = {
-            key: rng.normal("norm" in key, 0.2, shape).astype(np.float32)
-            for key, shape in shapes.items()
-        }
-        save_file(tensors, folder / f"{name}.safetensors")
-        run(
-            variant,
-            "--mode=import",
-            f"--source={folder / name}.safetensors",
-            f"--workdir={folder / name}",
-        )
-    return {name: folder / name for name in CASES}
-
-
-@pytest.fixture(scope="module")
-def samplers(workdirs, tmp_path_factory) -> dict[str, pathlib.Path]:
-    """The models as compiled samplers, one with guidance and one without."""
-    folder = tmp_path_factory.mktemp("samplers")
-    for name, (variant, scale) in CASES.items():
-        stored = 1.5 if scale != 1 else 1.0  # any scale but 1 makes the same sampler
-        flags = (f"--config.sample.batch_size={BATCH}", f"--config.sample.cfg_scale={stored}")
-        arguments = (
-            "--mode=export",
-            "--format=stablehlo",
-            f"--workdir={workdirs[name]}",
-            f"--out={folder / name}",
-        )
-        run(variant, *arguments, *flags)
-    return {name: folder / name for name in CASES}
-
-
 @pytest.fixture(scope="module", params=CASES)
-def drawn(request, workdirs, samplers, tmp_path_factory) -> tuple[dict, dict]:
-    """The same samples by the compiled sampler in a bare process, and by the Generator in this
-    one.
-    """
-    (_, scale), out = CASES[request.param], tmp_path_factory.mktemp("drawn") / "drawn.npz"
-    scalars = [scale, TEMPERATURE] if request.param == "guided" else [TEMPERATURE]
+def sampler(request, tmp_path_factory) -> tuple[str, str, pathlib.Path]:
+    """A case, the workdir of a model with filled weights, and its compiled sampler."""
+    variant, scale, _ = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    stored = 1.5 if scale != 1 else 1.0  # any scale but 1 makes the same sampler
+    flags = (f"--config.sample.batch_size={BATCH}", f"--config.sample.cfg_scale={stored}")
+    config = tiny_config(*flags, variant=variant)
+    workdir = save_model(folder / "run", config)
+    return request.param, workdir, run_export(config, workdir, str(folder / "out"), "stablehlo")
+
+
+def test_bare_process_draws_what_the_generator_draws(sampler, tmp_path):
+    """And runs the program of the model card as it stands."""
+    case, workdir, folder = sampler
+    scale, out = CASES[case][1], tmp_path / "drawn.npz"
+    scalars = [scale, TEMPERATURE] if case == "guided" else [TEMPERATURE]
     job = {"labels": LABELS, "batch": BATCH, "seed": SEED, "scalars": scalars, "out": str(out)}
-    run_alone(STANDALONE, samplers[request.param], json.dumps(job))
+    (use,) = re.findall(
+        r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    printed = run_alone(use + STANDALONE, folder, json.dumps(job))
+    assert "'images': (4, 8, 8, 1)" in printed and "'tokens': (4, 16, 4)" in printed
+    alone = dict(np.load(out))
 
-    model = find_model(workdirs[request.param])
-    changes = {
-        "sample.batch_size": BATCH,
-        "sample.cfg_scale": scale,
-        "sample.temperature": TEMPERATURE,
-    }
+    model = find_model(workdir)
+    changes = {"sample.cfg_scale": scale, "sample.temperature": TEMPERATURE}
     config = model.config.updated(changes)
-    experiment, mesh = config, sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    tokens = Generator(config, experiment, mesh)(
-        model.restore(placed_params(experiment, mesh)), LABELS, SEED
-    )
-    return dict(np.load(out)), {"tokens": tokens, **experiment.modality.export(tokens)}
-
-
-def test_bare_process_draws_the_same_tokens(drawn):
-    alone, expected = drawn
-    assert alone["tokens"].dtype == np.float32 and np.abs(expected["tokens"]).max() > 0.5
-    assert_close(alone["tokens"], expected["tokens"], 1e-5)
-
-
-def test_bare_process_makes_the_same_pictures(drawn):
-    alone, expected = drawn
-    assert alone.keys() == expected.keys() == {"tokens", "images"}
+    experiment, mesh = configuration.build(config), sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = model.restore(placed_params(experiment, mesh))
+    tokens = Generator(config, experiment, mesh)(params, LABELS, SEED)
+    images = np.asarray(experiment.modality.export(tokens)["images"])
+    assert alone.keys() == {"tokens", "images"} and alone["tokens"].dtype == np.float32
+    assert np.abs(tokens).max() > 0.5
+    assert_close(alone["tokens"], tokens, 1e-5)
     assert alone["images"].dtype == np.uint8 and alone["images"].shape == (len(LABELS), 8, 8, 1)
-    difference = np.abs(alone["images"].astype(int) - np.asarray(expected["images"], int))
-    assert difference.max() <= 1 and len(np.unique(alone["images"])) > 10
+    assert np.abs(alone["images"].astype(int) - images).max() <= 1
+    assert len(np.unique(alone["images"])) > 10
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_signature(samplers, name):
-    exported = jax_export.deserialize(
-        bytearray((samplers[name] / "sampler.stablehlo").read_bytes())
-    )
+def test_stored_function_and_weights(sampler):
+    case, workdir, folder = sampler
+    exported = jax_export.deserialize(bytearray((folder / "sampler.stablehlo").read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu") and exported.nr_devices == 1
-    with np.load(samplers[name] / "params.npz", allow_pickle=False) as arrays:
-        shapes = {path: arrays[path].shape for path in arrays}
-    (params, *others), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    assert {path: aval.shape for path, aval in params.items()} == shapes
-    scalars = (
-        ["int32[]", "float32[]", "float32[]"] if name == "guided" else ["int32[]", "float32[]"]
-    )
-    assert [aval.str_short() for aval in others] == [f"int32[{BATCH}]", f"int32[{BATCH}]", *scalars]
-    record = json.loads((samplers[name] / "config.json").read_text())["sampler"]
-    names = [
-        "params",
-        "labels",
-        "sample_ids",
-        "seed",
-        *(["cfg_scale"] if name == "guided" else []),
-        "temperature",
-    ]
-    assert record == {"arguments": names, "batch_size": BATCH} and tuple(
-        names
-    ) == stablehlo.arguments(name == "guided")
+    params = traverse_util.flatten_dict(djepa_jax.load(workdir).params, sep="/")
+    with np.load(folder / "params.npz", allow_pickle=False) as arrays:
+        assert set(arrays) == set(params)
+        assert all(np.array_equal(arrays[path], value) for path, value in params.items())
+    (stored, *others), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    assert {path: aval.shape for path, aval in stored.items()} == {
+        path: value.shape for path, value in params.items()
+    }
+    scalars = CASES[case][2]
+    expected = [f"int32[{BATCH}]"] * 2 + [f"{dtype}[]" for dtype in scalars.values()]
+    assert [aval.str_short() for aval in others] == expected
+    record = json.loads((folder / "config.json").read_text())["sampler"]
+    names = ["params", "labels", "sample_ids", *scalars]
+    assert record == {"arguments": names, "batch_size": BATCH}
     results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     assert {key: aval.str_short() for key, aval in results.items()} == {
         "tokens": f"float32[{BATCH},16,4]",
@@ -204,42 +156,19 @@ def test_signature(samplers, name):
     }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_use_of_the_card_works_as_it_stands(samplers, name):
-    (block,) = re.findall(
-        r"```python\n(.*?)```", (samplers[name] / "README.md").read_text("utf-8"), flags=re.DOTALL
-    )
-    printed = run_alone(block, samplers[name])
-    assert "'images': (4, 8, 8, 1)" in printed and "'tokens': (4, 16, 4)" in printed
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_weights_are_those_of_the_workdir(workdirs, samplers, name):
-    params = traverse_util.flatten_dict(djepa_jax.load(workdirs[name]).params, sep="/")
-    with np.load(samplers[name] / "params.npz", allow_pickle=False) as arrays:
-        assert set(arrays) == set(params)
-        assert all(np.array_equal(arrays[path], value) for path, value in params.items())
-
-
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
-@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
-def test_one_scale_stands_for_the_whole_schedule(monkeypatch, schedule, scale):
+def test_one_scale_stands_for_the_whole_schedule(monkeypatch):
     seen = []
 
-    def make_sampler(spec):
-        def generate(params, labels, sample_ids, seed, scales, temperature):
-            seen.append(scales)
-            return np.zeros((1, 16, 4), np.float32)
+    def generate(params, labels, sample_ids, seed, scales, temperature):
+        seen.append(scales)
+        return np.zeros((1, 16, 4), np.float32)
 
-        return generate
-
-    monkeypatch.setattr(stablehlo, "make_sampler", make_sampler)
-    config = Settings(
-        tiny_config(
-            f"--config.sample.cfg_schedule={schedule}", "--config.sample.cfg_scale=2.5"
-        ).to_dict()
-    )
-    stablehlo.make_standalone(config, config)({}, [0], [0], 0, scale, 1.0)
-    assert_close(
-        seen[0], configuration.step_scales(config.updated({"sample.cfg_scale": scale}), 16), 1e-6
-    )
+    monkeypatch.setattr(stablehlo, "make_sampler", lambda spec: generate)
+    for schedule in ("linear", "constant"):
+        flags = (f"--config.sample.cfg_schedule={schedule}", "--config.sample.cfg_scale=2.5")
+        config = Settings(tiny_config(*flags).to_dict())
+        draw = stablehlo.make_standalone(config, configuration.build(config))
+        for scale in (1.0, 1.5, 3.0):
+            draw({}, [0], [0], 0, scale, 1.0)
+            expected = configuration.step_scales(config.updated({"sample.cfg_scale": scale}), 16)
+            assert_close(seen[-1], expected, 1e-6)

@@ -4,6 +4,7 @@ overwritten.
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -13,42 +14,33 @@ import jax
 import numpy as np
 import pytest
 from conftest import PARITY
-from djepa_jax.config.experiment.experiment import upgraded
 from safetensors import safe_open
-from tiny import CONFIG, TINY
+from tiny import run, tiny_config
 
 import djepa_jax
-from djepa_jax import main as cli
 from djepa_jax.checkpoints import export as exporting
+from djepa_jax.checkpoints.convert.import_weights import run_import
+from djepa_jax.checkpoints.export import FORMATS, run_export
+from djepa_jax.checkpoints.model_card import read_provenance
+from djepa_jax.checkpoints.orbax_io import CheckpointError
 from djepa_jax.checkpoints.stored import find_model, weights_of
-from djepa_jax.main import main
+from djepa_jax.config.experiment import ConfigError, upgraded
+from djepa_jax.main import EXPORT_FORMATS
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "exported"  # by the version before this
+SECTIONS = ["Model", "Use", "Data", "Training", "Evaluation", "Licence", "Limits", "Files"]
 WEIGHTS = {"orbax": "params", "safetensors": "model.safetensors", "official": "model.safetensors"}
 
 
-def run(*arguments: str) -> int:
-    return cli.main(["djepa_jax", *arguments])
+def contents(folder: pathlib.Path) -> dict[str, bytes | None]:
+    """Everything below a folder."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
 
 
-def export(source, out, form: str, *flags: str) -> pathlib.Path:
-    assert (
-        run("--mode=export", f"--workdir={source}", f"--out={out}", f"--format={form}", *flags) == 0
-    )
-    return pathlib.Path(out)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in pathlib.Path(folder).rglob("*")
-        if path.is_file()
-    }
-
-
-def card_of(folder) -> dict[str, str]:
+def card_of(folder: pathlib.Path) -> dict[str, str]:
     """The sections of a model card by title."""
     parts = re.split(r"^## (.*)\n", (folder / "README.md").read_text("utf-8"), flags=re.MULTILINE)
-    assert parts[0] == "# D-JEPA model\n\n"
     return {title: text.strip() for title, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
@@ -62,156 +54,119 @@ def assert_same_values(actual: dict, expected: dict):
 def exports(trained, tmp_path_factory) -> dict[str, pathlib.Path]:
     """One export of the trained workdir in every format, side by side; not to be changed."""
     folder = tmp_path_factory.mktemp("exports")
-    return {form: export(trained, folder / form, form) for form in exporting.FORMATS}
-
-
-@pytest.fixture(scope="module")
-def imported(exports, tmp_path_factory) -> dict[str, pathlib.Path]:
-    """A workdir made by `--mode=import` of each export that can be loaded; not to be changed."""
-    folder = tmp_path_factory.mktemp("imported")
-    for form in WEIGHTS:
-        flags = (f"--source={exports[form]}", f"--config={CONFIG}", *TINY)
-        assert run("--mode=import", f"--workdir={folder / form}", *flags) == 0
-    return {form: folder / form for form in WEIGHTS}
+    for form in FORMATS:
+        flags = (f"--workdir={trained}", f"--out={folder / form}", f"--format={form}")
+        assert run("--mode=export", *flags) == 0
+    return {form: folder / form for form in FORMATS}
 
 
 @pytest.fixture
-def workdir(trained, tmp_path) -> pathlib.Path:
-    """A copy of the trained workdir that may be changed."""
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+def old(exports, tmp_path) -> pathlib.Path:
+    """An export that is there before; the only thing in its parent."""
+    return pathlib.Path(shutil.copytree(exports["official"], tmp_path / "place" / "old"))
 
 
-@pytest.mark.parametrize("form", exporting.FORMATS)
-def test_files_and_manifest(exports, form):
+def refused(old: pathlib.Path, source, out, overwrite=True, error=CheckpointError) -> str:
+    """Export, which must fail and leave everything in the folder of `old` as it was; the error."""
+    before = contents(old.parent)
+    with pytest.raises(error) as caught:
+        run_export(None, str(source), str(out), "official", overwrite)
+    assert contents(old.parent) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_folder_holds_weights_record_card_and_manifest(exports, trained, form):
     folder, files = exports[form], contents(exports[form])
-    described = {"README.md", "config.json", "manifest.json"}
     weights = {WEIGHTS[form]} if form in WEIGHTS else {"sampler.stablehlo", "params.npz"}
+    described = {"README.md", "config.json", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == described | weights
     manifest = json.loads(files.pop("manifest.json"))
     expected = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in files.items()
+        if data is not None
     }
     assert manifest == {"files": expected}
-    assert {path.name for path in folder.parent.iterdir()} == set(cli.EXPORT_FORMATS), (
-        "nothing is left beside the exports"
-    )
+    assert {path.name for path in folder.parent.iterdir()} == set(EXPORT_FORMATS) == set(FORMATS)
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in folder.glob("*.safetensors"))
+    record = json.loads(files["config.json"])
+    stored = json.loads((pathlib.Path(trained) / "config.json").read_text())
+    assert record["config"] == upgraded(stored) and record["step"] == 3
+    assert record["class_names"] == [str(digit) for digit in range(10)]
+    assert (record["kind"], record["format"]) == ("djepa_jax export", 1)
+    assert record["weights"] == form and ("sampler" in record) == (form == "stablehlo")
 
 
-@pytest.mark.parametrize("form", exporting.FORMATS)
-def test_record_carries_the_configuration(exports, trained, form):
-    record = json.loads((exports[form] / "config.json").read_text())
-    assert record["config"] == upgraded(
-        json.loads((pathlib.Path(trained) / "config.json").read_text())
-    )
-    assert record["class_names"] == [str(digit) for digit in range(10)] and record["step"] == 3
-    assert (
-        record["kind"] == "djepa_jax export" and record["format"] == 1 and record["weights"] == form
-    )
-    assert ("sampler" in record) == (form == "stablehlo")
-
-
-@pytest.mark.parametrize("form", exporting.FORMATS)
-def test_card_tells_where_the_weights_come_from(exports, trained, form):
-    card = card_of(exports[form])
-    assert list(card) == [
-        "Model",
-        "Use",
-        "Data",
-        "Training",
-        "Evaluation",
-        "Licence",
-        "Limits",
-        "Files",
-    ]
-    lines = [
-        json.loads(line)
-        for line in (pathlib.Path(trained) / "metrics.jsonl").read_text().splitlines()
-    ]
+def test_card_tells_what_the_weights_are_and_how_to_use_them(exports, trained):
+    card, workdir = card_of(exports["official"]), pathlib.Path(trained)
+    assert list(card) == SECTIONS
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "loss" in line][-1]
-    assert last["step"] == 3
-    figures = ", ".join(
-        f"{name} {last[name]:.4f}" for name in ("loss", "token_loss", "jepa_loss", "grad_norm")
-    )
-    assert (
-        f"At step 3: {figures}." in card["Training"]
-        and "3 steps of 16 examples here" in card["Training"]
-    )
-    record = json.loads((pathlib.Path(trained) / "evaluation.json").read_text())
-    assert re.search(
-        f"{record['accuracy']:.3f} .* {record['frechet_distance']:.3f}. Both over 70 samples",
-        card["Evaluation"],
-    )
-    assert (
-        json.loads(card["Evaluation"].split("```json\n")[1].removesuffix("```")) == record["sample"]
-    )
+    for name in ("loss", "token_loss", "jepa_loss", "grad_norm"):
+        assert f"{name} {last[name]:.4f}" in card["Training"]
+    assert "Step 3, of which 3 here: 16 examples" in card["Training"]
+    evaluation = card["Evaluation"].removeprefix("```json").removesuffix("```")
+    assert json.loads(evaluation) == json.loads((workdir / "evaluation.json").read_text())
+    assert "width 16, 1 + 1 blocks" in card["Model"] and "10 classes" in card["Limits"]
     count = sum(leaf.size for leaf in jax.tree.leaves(djepa_jax.load(trained).params))
-    assert (
-        f"{count:,} parameters (width 16, 1 + 1 blocks" in card["Model"]
-        and "digits" in card["Data"]
-    )
-    assert "whoever trained the model decides" in card["Licence"] and "10 classes" in card["Limits"]
+    assert f"{count:,} parameters" in card["Model"] and "digits" in card["Data"]
+    assert "not stated" in card["Licence"]
+    (program,) = re.findall(r"```python\n(.*?)```", card["Use"], flags=re.DOTALL)
+    names = {}
+    exec(program.replace("PATH OF THIS FOLDER", str(exports["official"])), names)
+    assert names["images"].shape == (2, 8, 8, 1) and names["images"].dtype == np.uint8
 
 
-def test_licence_is_the_one_given(trained, tmp_path):
-    card = card_of(export(trained, tmp_path / "out", "official", "--license=CC-BY-4.0"))
-    assert card["Licence"] == "Weights: CC-BY-4.0. Code: Apache-2.0."
-
-
-OTHER_RECORDS = {
-    "other weights": lambda record: record | {"ema_norm": record["ema_norm"] * 1.001},
-    "another step": lambda record: record | {"step": 2},
-    "a list": lambda record: [],
-    "nothing": lambda record: {},
-    "something else": lambda record: {"step": 3},
-}
-
-
-@pytest.mark.parametrize("case", OTHER_RECORDS)
-def test_card_leaves_out_an_evaluation_of_anything_else(workdir, tmp_path, case):
-    record = json.loads((workdir / "evaluation.json").read_text())
-    (workdir / "evaluation.json").write_text(json.dumps(OTHER_RECORDS[case](record)))
-    card = card_of(export(workdir, tmp_path / "out", "official"))
-    assert card["Evaluation"] == "No evaluation of these weights was recorded."
-
-
-def test_card_of_imported_weights_names_the_file(imported, tmp_path):
-    record = json.loads((imported["official"] / "imported.json").read_text())
-    card = card_of(export(imported["official"], tmp_path / "out", "safetensors"))
-    source = f"`model.safetensors` (sha256 `{record['sha256']}`) on {record['imported']}."
-    assert card["Training"] == f"Weights imported at step 0 from {source}"
-    assert "whoever made the imported file decides" in card["Licence"]
-    assert card["Evaluation"] == "No evaluation of these weights was recorded."
-
-
-def test_config_may_change_sampling_but_not_the_model(trained, exports, tmp_path, capsys):
-    others = (
-        "--config.sample.cfg_scale=3.0",
-        "--config.batch_size=32",
-        "--config.optimizer.learning_rate=0.5",
-    )
-    folder = export(trained, tmp_path / "out", "official", f"--config={CONFIG}", *TINY, *others)
-    assert find_model(folder).config.sample.cfg_scale == 3.0
-    assert card_of(folder)["Training"] == card_of(exports["official"])["Training"]
-    arguments = (
-        "--mode=export",
-        f"--workdir={trained}",
-        f"--out={tmp_path / 'no'}",
-        f"--config={CONFIG}",
-        *TINY,
-    )
-    assert run(*arguments, "--config.model.width=32") == 2
-    assert "model.width: 16 -> 32" in capsys.readouterr().err and not (tmp_path / "no").exists()
+def test_card_leaves_out_an_evaluation_of_anything_else(tmp_path):
+    good = {"step": 3, "ema_norm": 5.0, "accuracy": 0.5}
+    for record, kept in (
+        (good, good),
+        (good | {"ema_norm": 5.005}, None),
+        (good | {"step": 2}, None),
+        ([], None),
+        ({"step": 3}, None),
+        ("damaged", None),
+    ):
+        (tmp_path / "evaluation.json").write_text(json.dumps(record)[: None if kept else -1])
+        assert read_provenance(tmp_path, 3, 5.0).evaluation == kept
+        (tmp_path / "evaluation.json").write_text(json.dumps(record))
+        assert read_provenance(tmp_path, 3, 5.0).evaluation == kept
 
 
 @pytest.mark.parametrize("form", WEIGHTS)
-def test_round_trip_through_an_import(trained, exports, imported, tmp_path, form):
-    assert_same_values(djepa_jax.load(imported[form]).params, djepa_jax.load(trained).params)
-    again = export(imported[form], tmp_path / "again", "official")
-    assert (again / "model.safetensors").read_bytes() == (
-        exports["official"] / "model.safetensors"
-    ).read_bytes()
+def test_round_trip_through_an_import(trained, exports, tmp_path, form):
+    config = tiny_config()
+    report = run_import(config, str(tmp_path / "run"), str(exports[form]))
+    assert f"moving average: from {exports[form]}" in report
+    params = djepa_jax.load(trained).params
+    assert_same_values(djepa_jax.load(tmp_path / "run").params, params)
+    assert_same_values(djepa_jax.load(exports[form]).params, params)
+    again = run_export(None, str(tmp_path / "run"), str(tmp_path / "again"), "official")
+    first = (exports["official"] / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == first
+    record = json.loads((tmp_path / "run" / "imported.json").read_text())
+    assert record["source"] == form
+    manifest = (exports[form] / "manifest.json").read_bytes()
+    assert record["sha256"] == hashlib.sha256(manifest).hexdigest()
+    card = card_of(again)
+    assert f"`{form}` at step 0, sha256 `{record['sha256']}`" in card["Training"]
+    assert "None of these weights" in card["Evaluation"]
+
+
+def test_exports_of_the_version_before_are_read_and_written_alike(tmp_path):
+    """Every format, byte by byte where it has but one way to be written."""
+    params = djepa_jax.load(GOLDEN / "official").params
+    for form in WEIGHTS:
+        assert_same_values(djepa_jax.load(GOLDEN / form).params, params)
+        again = run_export(None, str(GOLDEN / "orbax"), str(tmp_path / form), form)
+        assert (
+            json.loads((again / "config.json").read_text())["config"]
+            == (json.loads((GOLDEN / form / "config.json").read_text())["config"])
+        )
+        if form != "orbax":
+            weights = (GOLDEN / form / "model.safetensors").read_bytes()
+            assert (again / "model.safetensors").read_bytes() == weights
 
 
 def test_official_names_are_the_authors(exports):
@@ -221,146 +176,118 @@ def test_official_names_are_the_authors(exports):
         assert set(file.keys()) == theirs and file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("form", WEIGHTS)
-def test_use_of_the_card_works(exports, form):
-    (block,) = re.findall(r"```python\n(.*?)```", card_of(exports[form])["Use"], flags=re.DOTALL)
-    names = {}
-    exec(block.replace("PATH OF THIS FOLDER", str(exports[form])), names)
-    assert names["images"].shape == (2, 8, 8, 1) and names["images"].dtype == np.uint8
+def test_config_may_change_sampling_but_not_the_model(trained, exports, tmp_path):
+    changed = ("--config.sample.cfg_scale=3.0", "--config.batch_size=32")
+    arguments = (str(trained), str(tmp_path / "out"), "official")
+    folder = run_export(tiny_config(*changed), *arguments, licence="CC-BY-4.0")
+    assert find_model(folder).config.sample.cfg_scale == 3.0
+    assert card_of(folder)["Training"] == card_of(exports["official"])["Training"]
+    assert card_of(folder)["Licence"].startswith("Weights: CC-BY-4.0. ")
+    with pytest.raises(ConfigError, match=r"model.width: 16 -> 32"):
+        run_export(
+            tiny_config("--config.model.width=32"), *arguments[:1], str(tmp_path / "no"), "orbax"
+        )
+    assert not (tmp_path / "no").exists()
 
 
-@pytest.fixture
-def old(exports, tmp_path) -> pathlib.Path:
-    """An export that is there before; the only thing in its parent."""
-    return pathlib.Path(shutil.copytree(exports["official"], tmp_path / "place" / "old"))
-
-
-def failed(capsys, old, *flags: str, status: int = 2) -> str:
-    """Run an export that must fail and leave everything in `old`, and beside it, as it was; returns
-    the message.
-    """
-    before, names = contents(old.parent), sorted(old.parent.rglob("*"))
-    assert run("--mode=export", "--format=official", *flags) == status
-    assert contents(old.parent) == before and sorted(old.parent.rglob("*")) == names
-    error = capsys.readouterr().err
-    assert (
-        error.startswith("error: " if status == 2 else "interrupted") and "Traceback" not in error
-    )
-    return error
-
-
-def test_export_is_replaced_only_with_overwrite(trained, old, capsys):
-    assert "--out is missing" in failed(capsys, old, f"--workdir={trained}", "--overwrite")
-    error = failed(capsys, old, f"--workdir={trained}", f"--out={old}")
-    assert f'--out "{old}" exists; name another folder, or add --overwrite' in error
+def test_export_is_replaced_only_with_overwrite(trained, old, tmp_path):
+    error = refused(old, trained, old, overwrite=False)
+    assert str(old) in error and "--overwrite" in error
     (old / "surplus").touch()
-    export(trained, old, "safetensors", "--overwrite")
-    assert [path.name for path in old.parent.iterdir()] == ["old"] and not (
-        old / "surplus"
-    ).exists()
-    assert weights_of(old) == "safetensors"
-    export(old, old, "official", "--overwrite")  # an export may take the place of its source
+    (tmp_path / "link").symlink_to(old)
+    run_export(None, trained, str(tmp_path / "link"), "safetensors", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and weights_of(old) == "safetensors"
+    assert [path.name for path in old.parent.iterdir()] == ["old"]
+    assert not (old / "surplus").exists()
+    run_export(None, str(old), str(old), "official", overwrite=True)  # the place of its source
     assert [path.name for path in old.parent.iterdir()] == ["old"] and weights_of(old) == "official"
     assert_same_values(djepa_jax.load(old).params, djepa_jax.load(trained).params)
 
 
-def test_link_to_an_export_is_followed(trained, old, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(old)
-    export(trained, link, "safetensors", "--overwrite")
-    assert link.is_symlink() and weights_of(old) == "safetensors"
-    assert {path.name for path in tmp_path.iterdir()} == {"link", "place"} and [
-        p.name for p in old.parent.iterdir()
-    ] == ["old"]
-
-
-@pytest.mark.parametrize("flag", ["--overwrite", "--nooverwrite"])
-@pytest.mark.parametrize(
-    "record", [None, '{"num_steps": 3}', '{"kind": "other"}', "[]", "{", '"djepa_jax export"']
-)
-def test_nothing_but_an_export_is_ever_replaced(trained, old, capsys, flag, record):
+def test_nothing_but_an_export_is_ever_replaced(trained, old):
     precious, file = old.parent / "precious", old.parent / "file"
     precious.mkdir()
     file.write_text("precious")
-    if record is not None:
-        (precious / "config.json").write_text(record)
-    for out, word in (
-        (precious, "exists"),
-        (file, "exists"),
-        (file / "below", "cannot be written"),
-    ):
-        error = failed(capsys, old, f"--workdir={trained}", f"--out={out}", flag)
-        assert word in error and f'--out "{file if out == file / "below" else out}"' in error
+    for overwrite in (True, False):
+        for record in (
+            None,
+            '{"num_steps": 3}',
+            '{"kind": "other"}',
+            "[]",
+            "{",
+            '"djepa_jax export"',
+        ):
+            if record is not None:
+                (precious / "config.json").write_text(record)
+            assert f'--out "{precious}" exists' in refused(old, trained, precious, overwrite)
+        assert f'--out "{file}" exists' in refused(old, trained, file, overwrite)
+        assert "cannot be written" in refused(old, trained, file / "x", overwrite, ValueError)
 
 
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # from Orbax's reader threads
-@pytest.mark.parametrize("kind", ["missing", "empty", "damaged", "sampler"])
-def test_unusable_source(workdir, exports, old, capsys, kind):
-    if kind == "damaged":
-        for path in workdir.glob("checkpoints/3/state/**/d/*"):
-            path.write_bytes(path.read_bytes()[:-40])
-    elif kind == "empty":
-        shutil.rmtree(workdir / "checkpoints" / "3")
-    source = {"missing": workdir / "typo", "sampler": exports["stablehlo"]}.get(kind, workdir)
-    words = {
-        "missing": "does not exist",
-        "empty": "no finished",
-        "damaged": "cannot be restored",
-        "sampler": "compiled sampler",
-    }
-    for out, flag in ((old, "--overwrite"), (old.parent / "new", "--nooverwrite")):
-        assert words[kind] in failed(capsys, old, f"--workdir={source}", f"--out={out}", flag)
+def test_unusable_source_is_named(trained, exports, old, tmp_path):
+    damaged, empty = (shutil.copytree(trained, tmp_path / name) for name in ("damaged", "empty"))
+    for path in damaged.glob("checkpoints/3/state/**/d/*"):
+        path.write_bytes(path.read_bytes()[:-40])
+    shutil.rmtree(empty / "checkpoints" / "3")
+    for source, words in (
+        (tmp_path / "typo", "does not exist"),
+        (empty, "no finished"),
+        (damaged, "cannot be restored"),
+        (exports["stablehlo"], "compiled sampler"),
+    ):
+        for out in (old, old.parent / "new"):
+            error = refused(old, source, out)
+            assert words in error and str(source) in error
 
 
-@pytest.mark.parametrize(
-    "failure, status", [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
-)
-def test_failure_in_the_middle_leaves_nothing(trained, old, monkeypatch, capsys, failure, status):
-    def fail(job, folder):
-        (folder / "half").write_text("written")
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_in_the_middle_leaves_nothing(trained, old, monkeypatch, failure):
+    def fail(path, *_):
+        path.write_text("half")
         raise failure
 
-    monkeypatch.setitem(exporting.WRITERS, "official", fail)
-    failed(capsys, old, f"--workdir={trained}", f"--out={old}", "--overwrite", status=status)
-    failed(capsys, old, f"--workdir={trained}", f"--out={old.parent / 'new'}", status=status)
+    monkeypatch.setattr(exporting, "save_tensors", fail)
+    for out in (old, old.parent / "new"):
+        refused(old, trained, out, error=type(failure))
 
 
-def test_what_appears_meanwhile_is_not_replaced(trained, tmp_path, monkeypatch, capsys):
-    target = tmp_path / "new"
-    original = exporting.WRITERS["official"]
+def test_what_does_not_read_back_replaces_nothing(trained, old, monkeypatch):
+    def wrong(path, arrays, metadata):
+        name = next(name for name in arrays if name.endswith("bias"))
+        save_tensors(path, arrays | {name: arrays[name] + 1}, metadata)
 
-    def write(job, folder):
-        original(job, folder)
+    save_tensors = exporting.save_tensors
+    monkeypatch.setattr(exporting, "save_tensors", wrong)
+    assert "does not read back" in refused(old, trained, old)
+
+
+def test_what_appears_meanwhile_is_not_replaced(trained, tmp_path, monkeypatch):
+    target, save_tensors = tmp_path / "new", exporting.save_tensors
+
+    def save(*arguments):
+        save_tensors(*arguments)
         target.mkdir()
         (target / "thesis.txt").write_text("years of work")
 
-    monkeypatch.setitem(exporting.WRITERS, "official", write)
-    assert (
-        main(
-            [
-                "djepa_jax",
-                "--mode=export",
-                "--format=official",
-                f"--workdir={trained}",
-                f"--out={target}",
-            ]
-        )
-        == 2
-    )
-    assert "exists; name another folder" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["new"] and [
-        path.name for path in target.iterdir()
-    ] == ["thesis.txt"]
+    monkeypatch.setattr(exporting, "save_tensors", save)
+    with pytest.raises(CheckpointError, match="exists"):
+        run_export(None, trained, str(target), "official")
+    assert contents(tmp_path) == {"new": None, "new/thesis.txt": b"years of work"}
 
 
-def test_places_on_this_machine_stay_here(exports):
-    for folder in exports.values():
-        config = json.loads((folder / "config.json").read_text())["config"]
-        assert (
-            config["data"]["path"]
-            == config["prepare"]["path"]
-            == config["autoencoder"]["path"]
-            == ""
-        )
+HARMLESS = "sp ace/né/{x}/#1/a'b\""
+PATTERNS = ("a[1]b", "a*b", "why?", "back\\slash", os.fsdecode(b"\xff"))  # as Orbax reads paths
+
+
+def test_odd_names_work_or_are_refused_before_anything_is_done(tmp_path):
+    source, params = str(GOLDEN / "official"), djepa_jax.load(GOLDEN / "official").params
+    for name in PATTERNS:
+        with pytest.raises(CheckpointError, match="name another folder"):
+            run_export(None, source, str(tmp_path / name / "out"), "orbax")
+        assert contents(tmp_path) == {}
+    for form, name in (("orbax", HARMLESS), ("official", "/".join(PATTERNS))):
+        out = run_export(None, source, str(tmp_path / name / "out"), form)
+        assert_same_values(djepa_jax.load(out).params, params)

@@ -1,8 +1,5 @@
-"""`--mode=import` of the authors' weights: every container, and the authors' numbers from what was
-imported.
-"""
+"""`--mode=import` of the authors' weights: every container, every group in it, and what is told."""
 
-import functools
 import hashlib
 import json
 import sys
@@ -12,225 +9,201 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, VARIANTS, assert_close, load_parity
-from djepa_jax.sampling.sample_to_npz.generator import load_ema
-from flax import nnx
+from conftest import PARITY, VARIANTS, load_parity
+from flax import traverse_util
 from official_files import (
     as_torch,
     assert_same,
+    config_of,
     flags_of,
-    has_checkpoint,
     read_workdir,
     renamed,
-    run_import,
     training_file,
     without,
 )
 from safetensors.numpy import save_file
-from test_parity_forward import FORWARD, replay
 
+from djepa_jax import main as cli
 from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.checkpoints.convert.import_weights import read_tensors, run_import
+from djepa_jax.checkpoints.convert.mismatch import MismatchError
 from djepa_jax.checkpoints.convert.official import from_official
+from djepa_jax.checkpoints.convert.tensor_files import SourceError, open_tensors
 from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.config.experiment import experiment as configuration
-from djepa_jax.core import sharding
-from djepa_jax.core.masking import to_order, to_raster
-from djepa_jax.core.train_step import predict_features
-from djepa_jax.main import parse
+from djepa_jax.config.experiment import build
+from djepa_jax.core.models.djepa import split_model
+
+GOOD = PARITY / "model_gauss.safetensors"
+
+
+def read(path, parity, *flags: str) -> dict:
+    """The parameters that a file gives to a model."""
+    file = open_tensors(path)
+    abstract = split_model(build(config_of(parity, *flags)).train.model)[1]
+    return read_tensors(file.groups[file.average], file.metadata, abstract, f'"{path}"')
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_command_makes_a_checkpoint_of_the_authors_file(variant, tmp_path, capsys):
+    """The record of the import also keeps the file's own metadata."""
+    parity, source = load_parity(variant), PARITY / f"model_{variant}.safetensors"
+    flags = (f"--source={source}", f"--workdir={tmp_path / 'run'}", *flags_of(parity))
+    assert cli.main(["djepa_jax", "--mode=import", *flags]) == 0
+    parts, step = read_workdir(tmp_path / "run", config_of(parity))
+    assert step == 0 and parts.keys() == {"ema_params"}
+    assert_same(parts["ema_params"], parity.params)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"wrote {tmp_path / 'run' / 'checkpoints' / '0'}"
+    record = json.loads((tmp_path / "run" / "imported.json").read_text())
+    assert record["contents"] == lines[:-1] and record["step"] == 0
+    assert record["source"] == source.name
+    assert record["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert json.loads(record["metadata"]["config"]) == parity.official
+    assert f"{len(parity.tensors)} tensors in float32" in lines[0] and str(source) in lines[0]
+
 
 OLD_FORMAT = {"_use_new_zipfile_serialization": False}
-# file -> how the tensors of a model are written into it
 CONTAINERS = {
-    "training.pth": lambda path, tensors: torch.save(
-        training_file(as_torch(tensors), as_torch(tensors)), path
+    "training.pth": lambda path, tensors: torch.save(training_file(tensors, tensors), path),
+    "bare.pth": lambda path, tensors: torch.save(tensors, path),
+    "old.pt": lambda path, tensors: torch.save(training_file(tensors, tensors), path, **OLD_FORMAT),
+    "old_bare.pth": lambda path, tensors: torch.save(tensors, path, **OLD_FORMAT),
+    "wrapped.pth": lambda path, tensors: torch.save({"model": renamed(tensors, "module.")}, path),
+    "compiled.ckpt": lambda path, tensors: torch.save(
+        {"state_dict": renamed(tensors, "module._orig_mod.")}, path
     ),
-    "bare.pth": lambda path, tensors: torch.save(as_torch(tensors), path),
-    "bare.safetensors": lambda path, tensors: save_file(tensors, path),
-    "old.pt": lambda path, tensors: torch.save(
-        training_file(as_torch(tensors), as_torch(tensors)), path, **OLD_FORMAT
-    ),
-    "old_bare.pth": lambda path, tensors: torch.save(as_torch(tensors), path, **OLD_FORMAT),
-    "wrapped.pth": lambda path, tensors: torch.save(
-        {"model": renamed(as_torch(tensors), "module.")}, path
-    ),
-    "compiled.pth": lambda path, tensors: torch.save(
-        renamed(as_torch(tensors), "module._orig_mod."), path
-    ),
-    "wrapped.safetensors": lambda path, tensors: save_file(renamed(tensors, "module."), path),
 }
-CASES = [(v, c) for v in VARIANTS for c in list(CONTAINERS)[:3]] + [
-    ("gauss", c) for c in list(CONTAINERS)[3:]
-]
-TYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 
 
-@functools.cache
-def forward_of(variant: str):
-    """The networks on the recorded inputs: parameters -> (predictor's output, JEPA head's output)
-    `[B, N, D]`.
-    """
-    parity = load_parity(variant)
-    tokens, order, num_visible, labels = replay(parity)
-
-    @jax.jit
-    def forward(params):
-        model = nnx.merge(parity.graph, params)
-        cond = predict_features(
-            model, to_order(tokens, order), order, labels, num_visible, parity.config.num_tokens
-        )
-        return to_raster(cond, order), to_raster(model.jepa_head(cond), order)
-
-    return forward
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_gives_the_same_parameters(gauss, container, tmp_path):
+    CONTAINERS[container](tmp_path / container, as_torch(gauss.tensors))
+    assert_same(read(tmp_path / container, gauss), gauss.params)
 
 
-def average_in(workdir, flags) -> dict:
-    """The moving average as sampling loads it."""
-    config = parse(["djepa_jax", f"--workdir={workdir}", *flags]).config
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    return load_ema(config, config, workdir, mesh)[0]
-
-
-@pytest.mark.parametrize(("variant", "container"), CASES)
-def test_imported_weights_give_the_authors_numbers(variant, container, tmp_path, capsys):
-    parity = load_parity(variant)
-    CONTAINERS[container](tmp_path / container, parity.tensors)
-    assert run_import(tmp_path / container, tmp_path / "run", flags_of(parity)) == 0
-    assert "converted" not in capsys.readouterr().out, "float32 is taken as it is"
-    params = average_in(tmp_path / "run", flags_of(parity))
-    assert_same(params, parity.params)
-    cond, head = forward_of(variant)(params)
-    assert_close(cond, parity.forward["decoder_z"], FORWARD)
-    assert_close(head, parity.forward["jepa_head"], FORWARD)
-
-
-def test_fixture_file_is_imported_as_it_is(gauss, tmp_path, capsys):
-    """Also with metadata of its own, which the record of the import keeps."""
-    source, workdir = PARITY / "model_gauss.safetensors", tmp_path / "run"
-    assert run_import(source, workdir, flags_of(gauss)) == 0
-    record = json.loads((workdir / "imported.json").read_text())
-    assert record["source"] == source.name and record["step"] == 0
-    assert record["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert json.loads(record["metadata"]["config"]) == gauss.official
-    lines = capsys.readouterr().out.splitlines()
-    assert (
-        record["contents"] == lines[:-1] and lines[-1] == f"wrote {workdir / 'checkpoints' / '0'}"
+def test_every_group_of_a_file_is_used_or_named(tmp_path):
+    """Names of groups in a file -> average, trained weights, what is not read."""
+    table = (
+        (("model", "model_ema", "args", "scaler"), "model_ema", "model", ("'args'", "'scaler'")),
+        (("model", "ema", "opt", "args"), "ema", "model", ("'opt'", "'args'")),
+        (("state_dict", "state_dict_ema"), "state_dict_ema", "state_dict", ()),
+        (("ema", "model_ema", "model"), "model_ema", "model", ("'ema'",)),
+        (("ema", "teacher"), "ema", None, ("'teacher'",)),
+        (("state_dict", "hyper_parameters"), "state_dict", "state_dict", ("'hyper_parameters'",)),
+        (("model", "epoch"), "model", "model", ()),
     )
-    assert lines[1].startswith("optimiser: none; training starts it afresh")
+    for names, average, trained, unread in table:
+        tensors = {name: {"w": torch.full((2,), float(n))} for n, name in enumerate(names)}
+        torch.save(tensors | ({"epoch": 3} if "epoch" in names else {}), tmp_path / "a.pth")
+        file = open_tensors(tmp_path / "a.pth")
+        assert (file.average, file.trained, file.unread) == (average, trained, unread)
+        for name in {average, trained} - {None}:
+            np.testing.assert_array_equal(file.groups[name]["w"], names.index(name))
 
 
-def test_trained_parameters_and_their_average_are_kept_apart(gauss, tmp_path):
+def test_average_and_trained_weights_are_kept_apart(gauss, tmp_path):
+    """As other programs name them."""
     trained = {name: value + 1 for name, value in gauss.tensors.items()}
-    torch.save(training_file(as_torch(trained), as_torch(gauss.tensors)), tmp_path / "both.pth")
-    assert run_import(tmp_path / "both.pth", tmp_path / "run", flags_of(gauss)) == 0
-    parts, step = read_workdir(tmp_path / "run", flags_of(gauss))
+    content = {"model": as_torch(trained), "ema": as_torch(gauss.tensors), "scaler": {"scale": 1.0}}
+    torch.save(content, tmp_path / "both.pth")
+    report = run_import(config_of(gauss), str(tmp_path / "run"), str(tmp_path / "both.pth"))
+    assert report[1].startswith("moving average: ema of") and "not read: 'scaler'" in report
+    assert report[0].startswith("trained parameters: model of")
+    parts, step = read_workdir(tmp_path / "run", config_of(gauss))
     assert step == 0 and parts.keys() == {"params", "ema_params"}
     assert_same(parts["ema_params"], gauss.params)
     assert_same(parts["params"], from_official(trained, gauss.abstract))
 
 
-@pytest.mark.parametrize("container", ["pth", "safetensors"])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_other_number_types_are_converted_and_named(gauss, dtype, container, tmp_path, capsys):
-    stored = {name: value.astype(TYPES[dtype]) for name, value in gauss.tensors.items()}
-    source = tmp_path / f"model.{container}"
-    if container == "pth":
-        torch.save(as_torch(gauss.tensors, getattr(torch, dtype)), source)
-    else:
-        save_file(stored, source)
-    assert run_import(source, tmp_path / "run", flags_of(gauss)) == 0
-    assert (
-        f"weights: {len(stored)} tensors converted from {dtype} to float32"
-        in capsys.readouterr().out
-    )
-    expected = from_official(
-        {name: value.astype(np.float32) for name, value in stored.items()}, gauss.abstract
-    )
-    assert_same(average_in(tmp_path / "run", flags_of(gauss)), expected)
+def test_every_type_and_shape_is_read_as_it_was_written(tmp_path):
+    rng, arrays = np.random.default_rng(0), {}
+    for dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
+        for name, shape in (("scalar", ()), ("empty", (0, 3)), ("cube", (2, 3, 4))):
+            arrays[f"{name}_{np.dtype(dtype).name}"] = rng.standard_normal(shape).astype(dtype)
+    save_file(arrays, tmp_path / "a.safetensors")
+    content = {
+        name: torch.tensor(value.astype(np.float64)).to(getattr(torch, value.dtype.name))
+        for name, value in arrays.items()
+    }
+    content["turned_float32"] = content["cube_float32"].permute(2, 0, 1)  # not contiguous
+    torch.save(content, tmp_path / "a.pth")
+    for suffix in (".safetensors", ".pth"):
+        found = open_tensors(tmp_path / f"a{suffix}").groups["weights"]
+        assert {tensor.dtype for tensor in found.values()} == {
+            *("float16", "bfloat16", "float32", "float64")
+        }
+        for name, value in arrays.items():
+            assert found[name].shape == value.shape and np.asarray(found[name]).dtype == np.float32
+            np.testing.assert_array_equal(found[name], value.astype(np.float32))
+    turned = np.transpose(arrays["cube_float32"], (2, 0, 1))
+    np.testing.assert_array_equal(found["turned_float32"], turned)
 
 
-# what the model goes without -> (parts of the tensors' names, flag of a config that fits, flag that
-# the file asks for)
+# what a model goes without -> parts of the tensors' names, the key without it, and with it
 WITHOUT = {
-    "QK norm": (
-        ("q_norm", "k_norm"),
-        "--config.model.qk_norm=False",
-        "--config.model.qk_norm=False",
-    ),
-    "JEPA head": (("jepaloss.",), "--config.loss.jepa_weight=0", "--config.loss.jepa_weight=0.0"),
+    "QK norm": (("q_norm", "k_norm"), "model.qk_norm=False", "model.qk_norm=True"),
+    "JEPA head": (("jepaloss.",), "loss.jepa_weight=0.0", "loss.jepa_weight=1.0"),
 }
 
 
 @pytest.mark.parametrize("what", WITHOUT)
-def test_models_without_a_part(gauss, what, tmp_path, capsys):
-    parts, flag, hint = WITHOUT[what]
-    tensors, source, workdir = (
-        without(gauss.tensors, *parts),
-        tmp_path / "less.safetensors",
-        tmp_path / "run",
-    )
-    save_file(tensors, source)
-    assert run_import(source, workdir, flags_of(gauss)) == 2
-    error = capsys.readouterr().err
-    assert f"The file is of a model with {hint}\n" in error and not workdir.exists()
-    for name in gauss.tensors.keys() - tensors.keys():
-        assert name.replace(".0.", ".{0..1}.").replace(".1.", ".{0..1}.") in error, (
-            "every missing tensor is named"
-        )
-    assert run_import(source, workdir, flags_of(gauss, flag)) == 0
-    imported = average_in(workdir, flags_of(gauss, flag))
-    leaves = {
-        jax.tree_util.keystr(path): value for path, value in jax.tree.leaves_with_path(gauss.params)
-    }
-    for path, value in jax.tree.leaves_with_path(imported):
-        np.testing.assert_array_equal(value, leaves[jax.tree_util.keystr(path)])
-    assert sum(leaf.size for leaf in jax.tree.leaves(imported)) == sum(
-        value.size for value in tensors.values()
-    )
+def test_models_without_a_part(gauss, what, tmp_path):
+    """No tensor is missing or dropped in silence."""
+    parts, flag, other = WITHOUT[what]
+    tensors, workdir = without(gauss.tensors, *parts), tmp_path / "run"
+    save_file(tensors, tmp_path / "less.safetensors")
+    for source, keys, hint in (("less", (), flag), ("whole", (f"--config.{flag}",), other)):
+        path = GOOD if source == "whole" else tmp_path / "less.safetensors"
+        with pytest.raises(MismatchError) as caught:
+            run_import(config_of(gauss, *keys), str(workdir), str(path))
+        assert f"The file is of a model with --config.{hint}\n" in str(caught.value)
+        for name in gauss.tensors.keys() - tensors.keys():
+            grouped = name.replace(".0.", ".{0..1}.").replace(".1.", ".{0..1}.")
+            assert grouped in str(caught.value)
+    assert not workdir.exists()
+    config = config_of(gauss, f"--config.{flag}")
+    run_import(config, str(workdir), str(tmp_path / "less.safetensors"))
+    found = read_workdir(workdir, config)[0]["ema_params"]
+    whole = traverse_util.flatten_dict(gauss.params)
+    for path, value in traverse_util.flatten_dict(found).items():
+        np.testing.assert_array_equal(value, whole[path])
+    assert sum(x.size for x in jax.tree.leaves(found)) == sum(x.size for x in tensors.values())
 
 
-@pytest.mark.parametrize("what", WITHOUT)
-def test_surplus_tensors_are_refused(gauss, what, tmp_path, capsys):
-    """The config has no place for them, and nothing is dropped in silence."""
-    _, flag, _ = WITHOUT[what]
-    assert (
-        run_import(PARITY / "model_gauss.safetensors", tmp_path / "run", flags_of(gauss, flag)) == 2
-    )
-    error = capsys.readouterr().err
-    hint = {"QK norm": "--config.model.qk_norm=True", "JEPA head": "--config.loss.jepa_weight=1.0"}[
-        what
-    ]
-    assert "surplus" in error and f"with {hint}\n" in error and not (tmp_path / "run").exists()
-
-
-def test_without_torch_safetensors_is_still_imported(gauss, tmp_path, capsys, monkeypatch):
+def test_without_torch_safetensors_is_still_imported(gauss, tmp_path, monkeypatch):
     torch.save(as_torch(gauss.tensors), tmp_path / "model.pth")
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert run_import(tmp_path / "model.pth", tmp_path / "run", flags_of(gauss)) == 2
-    error = capsys.readouterr().err
-    assert (
-        len(error.splitlines()) == 1
-        and 'pip install -e ".[import]"' in error
-        and ".safetensors" in error
-    )
-    assert run_import(PARITY / "model_gauss.safetensors", tmp_path / "run", flags_of(gauss)) == 0
+    with pytest.raises(SourceError, match=r'pip install "torch>=2.6".*\.safetensors'):
+        open_tensors(tmp_path / "model.pth")
+    assert_same(read(GOOD, gauss), gauss.params)
 
 
 def test_half_an_import_does_not_stand_in_the_way_of_the_next(gauss, tmp_path, monkeypatch):
     """What a killed process leaves: a config, a folder without steps, an unfinished step."""
-    workdir, arguments = (
-        tmp_path / "run",
-        (PARITY / "model_gauss.safetensors", tmp_path / "run", flags_of(gauss)),
-    )
+    workdir, arguments = tmp_path / "run", (config_of(gauss), str(tmp_path / "run"), str(GOOD))
 
     def killed(checkpoints, *_):
-        unfinished = checkpoints.directory / "0.orbax-checkpoint-tmp"
-        (unfinished / "state").mkdir(parents=True)
+        (checkpoints.directory / "0.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         raise CheckpointError("killed")
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save_imported", killed)
-        assert run_import(*arguments) == 2
-    assert (workdir / "config.json").exists() and not has_checkpoint(workdir)
-    assert run_import(*arguments) == 0
-    assert_same(average_in(workdir, flags_of(gauss)), gauss.params)
+        with pytest.raises(CheckpointError, match="killed"):
+            run_import(*arguments)
+    assert (workdir / "config.json").exists() and Checkpoints(workdir).latest_step() is None
+    run_import(*arguments)
+    assert_same(read_workdir(workdir, config_of(gauss))[0]["ema_params"], gauss.params)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["0"]
+
+
+def test_workdir_in_use_is_left_alone(gauss, tmp_path):
+    used, noted = tmp_path / "used", tmp_path / "noted"
+    run_import(config_of(gauss), str(used), str(GOOD))
+    noted.mkdir()
+    (noted / "config.json").write_text("somebody's notes")
+    for workdir, held in ((used, "checkpoint 0"), (noted, "config.json")):
+        before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        with pytest.raises(CheckpointError, match=f"already holds {held}; .* another folder"):
+            run_import(config_of(gauss), str(workdir), str(GOOD))
+        after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        assert after == before

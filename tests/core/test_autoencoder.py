@@ -25,7 +25,7 @@ from small_autoencoder import (
 )
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder
-from djepa_jax.checkpoints.convert.autoencoder import from_tensors
+from djepa_jax.checkpoints.convert.autoencoder_kl import from_tensors
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities.image import to_pixels, to_range
 from djepa_jax.core.models.autoencoder_kl import (

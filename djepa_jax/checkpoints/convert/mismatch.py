@@ -1,16 +1,13 @@
-"""What to say when tensors do not fit a model: every mismatch in one table, and the config keys
-that would fit.
-"""
+"""Tensors that do not fit a model: a table of what differs, and config keys that would fit."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from djepa_jax.core.models.djepa import SIZES, ModelConfig
 from djepa_jax.runtime.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
-NUMBER = re.compile(r"(?<=blocks\.)(\d+)(?=\.)")  # of a layer, in the authors' names
-SIZE_KEYS = ("width", "encoder_depth", "predictor_depth", "denoiser_depth", "denoiser_width")
+LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")  # the number of a layer, in the authors' names
 
 
 class MismatchError(UserError, ValueError):
@@ -20,138 +17,85 @@ class MismatchError(UserError, ValueError):
 def check_shapes(
     found: Shapes, expected: Shapes, where: str, model: ModelConfig | None = None
 ) -> None:
-    """Compare what a file holds with what a model needs.
-
-    Args:
-        found: shapes in the file.
-        expected: shapes that the model needs.
-        where: names the file in the message.
-        model: with it, the message says which config keys the file asks for (authors' names only).
+    """Compare the shapes in a file, which `where` names, with those that a model needs.
 
     Raises:
-        MismatchError: missing, surplus or misshapen tensors, all of them.
+        MismatchError: a table of all missing, surplus and misshapen tensors; with `model`, also the
+            config keys that a file with the authors' names asks for.
     """
-    rows = [(name, "missing", "-", expected[name]) for name in expected if name not in found]
-    rows += [(name, "surplus", found[name], "-") for name in found if name not in expected]
-    rows += [
-        (n, "shape", found[n], expected[n])
-        for n in expected
-        if n in found and tuple(found[n]) != tuple(expected[n])
-    ]
-    if rows:
-        hints = suggestions(found, model) if model else []
-        advice = f"\nThe file is of a model with {' '.join(hints)}" if hints else ""
-        raise MismatchError(
-            f"{where} does not fit the config; nothing was written.{advice}\n{_table(rows)}"
-        )
-
-
-def _table(rows: Iterable[tuple]) -> str:
-    """Aligned columns; rows that differ only by the number of their layer share a line."""
-    grouped: dict[tuple, list[int]] = {}
-    for name, problem, found, expected in rows:
-        numbers = grouped.setdefault(
-            (NUMBER.sub("{}", name), problem, str(found), str(expected)), []
-        )
-        numbers += [int(number) for number in NUMBER.findall(name)[:1]]
+    names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if not names:
+        return
+    rows: dict[tuple[str, ...], list[int]] = {}  # layers whose rows differ by their number alone
+    for name in names:
+        problem = "missing" if name not in found else "shape" if name in expected else "surplus"
+        row = (LAYER.sub("{}", name), problem, found.get(name, "-"), expected.get(name, "-"))
+        rows.setdefault(tuple(map(str, row)), []).extend(map(int, LAYER.findall(name)[:1]))
     lines = [("tensor", "problem", "in the file", "expected")]
-    lines += [
-        (_printable(name).replace("{}", _ranges(numbers)), *rest)
-        for (name, *rest), numbers in sorted(grouped.items())
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    return "\n".join(
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+    for (name, *rest), layers in sorted(rows.items()):
+        name = name.encode("unicode_escape").decode()  # a terminal would obey control characters
+        lines.append((name.replace("{}", _numbers(layers)) if layers else name, *rest))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
+    ]
+    hints = suggestions(found, model) if model else []
+    advice = f"\nThe file is of a model with {' '.join(hints)}" if hints else ""
+    raise MismatchError(
+        "\n  ".join([f"{where} does not fit the config; nothing was written.{advice}", *table])
     )
 
 
-def _printable(name: str) -> str:
-    """A tensor's name without control characters, which a terminal would obey."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Layer numbers as {0..11}, or 3 when it is one."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
-    return text if text.isdecimal() else f"{{{text}}}"
+def _numbers(layers: list[int]) -> str:
+    """Layer numbers as 3, {0..11} or {1,3}."""
+    if len(layers) == 1:
+        return str(layers[0])
+    listed = sorted(layers)
+    if listed[-1] - listed[0] == len(listed) - 1:
+        return f"{{{listed[0]}..{listed[-1]}}}"
+    return f"{{{','.join(map(str, listed))}}}"
 
 
 def suggestions(found: Shapes, model: ModelConfig) -> list[str]:
-    """Flags that would make a config describe the model in the file, as far as its tensors tell;
-    none for other files.
-    """
-    flags, size = [], _size_of(found)
-    if not size:
+    """Flags that make a config describe the model in the file, as far as its tensors tell."""
+    try:
+        theirs = _config_of(found)
+    except (LookupError, TypeError, ValueError, ArithmeticError):  # another kind of file
         return []
-    other = {key: value for key, value in size.items() if getattr(model, key) != value}
-    if other:
-        name = next((name for name, sizes in SIZES.items() if size.items() <= sizes.items()), None)
-        flags += (
-            [f"--config.model.size={name}"]
-            if name
-            else [f"--config.model.{key}={value}" for key, value in other.items()]
-        )
-    for flag, value, present in _other_keys(found):
-        if value is not None and value != present(model):
-            flags.append(f"--config.{flag}={value}")
-    return flags
+    ours = {
+        "loss.name": "diffusion" if model.denoiser_out == 2 * model.token_dim else "flow_matching",
+        "loss.jepa_weight": float(model.jepa_head),
+        "data.num_classes": model.num_classes,
+    }
+    ours |= {key: getattr(model, key.removeprefix("model.")) for key in theirs.keys() - ours.keys()}
+    changed = {key: value for key, value in theirs.items() if ours[key] != value}
+    for name, sizes in SIZES.items():
+        size = {f"model.{key}": value for key, value in sizes.items() if f"model.{key}" in theirs}
+        if size.items() <= theirs.items() and size.keys() & changed.keys():
+            changed = {"model.size": name} | {k: v for k, v in changed.items() if k not in size}
+    return [f"--config.{key}={value}" for key, value in changed.items()]
 
 
-def _dimension(found: Shapes, name: str, axis: int) -> int | None:
-    shape = found.get(name, ())
-    return shape[axis] if len(shape) > axis else None
+def _config_of(found: Shapes) -> dict[str, int | float | str | bool]:
+    """What the shapes of the authors' tensors say about their model, by config key."""
 
+    def depth(prefix: str) -> int:
+        return len({LAYER.search(name)[0] for name in found if name.startswith(prefix)})
 
-def _depth(found: Shapes, prefix: str) -> int:
-    return len(
-        {match[1] for name in found if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
-    )
-
-
-def _size_of(found: Shapes) -> dict[str, int]:
-    """Widths and depths that a file's tensors have; empty where they cannot be told."""
-    values = (
-        _dimension(found, "z_proj.weight", 0),
-        _depth(found, "encoder_blocks"),
-        _depth(found, "decoder_blocks"),
-        _depth(found, "diffloss.net.res_blocks"),
-        _dimension(found, "diffloss.net.input_proj.weight", 0),
-    )
-    if not all(values):
-        return {}
-    head = _dimension(
-        found, "encoder_blocks.0.attn.q_norm.weight", 0
-    )  # without QK norm nothing tells the heads
-    return dict(zip(SIZE_KEYS, values, strict=True)) | (
-        {"num_heads": values[0] // head} if head else {}
-    )
-
-
-def _other_keys(found: Shapes):
-    """(key, value in the file or None, how to read it from a model) of everything that is not a
-    size.
-    """
-    outputs = _dimension(found, "diffloss.net.final_layer.linear.weight", 0)
-    channels = _dimension(found, "z_proj.weight", 1)
-    loss = {1: "flow_matching", 2: "diffusion"}.get(
-        outputs // channels if outputs and channels else 0
-    )
-    has_head = any(name.startswith("jepaloss.") for name in found)
-    return (
-        (
-            "loss.name",
-            loss,
-            lambda m: "diffusion" if m.denoiser_out == 2 * m.token_dim else "flow_matching",
-        ),
-        ("loss.jepa_weight", 1.0 if has_head else 0.0, lambda m: 1.0 if m.jepa_head else 0.0),
-        ("model.qk_norm", any(".attn.q_norm." in name for name in found), lambda m: m.qk_norm),
-        ("model.num_prefix_tokens", _dimension(found, "buffer", 1), lambda m: m.num_prefix_tokens),
-        ("data.num_classes", _dimension(found, "class_emb.weight", 0), lambda m: m.num_classes),
-    )
+    width, channels = found["z_proj.weight"]
+    head = found.get("encoder_blocks.0.attn.q_norm.weight")  # without it, nothing tells the heads
+    two_outputs = found["diffloss.net.final_layer.linear.weight"][0] == 2 * channels
+    return {
+        "model.width": width,
+        "model.encoder_depth": depth("encoder_blocks."),
+        "model.predictor_depth": depth("decoder_blocks."),
+        **({"model.num_heads": width // head[0]} if head else {}),
+        "model.denoiser_depth": depth("diffloss.net.res_blocks."),
+        "model.denoiser_width": found["diffloss.net.input_proj.weight"][0],
+        "loss.name": "diffusion" if two_outputs else "flow_matching",
+        "loss.jepa_weight": float(any(name.startswith("jepaloss.") for name in found)),
+        "model.qk_norm": head is not None,
+        "model.num_prefix_tokens": found["buffer"][1],
+        "data.num_classes": found["class_emb.weight"][0],
+    }

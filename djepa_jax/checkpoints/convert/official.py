@@ -27,20 +27,6 @@ SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = Layout(np.transpose, np.transpose)
 
 
-def _split_linear(parts: int) -> Layout:
-    """A linear whose output is `parts` vectors: `[(parts out), in]` <-> `[in, parts, out]`."""
-    return Layout(
-        lambda x: rearrange(x, "(p o) i -> i p o", p=parts),
-        lambda x: rearrange(x, "i p o -> (p o) i"),
-    )
-
-
-def _split_bias(parts: int) -> Layout:
-    return Layout(
-        lambda x: rearrange(x, "(p o) -> p o", p=parts), lambda x: rearrange(x, "p o -> (p o)")
-    )
-
-
 def _leading_ones(count: int) -> Layout:
     """An array that the authors keep behind `count` axes of length one."""
     return Layout(lambda x: x.reshape(x.shape[count:]), lambda x: x.reshape((1,) * count + x.shape))
@@ -54,9 +40,15 @@ def _linear(ours: str, theirs: str) -> dict:
 
 
 def _split(ours: str, theirs: str, parts: int) -> dict:
+    """A linear whose output is `parts` vectors: `[(parts out), in]` <-> `[in, parts, out]`."""
+    kernel = Layout(
+        lambda x: rearrange(x, "(p o) i -> i p o", p=parts),
+        lambda x: rearrange(x, "i p o -> (p o) i"),
+    )
+    bias = Layout(lambda x: x.reshape(parts, -1), np.ravel)
     return {
-        f"{ours}/kernel": (f"{theirs}.weight", _split_linear(parts)),
-        f"{ours}/bias": (f"{theirs}.bias", _split_bias(parts)),
+        f"{ours}/kernel": (f"{theirs}.weight", kernel),
+        f"{ours}/bias": (f"{theirs}.bias", bias),
     }
 
 
@@ -112,57 +104,38 @@ OFFICIAL_NAMES: Mapping[str, tuple[str, Layout]] = {
 
 
 def to_official(params: dict) -> dict[str, np.ndarray]:
-    """Our parameters (a nested dict) under the authors' names.
-
-    Raises:
-        KeyError: a path that the table does not know.
-    """
+    """Our parameters (a nested dict) under the authors' names."""
     tensors = {}
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
-        name, layout = OFFICIAL_NAMES[path]
-        value = np.asarray(value)
-        if LAYER in name:
-            tensors |= {
-                name.replace(LAYER, str(i)): layout.to_official(layer)
-                for i, layer in enumerate(value)
-            }
-        else:
+        (name, layout), value = OFFICIAL_NAMES[path], np.asarray(value)
+        if LAYER not in name:
             tensors[name] = layout.to_official(value)
+            continue
+        for layer, part in enumerate(value):
+            tensors[name.replace(LAYER, str(layer))] = layout.to_official(part)
     return tensors
 
 
 def official_shapes(abstract: dict) -> dict[str, tuple[int, ...]]:
-    """The authors' names and shapes of the tensors that make up a model, from the shapes of our
-    parameters.
-    """
-    hollow = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract
-    )  # no memory
+    """The authors' names and shapes of a model's tensors, from the shapes of our parameters."""
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
     return {name: value.shape for name, value in to_official(hollow).items()}
 
 
-def from_official(
-    tensors: Mapping[str, np.ndarray], abstract: dict, place: Callable = np.asarray
-) -> dict:
-    """The authors' tensors, which must be exactly those of `official_shapes(abstract)`, as our
-    parameters.
+def from_official(tensors: Mapping, abstract: dict, place: Callable = np.asarray) -> dict:
+    """The authors' tensors, exactly those of `official_shapes(abstract)`, as our parameters.
 
-    Args:
-        tensors: arrays under the authors' names; each is read once, just before it is needed.
-        abstract: the shapes that our model expects, as `models.djepa.split_model` gives them.
-        place: applied to every finished array before the next one is read.
+    Each is read when it is needed, and goes through `place` before the next one, the largest first.
     """
-    params = {}
-    leaves = traverse_util.flatten_dict(abstract, sep="/").items()
-    for path, leaf in sorted(
-        leaves, key=lambda item: -item[1].size
-    ):  # the largest while memory is empty
+    leaves, params = traverse_util.flatten_dict(abstract, sep="/"), {}
+    for path, leaf in sorted(leaves.items(), key=lambda item: -item[1].size):
         name, layout = OFFICIAL_NAMES[path]
         if LAYER not in name:
-            params[path] = place(layout.from_official(tensors[name]))
+            params[path] = place(layout.from_official(np.asarray(tensors[name])))
             continue
         value = np.empty(leaf.shape, leaf.dtype)
         for layer in range(leaf.shape[0]):
-            value[layer] = layout.from_official(tensors[name.replace(LAYER, str(layer))])
+            stored = tensors[name.replace(LAYER, str(layer))]
+            value[layer] = layout.from_official(np.asarray(stored))
         params[path] = place(value)
     return traverse_util.unflatten_dict(params, sep="/")

@@ -1,31 +1,29 @@
-"""Files of tensors, read one tensor at a time: safetensors, and PyTorch checkpoints without running
-their code.
-"""
+"""Files of tensors: safetensors, and PyTorch checkpoints, of which no code is ever run."""
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (gives numpy the type bfloat16, by which safetensors asks for it)
 import numpy as np
 
 from djepa_jax.runtime.errors import UserError
 
-MAPPED_BYTES = (
-    2**25
-)  # read through one mapping of the file before it is dropped, with the memory behind it
-WEIGHT_SETS = ("model_ema", "model")
-LIGHTNING_SET = "state_dict"
-COUNTER = ".num_batches_tracked"  # whole numbers that PyTorch's batch norms keep; they do no harm
-BARE = "weights"
-SAFE_TORCH = (2, 6)
-INSTALL_TORCH = (
-    'pip install "torch>=2.6" (or the extra: pip install -e ".[import]"), or convert the file to '
-    ".safetensors"
-)
+# Groups of tensors in a PyTorch checkpoint, the likelier names first.
+TRAINED = ("model", "state_dict")
+AVERAGES = ("model_ema", "ema", "state_dict_ema")
+OPTIMIZERS = ("optimizer", "opt")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WHOLE = "weights"  # the group of a file that has no others
+WRAPPERS = ("module.", "_orig_mod.")  # in front of every name when a wrapped model was saved
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+COUNTER = ".num_batches_tracked"  # whole numbers of PyTorch's batch norms; they do no harm
 
 
 class SourceError(UserError, ValueError):
@@ -33,321 +31,177 @@ class SourceError(UserError, ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """Shape and type of a stored tensor."""
+class StoredTensor:
+    """A tensor in a file; `np.asarray` reads it, as float32."""
 
     shape: tuple[int, ...]
     dtype: str
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.read(), np.float32)  # a copy, which needs the file no more
 
 
-class Tensors(Mapping):
-    """A set of tensors in a file, as float32 arrays by name, each read when it is asked for.
-
-    The file is opened anew every `MAPPED_BYTES`, because pages of a mapped file count as memory
-    until it is closed.
-    """
-
-    def __init__(self, infos: dict[str, TensorInfo], reopen):
-        self.infos, self._reopen = infos, reopen
-        self._stored = self._mapped = None
-
-    def __len__(self) -> int:
-        return len(self.infos)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.infos)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if self._stored is None or self._mapped > MAPPED_BYTES:
-            self._stored, self._mapped = None, 0  # the old mapping goes before a new one comes
-            self._stored = self._reopen()
-        value = np.array(self._stored(name), np.float32)  # a copy, free of the mapping
-        self._mapped += value.nbytes
-        return value
-
-    def close(self) -> None:
-        """Drop the mapping; reading goes on with a new one."""
-        self._stored = None
-
-    def renamed(self, stored_names: Mapping[str, str]) -> "Tensors":
-        """Some of the tensors under other names: `stored_names` maps the new names to the stored
-        ones.
-        """
-
-        def reopen():
-            get = self._reopen()
-            return lambda name: get(stored_names[name])
-
-        return Tensors({new: self.infos[old] for new, old in stored_names.items()}, reopen)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name."""
-        return {name: info.shape for name, info in self.infos.items()}
-
-    @property
-    def converted(self) -> dict[str, int]:
-        """How many tensors are stored in another type than float32, by type."""
-        dtypes = [info.dtype for info in self.infos.values() if info.dtype != "float32"]
-        return {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}
+Tensors = Mapping[str, StoredTensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """What a file holds: sets of weights by name, and what else its writer kept."""
+    """What a file holds: groups of named tensors, and which of them is what."""
 
-    path: pathlib.Path
-    weights: dict[str, Tensors]  # "model_ema" and "model", or "weights"
-    metadata: dict[str, Any]  # of a safetensors file; epoch of a PyTorch one
-    moments: "AdamMoments | None" = None
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamMoments:
-    """State of a PyTorch Adam optimiser, whose parameters are numbered through its groups."""
-
-    groups: tuple[tuple[int, ...], ...]
-    step: int
-    tensors: Tensors  # "NUMBER/exp_avg" and "NUMBER/exp_avg_sq"
+    groups: dict[str, Tensors]  # of the average, and of what training goes on with
+    average: str = WHOLE  # or the only weights there are
+    trained: str | None = None
+    moments: Tensors | None = None  # "N/exp_avg", "N/exp_avg_sq" of the Nth parameter
+    step: int = 0  # of the optimiser that has these moments
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()  # names of everything else
 
 
 def open_tensors(path: pathlib.Path, flag: str = "--source") -> SourceFile:
-    """Open a `.safetensors`, `.pth` or `.pt` file, which `flag` names.
+    """Open the `.safetensors`, `.pth` or `.pt` file that `flag` names; no tensor is read yet.
 
     Raises:
-        SourceError: it is missing, a folder, cut short, of another kind, or holds code.
+        SourceError: it is missing, cut short, of another kind, or holds code.
     """
+    where = f'{flag} "{path}"'
+    if not path.is_file() or path.suffix not in SUFFIXES:
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        kind = "is of an unknown kind" if path.is_file() else kind
+        raise SourceError(f"{where} {kind}; name a .safetensors, .pth or .pt file.")
     try:
-        return _open(path)
+        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
     except SourceError as error:
-        raise SourceError(f"{flag} {error}") from error
-
-
-def _open(path: pathlib.Path) -> SourceFile:
-    if path.is_dir():
-        files = sorted(
-            p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors")
-        )
-        advice = (
-            f"name a file in it: {', '.join(files)}"
-            if files
-            else "name a .pth or .safetensors file"
-        )
-        raise SourceError(f'"{path}" is a folder; {advice}.')
-    if not path.is_file():
-        raise SourceError(f'"{path}" does not exist; name a .pth or .safetensors file.')
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        return _open_torch(path)
-    raise SourceError(f'"{path}" is of an unknown kind; it must end in .safetensors, .pth or .pt.')
-
-
-def _unreadable(path: pathlib.Path, error: BaseException) -> SourceError:
-    details = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-    return SourceError(
-        f'"{path}" cannot be read ({details}); it has {path.stat().st_size:,} bytes and is '
-        "damaged, cut short or of "
-        f"another kind than {path.suffix}. Copy or download it again."
-    )
+        raise SourceError(f"{where} {error}") from error
+    except Exception as error:  # of torch, of safetensors, of the system
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+        raise SourceError(
+            f"{where} cannot be read ({reason}); it has {path.stat().st_size:,} bytes and is "
+            f"damaged, cut short or of another kind than {path.suffix}. Copy or download it again."
+        ) from error
 
 
 def _open_safetensors(path: pathlib.Path) -> SourceFile:
-    import ml_dtypes  # noqa: F401 (JAX's; gives numpy the type bfloat16, which safetensors looks up by name)
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            infos = {
-                n: TensorInfo(tuple(s.get_shape()), _dtype_name(s.get_dtype()))
-                for n, s in slices.items()
-            }
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-    return SourceFile(
-        path,
-        {BARE: Tensors(_check_floats(path, infos), lambda: safe_open(path, "np").get_tensor)},
-        metadata,
-    )
+    file, tensors = safe_open(path, "np"), {}
+    for name in file.keys():  # noqa: SIM118 (not a mapping)
+        stored = file.get_slice(name)
+        dtype = FLOATS.get(stored.get_dtype(), stored.get_dtype())
+        read = functools.partial(file.get_tensor, name)
+        tensors[name] = StoredTensor(tuple(stored.get_shape()), dtype, read)
+    return SourceFile({WHOLE: _checked(tensors)}, metadata=dict(file.metadata() or {}))
 
 
-def _dtype_name(name: str) -> str:
-    """numpy's name of a safetensors type."""
-    bits = "".join(filter(str.isdigit, name))
-    return {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}.get(
-        name.rstrip("0123456789"), name.lower()
-    ) + bits
-
-
-def _check_floats(path: pathlib.Path, infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    floats = ("float32", "float16", "bfloat16", "float64")
-    odd = {
-        n: i.dtype for n, i in infos.items() if i.dtype not in floats and not n.endswith(COUNTER)
-    }
-    if odd:
-        listed = ", ".join(f"{name} ({dtype})" for name, dtype in list(odd.items())[:5])
-        raise SourceError(
-            f'"{path}" holds {len(odd)} tensors that are not floating-point numbers: {listed}.'
-        )
-    return infos
+def _checked(tensors: Tensors) -> Tensors:
+    """Floating-point tensors, without the prefixes that a wrapped model gives to all of them."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS.values() and not name.endswith(COUNTER):
+            raise SourceError(
+                f"holds {name!r} of type {tensor.dtype}, not floating-point; name other weights."
+            )
+    for prefix in WRAPPERS * 2:  # one may be in the other, either way
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _open_torch(path: pathlib.Path) -> SourceFile:
-    content = _load_torch(path)
+    content, size = _load_torch(path), path.stat().st_size
     if not isinstance(content, Mapping):
-        raise SourceError(
-            f'"{path}" holds a {type(content).__name__}; a dict of tensors is needed.'
-        )
-    sets = [name for name in WEIGHT_SETS if isinstance(content.get(name), Mapping)]
-    weights = {name: _torch_set(path, content, name) for name in sets}
-    if not sets:
-        weights = {
-            BARE: _torch_set(
-                path,
-                content,
-                LIGHTNING_SET if isinstance(content.get(LIGHTNING_SET), Mapping) else None,
-            )
-        }
-    epoch = content.get("epoch") if sets else None
-    return SourceFile(
-        path,
-        weights,
-        {"epoch": epoch} if isinstance(epoch, int) else {},
-        _torch_moments(path, content),
-    )
+        raise SourceError(f"holds a {type(content).__name__}; a dict of tensors is needed.")
+    filled = {
+        name: value for name, value in content.items() if isinstance(value, Mapping) and value
+    }
+    trained = next((name for name in TRAINED if name in filled), None)
+    average = next((name for name in AVERAGES if name in filled), trained)
+    if average is None:
+        return SourceFile({WHOLE: _torch_tensors(content, size)})
+    groups = {
+        name: _torch_tensors(value, size)
+        for name, value in filled.items()
+        if name in (average, trained)
+    }
+    optimizer = next((name for name in OPTIMIZERS if trained and name in filled), None)
+    moments, step = _torch_moments(filled.get(optimizer), size)
+    metadata = {"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {}
+    used = {*groups, *metadata, optimizer if moments else None}
+    unread = tuple(repr(name)[:60] for name in content if name not in used)
+    return SourceFile(groups, average, trained, moments, step, metadata, unread)
 
 
 def _load_torch(path: pathlib.Path) -> Any:
-    """The pickle's content, opened by torch's loader that builds tensors and plain containers and
-    runs nothing.
+    """What a PyTorch file holds: tensors, mapped and not read yet, in plain containers.
+
+    From PyTorch 2.6 on the loader builds nothing else and runs nothing (CVE-2025-32434).
     """
     try:
         import torch
-    except ImportError as error:
+    except ImportError:
+        version = "0.0"
+    else:
+        version = torch.__version__
+    if tuple(map(int, version.split(".")[:2])) < (2, 6):
         raise SourceError(
-            f'"{path}" is a PyTorch file, and PyTorch is not installed: {INSTALL_TORCH}.'
-        ) from error
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
-        raise SourceError(
-            f'"{path}" is a PyTorch file, and the loader of PyTorch {torch.__version__} can be '
-            "made to run code "
-            f"(CVE-2025-32434): {INSTALL_TORCH}."
+            f"needs PyTorch 2.6 or later, whose loader runs no code, not {version}: "
+            'pip install "torch>=2.6" (or -e ".[import]"), or convert the file to .safetensors.'
         )
+    mapped = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("it is compressed, which PyTorch never does")  # a bomb may be
     try:
-        _check_unpacked(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        reason = (
-            error.__context__ or error
-        )  # what torch's advice, to load the file with its code, is wrapped around
+        reason = error.__context__ or error  # without torch's advice to run the code as well
         refused = re.search(r"GLOBAL ([\w.]+)", str(reason))
         if refused:
             raise SourceError(
-                f'"{path}" asks for {refused[1]}, which a file of tensors does not need; it was '
-                "refused, and "
-                "nothing in it was run. Do not open this file with other tools unless you trust "
-                "who made it."
+                f"asks for {refused[1]}, which a file of tensors does not need; nothing in it was "
+                "run. Do not open it with other tools unless you trust who made it."
             ) from error
-        raise _unreadable(path, reason) from error
+        raise reason from None
 
 
-def _check_unpacked(path: pathlib.Path) -> None:
-    """Raise ValueError for a zip of more bytes than it has itself: PyTorch compresses nothing, a
-    bomb does.
+def _torch_tensors(content: Mapping, size: int) -> Tensors:
+    """Tensors of a file of `size` bytes, of which none may claim more: one number can be made to
+    stand for terabytes.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise ValueError(f"it would unpack to {unpacked:,} bytes")
-
-
-def _torch_set(path: pathlib.Path, loaded: Mapping, name: str | None) -> Tensors:
-    content = loaded if name is None else loaded[name]
-    odd = [
-        key
-        for key, value in content.items()
-        if not (isinstance(key, str) and _is_dense(value, path))
-    ]
-    if odd or not content:
-        found = f"{odd[0]} is not a dense tensor" if odd else "it is empty"
-        raise SourceError(
-            f'"{path}" is not a checkpoint: {found}; a dict with "model" and perhaps "model_ema", '
-            "or a plain "
-            "dict of tensors, is needed."
-        )
-    infos = {
-        key: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
-        for key, value in content.items()
-    }
-
-    def reopen():
-        whole = (
-            _load_torch(path) if zipfile.is_zipfile(path) else loaded
-        )  # files of old PyTorch cannot be mapped
-        stored = whole if name is None else whole[name]
-        return lambda key: stored[key].detach().float().numpy()
-
-    return Tensors(_check_floats(path, infos), reopen)
-
-
-def _is_dense(value: object, path: pathlib.Path) -> bool:
-    """Whether a value is a tensor that has its numbers with it, and no more of them than fit into
-    its file.
-    """
-    if not (
-        hasattr(value, "untyped_storage")
-        and str(value.layout) == "torch.strided"
-        and value.device.type == "cpu"
-    ):
-        return False
-    return value.nbytes <= path.stat().st_size  # one number can be made to stand for terabytes
-
-
-def _torch_moments(path: pathlib.Path, content: Mapping) -> AdamMoments | None:
-    """The optimiser's state, if the file has one in the form that PyTorch's Adam writes."""
-    try:
-        groups = tuple(tuple(group["params"]) for group in content["optimizer"]["param_groups"])
-        state = {int(number): moments for number, moments in content["optimizer"]["state"].items()}
-        steps = {int(moments["step"]) for moments in state.values()}
-        (step,) = steps
-        stored = _moment_tensors(state).items()
+    tensors = {}
+    for name, value in content.items():
+        dense = hasattr(value, "untyped_storage") and str(value.layout) == "torch.strided"
         if not (
-            0 <= step < 2**31
-            and all(_is_dense(value, path) and value.dtype.is_floating_point for _, value in stored)
+            isinstance(name, str) and dense and value.device.type == "cpu" and value.nbytes <= size
         ):
-            return None
-        infos = {
-            name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            for name, value in stored
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        return None
-
-    def reopen():
-        whole = _load_torch(path) if zipfile.is_zipfile(path) else content
-        again = _moment_tensors(whole["optimizer"]["state"])
-        return lambda name: again[name].detach().float().numpy()
-
-    return AdamMoments(groups, step, Tensors(infos, reopen))
+            raise SourceError(
+                f"is not a checkpoint: {name!r} is not a dense tensor; a dict of tensors is "
+                f"needed, or one with {' or '.join(TRAINED)} and perhaps {' or '.join(AVERAGES)}."
+            )
+        read = functools.partial(_read_torch, value)
+        dtype = str(value.dtype).removeprefix("torch.")
+        tensors[name] = StoredTensor(tuple(value.shape), dtype, read)
+    return _checked(tensors)
 
 
-def _moment_tensors(state: Mapping) -> dict:
-    return {
-        f"{number}/{moment}": values[moment]
-        for number, values in state.items()
-        for moment in ("exp_avg", "exp_avg_sq")
-    }
+def _read_torch(tensor) -> np.ndarray:
+    return tensor.detach().float().numpy()
 
 
-def save_tensors(
-    path: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]
-) -> None:
+def _torch_moments(optimizer: Mapping | None, size: int) -> tuple[Tensors | None, int]:
+    """The moments and the step in an optimiser's state, if PyTorch's Adam wrote it."""
+    try:
+        numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+        states = dict(enumerate(optimizer["state"][number] for number in numbers))
+        moments = {f"{n}/{name}": state[name] for n, state in states.items() for name in MOMENTS}
+        (step,) = {int(state["step"]) for state in states.values()}
+        return (_torch_tensors(moments, size), step) if 0 <= step < 2**31 else (None, 0)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        return None, 0
+
+
+def save_tensors(path: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Write a safetensors file."""
     from safetensors.numpy import save_file
 

@@ -1,0 +1,225 @@
+"""The `--mode=import` command: weights from elsewhere become a checkpoint that trains, samples and
+evaluates.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from flax import traverse_util
+
+from djepa_jax.checkpoints.autoencoder import stored_sha256, with_autoencoder
+from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.checkpoints.convert import official
+from djepa_jax.checkpoints.convert.mismatch import check_shapes
+from djepa_jax.checkpoints.convert.tensor_files import (
+    MOMENTS,
+    SourceError,
+    SourceFile,
+    Tensors,
+    open_tensors,
+)
+from djepa_jax.checkpoints.integrity import MANIFEST_NAME, file_sha256
+from djepa_jax.checkpoints.orbax_io import CheckpointError
+from djepa_jax.checkpoints.stored import StoredModel, find_model, is_export
+from djepa_jax.config import experiment as configuration
+from djepa_jax.config.experiment import Experiment
+from djepa_jax.core import sharding
+from djepa_jax.core.models.djepa import ModelConfig, split_model
+from djepa_jax.core.optimizer import decay_mask
+from djepa_jax.core.train_step import init_state
+from djepa_jax.runtime.lock import lock_workdir
+from djepa_jax.runtime.storage import as_path, check_writable, write_json
+from djepa_jax.sampling.generator import check_same_model, placed_params
+
+RECORD_NAME = "imported.json"
+LAYOUT = {"layout": "djepa_jax"}  # metadata of safetensors files with our names and shapes
+NO_MOMENTS = "optimiser: none; training starts it afresh, from step 0 with warm-up"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportSource:
+    """What an import takes: parts of a training state, their step, and lines that say so."""
+
+    file: pathlib.Path  # whose sha256 identifies it
+    parts: dict
+    report: list[str]
+    step: int = 0
+    metadata: dict = dataclasses.field(default_factory=dict)
+
+
+def run_import(config, workdir: str, source: str) -> list[str]:
+    """Write a checkpoint of the weights in a file, or in an export, into a new workdir.
+
+    Returns:
+        lines that say what was read and written.
+
+    Raises:
+        ConfigError: the config cannot work, or describes another model.
+        SourceError: the file cannot be read, or holds what it should not.
+        MismatchError: its tensors are not those of the config's model; a table of all of them.
+        CheckpointError: the workdir cannot be used, or holds checkpoints already.
+    """
+    experiment, path = configuration.build(config), pathlib.Path(os.path.expanduser(source))
+    model = find_model(path) if is_export(path) else None
+    if model:
+        check_same_model(model.config, config)
+        config = with_autoencoder(config, stored_sha256(model.config))
+    folder, resolved = as_path(workdir), configuration.resolved(config)
+    _check_unused(folder, resolved)
+    found = _read_export(path, model, experiment) if model else _read_file(path, experiment)
+    record = {
+        "source": path.resolve().name,
+        "sha256": file_sha256(found.file),
+        "bytes": found.file.stat().st_size,
+        "imported": datetime.date.today().isoformat(),
+        "step": found.step,
+        "metadata": found.metadata,
+        "contents": found.report,
+    }
+    check_writable(workdir)
+    with lock_workdir(workdir):
+        _check_unused(folder, resolved)
+        write_json(folder / configuration.FILE_NAME, resolved)
+        examples = found.step * config.batch_size
+        saved = Checkpoints(workdir).save_imported(found.parts, resolved, found.step, examples)
+        write_json(folder / RECORD_NAME, record)
+    return [*found.report, f"wrote {saved}"]
+
+
+def _check_unused(workdir: epath.Path, config: dict) -> None:
+    """Raise CheckpointError if a workdir holds more than the beginning of the same import."""
+    written, step = workdir / configuration.FILE_NAME, Checkpoints(workdir).step_to_resume()
+    same = not written.exists() or written.read_text("utf-8") == json.dumps(config, indent=2) + "\n"
+    if step is not None or not same:
+        held = written.name if step is None else f"checkpoint {step}"
+        raise CheckpointError(
+            f'--workdir "{workdir}" already holds {held}; import into another folder.'
+        )
+
+
+def _read_export(path: pathlib.Path, model: StoredModel, experiment: Experiment) -> ImportSource:
+    mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
+    params = model.restore(placed_params(experiment, mesh))
+    report = [f"moving average: from {path}", NO_MOMENTS]
+    return ImportSource(path / MANIFEST_NAME, {"ema_params": params}, report)
+
+
+def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
+    file, where = open_tensors(path), f'--source "{path}"'
+    _, abstract = split_model(experiment.train.model)
+    parts, report = {}, []
+    for name, tensors in file.groups.items():
+        part, role = (
+            ("ema_params", "moving average")
+            if name == file.average
+            else ("params", "trained parameters")
+        )
+        parts[part] = read_tensors(tensors, file.metadata, abstract, where, experiment.train.model)
+        dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+        report.append(f"{role}: {name} of {path}, {len(tensors)} tensors in {dtypes}")
+    if file.unread:
+        report.append(f"not read: {', '.join(file.unread)}")
+    try:
+        opt_state = _opt_state(file, abstract, experiment, where)
+    except SourceError as error:
+        return ImportSource(path, parts, [*report, f"{NO_MOMENTS} ({error})"], 0, file.metadata)
+    zero, step = np.int32(0), np.int32(file.step)
+    parts |= {"step": step, "skipped_steps": zero, "bad_streak": zero, "opt_state": opt_state}
+    parts.setdefault("params", parts["ema_params"])
+    report.append(f"optimiser: its moments, from step {step}, where training goes on")
+    return ImportSource(path, parts, report, file.step, file.metadata)
+
+
+def read_tensors(
+    tensors: Tensors, metadata: dict, abstract: dict, where: str, model: ModelConfig | None = None
+) -> dict:
+    """Parameters, as JAX arrays in the host's memory, of tensors that are found to fit.
+
+    Args:
+        tensors: of a file.
+        metadata: the file's; says whether names and shapes are ours or the authors'.
+        abstract: shapes of our parameters.
+        where: names the file in messages.
+        model: with it, a message says what the authors' tensors look like.
+
+    Raises:
+        MismatchError: a table of everything that does not fit.
+        SourceError: a value is not finite.
+    """
+
+    def place(value) -> jax.Array:
+        value = np.asarray(value)
+        if not np.isfinite(value).all():
+            raise SourceError(
+                f"{where} holds values that are not finite: it is of a run that failed, or "
+                "damaged; name another file."
+            )
+        return jax.block_until_ready(jax.device_put(value, sharding.host_device()))
+
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if not LAYOUT.items() <= metadata.items():
+        check_shapes(found, official.official_shapes(abstract), where, model)
+        return official.from_official(tensors, abstract, place)
+    leaves = traverse_util.flatten_dict(abstract, sep="/")
+    check_shapes(found, {path: leaf.shape for path, leaf in leaves.items()}, where)
+    arrays = {path: place(tensor) for path, tensor in tensors.items()}
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def read_params(path: pathlib.Path, abstract: dict) -> dict:
+    """The parameters in a safetensors file, placed as `abstract` says.
+
+    Raises:
+        SourceError, MismatchError: the file is damaged, or of another model.
+    """
+    file = open_tensors(path, "the file")
+    params = read_tensors(file.groups[file.average], file.metadata, abstract, f'"{path}"')
+    return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract)
+
+
+def _opt_state(file: SourceFile, abstract: dict, experiment: Experiment, where: str):
+    """Our optimiser's state with the moments of a PyTorch Adam, which numbers parameters as the
+    model orders them, perhaps with those that decay apart.
+
+    Raises:
+        SourceError: there are none, or they do not fit the parameters in any such order.
+    """
+    if file.moments is None:
+        raise SourceError("the file has no state of Adam for its model")
+    flags = jax.tree.map(
+        lambda flag, leaf: np.broadcast_to(flag, leaf.shape), decay_mask(abstract), abstract
+    )
+    decays = {name: bool(flag.flat[0]) for name, flag in official.to_official(flags).items()}
+    model, moments = file.groups[file.trained], file.moments
+    found = {name: tensor.shape for name, tensor in moments.items()}
+    for last in (None, True, False):  # which parameters come last, the decayed ones or the others
+        order = sorted(model, key=lambda name, last=last: decays[name] is last)
+        shapes = {f"{n}/{m}": model[name].shape for n, name in enumerate(order) for m in MOMENTS}
+        if shapes == found:
+            break
+    else:
+        raise SourceError("its parameters are numbered in an unknown way")
+
+    def fill(node):
+        if not isinstance(node, optax.ScaleByAdamState):
+            return np.full(node.shape, file.step, node.dtype)  # a counter of a schedule
+        mu, nu = (
+            read_tensors(
+                {name: moments[f"{n}/{moment}"] for n, name in enumerate(order)},
+                file.metadata,
+                abstract,
+                where,
+            )
+            for moment in MOMENTS
+        )
+        return node._replace(count=np.int32(file.step), mu=mu, nu=nu)
+
+    state = jax.eval_shape(lambda: init_state(experiment.train)).opt_state
+    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
