@@ -48,7 +48,7 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
 
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make a checkpoint of weights from elsewhere."""
-    from djepa_jax.checkpoints.convert.importing import run_import
+    from djepa_jax.checkpoints.convert.import_weights import run_import
 
     for line in run_import(experiment, values.workdir, values.source):
         print(line)

@@ -11,7 +11,8 @@ from flax import nnx
 from djepa_jax.checkpoints.convert.autoencoder_kl import from_tensors
 from djepa_jax.checkpoints.convert.tensor_files import open_tensors
 from djepa_jax.checkpoints.integrity import file_sha256
-from djepa_jax.config.experiment import ConfigError
+from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities.image import to_pixels, to_range
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, decode_tiled, split_autoencoder
@@ -65,16 +66,6 @@ class Autoencoder:
         return np.concatenate(results)[: len(arrays)]
 
 
-def makes_latents(config) -> bool:
-    """Whether a model makes latents, of which an autoencoder makes pictures."""
-    return config.data.modality == "image_latents"
-
-
-def has_autoencoder(config) -> bool:
-    """Whether a model makes latents, and the config names what makes pictures of them."""
-    return makes_latents(config) and bool(config.autoencoder.path)
-
-
 def weights_file(settings, staging: str = "") -> pathlib.Path:
     """The file that `config.autoencoder` names; one in a bucket is copied below `staging` first.
 
@@ -102,26 +93,10 @@ def check_sha256(settings, path: pathlib.Path) -> str:
     return found
 
 
-def weights_sha256(config) -> str:
-    """As `check_sha256`, of the file that a config names."""
-    path = weights_file(config.autoencoder, config.data.staging)
-    return check_sha256(config.autoencoder, path)
-
-
-def stored_sha256(stored: dict) -> str:
-    """Of the autoencoder whose latents a stored model learned; empty where that is not known."""
-    return stored.get("autoencoder", {}).get("sha256", "")
-
-
-def with_autoencoder(config, sha256: str):
-    """A copy of a config that asks for the autoencoder with `sha256`, unless that is empty."""
-    if not sha256:
-        return config
-    if hasattr(config, "updated"):  # Settings
-        return config.updated({"autoencoder.sha256": sha256})
-    copy = config.copy_and_resolve_references()
-    copy.autoencoder.sha256 = sha256
-    return copy
+def weights_sha256(experiment: Experiment) -> str:
+    """As `check_sha256`, of the file that a configuration names."""
+    path = weights_file(experiment.autoencoder, experiment.data.staging)
+    return check_sha256(experiment.autoencoder, path)
 
 
 def read_autoencoder(path: pathlib.Path, name: str) -> dict:

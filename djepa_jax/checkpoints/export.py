@@ -17,22 +17,26 @@ import optax
 from flax import traverse_util
 
 from djepa_jax import __version__
-from djepa_jax.checkpoints import stablehlo, stored
-from djepa_jax.checkpoints.autoencoder import stored_sha256, with_autoencoder
+from djepa_jax.checkpoints import restore, stablehlo
 from djepa_jax.checkpoints.convert.import_weights import LAYOUT
 from djepa_jax.checkpoints.convert.official import to_official
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
-from djepa_jax.checkpoints.integrity import write_manifest
+from djepa_jax.checkpoints.integrity import CheckpointError, write_manifest
 from djepa_jax.checkpoints.model_card import model_card, read_provenance
-from djepa_jax.checkpoints.orbax_io import FORMAT, CheckpointError, save_arrays
+from djepa_jax.checkpoints.restore import (
+    OFFICIAL,
+    ORBAX,
+    SAFETENSORS,
+    StoredModel,
+    check_same_model,
+    placed_params,
+    save_arrays,
+)
 from djepa_jax.checkpoints.stablehlo import STABLEHLO
-from djepa_jax.checkpoints.stored import OFFICIAL, ORBAX, SAFETENSORS, StoredModel
-from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.settings import Settings
+from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.runtime.storage import check_local, check_writable, write_json
-from djepa_jax.sampling.generator import check_same_model, placed_params
 
 FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
 # Places on this machine are nobody's business.
@@ -46,7 +50,6 @@ class ExportJob:
     """A model to export, with its parameters in memory, and how."""
 
     model: StoredModel
-    config: Settings
     experiment: Experiment
     abstract: dict
     params: dict
@@ -55,12 +58,17 @@ class ExportJob:
 
 
 def run_export(
-    config, workdir: str, out: str, form: str, overwrite: bool = False, licence: str = ""
+    experiment: Experiment | None,
+    workdir: str,
+    out: str,
+    form: str,
+    overwrite: bool = False,
+    licence: str = "",
 ) -> pathlib.Path:
     """Write an export folder; returns its path.
 
     Args:
-        config: None for the one that is stored with the weights.
+        experiment: None for the configuration that is stored with the weights.
         workdir: a workdir, one of its steps, or another export.
         out: the folder to write.
         form: one of `FORMATS`.
@@ -69,19 +77,19 @@ def run_export(
 
     Raises:
         CheckpointError: nothing to export, or `out` exists or cannot be written.
-        ConfigError: the config is of another model.
+        ConfigError: the configuration is of another model.
     """
-    model = stored.find_model(workdir)
-    if config is not None:
-        check_same_model(model.config, config)
-    config = model.config if config is None else Settings(configuration.resolved(config))
-    config = with_autoencoder(config, stored_sha256(model.config))
-    experiment = configuration.build(config)
+    model = restore.find_model(workdir)
+    if experiment is None:
+        experiment = model.config
+    else:
+        check_same_model(model.config, experiment)
+        experiment = experiment.decoded_by(model.config.autoencoder.sha256)
     target = _check_target(out, form, overwrite)
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
     abstract = placed_params(experiment, mesh)
     params = model.restore(abstract)
-    job = ExportJob(model, config, experiment, abstract, params, form, licence)
+    job = ExportJob(model, experiment, abstract, params, form, licence)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir()
@@ -109,7 +117,7 @@ def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
             f'--out "{target}" has {odd[0]!a} in it, with which Orbax cannot write; name another '
             "folder, or another --format."
         )
-    if target.exists() and not (overwrite and stored.is_export(target)):
+    if target.exists() and not (overwrite and restore.is_export(target)):
         found = "exists and is no export" if overwrite else "exists"
         raise CheckpointError(
             f'--out "{out}" {found}; name another folder, or add --overwrite to replace an export.'
@@ -120,14 +128,14 @@ def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
 
 def _write_weights(job: ExportJob, folder: pathlib.Path) -> None:
     if job.form == ORBAX:
-        save_arrays(folder / stored.PARAMS_NAME, job.params)
+        save_arrays(folder / restore.PARAMS_NAME, job.params)
     elif job.form == SAFETENSORS:
         arrays = traverse_util.flatten_dict(job.params, sep="/")
-        save_tensors(stored.tensor_file(folder), arrays, LAYOUT)
+        save_tensors(restore.tensor_file(folder), arrays, LAYOUT)
     elif job.form == OFFICIAL:
-        save_tensors(stored.tensor_file(folder), to_official(job.params), {"format": "pt"})
+        save_tensors(restore.tensor_file(folder), to_official(job.params), {"format": "pt"})
     else:
-        stablehlo.compile_sampler(folder, job.config, job.experiment, job.params)
+        stablehlo.compile_sampler(folder, job.experiment, job.params)
 
 
 def _describe(job: ExportJob, folder: pathlib.Path) -> None:
@@ -135,24 +143,24 @@ def _describe(job: ExportJob, folder: pathlib.Path) -> None:
     model, experiment = job.model, job.experiment
     provenance = read_provenance(model.path, model.step, float(optax.tree.norm(job.params)))
     provenance = dataclasses.replace(provenance, licence=job.licence or provenance.licence)
-    card = model_card(model, job.config, experiment, job.form, provenance)
-    (folder / stored.CARD_NAME).write_text(card, "utf-8")
+    card = model_card(model, experiment, job.form, provenance)
+    (folder / restore.CARD_NAME).write_text(card, "utf-8")
     sampler = {
-        "arguments": stablehlo.arguments(experiment.sample.guided),
-        "batch_size": job.config.sample.batch_size,
+        "arguments": stablehlo.arguments(experiment.sampler.guided),
+        "batch_size": experiment.sample.batch_size,
     }
     record = {
-        "kind": stored.KIND,
-        "format": FORMAT,
+        "kind": restore.KIND,
+        "format": restore.EXPORT_FORMAT,
         "djepa_jax": __version__,
         "weights": job.form,
         "step": model.step,
         "class_names": list(experiment.class_names),
         **({"sampler": sampler} if job.form == STABLEHLO else {}),
         "provenance": dataclasses.asdict(provenance),
-        "config": job.config.updated(PRIVATE).to_dict(),
+        "config": to_stored(experiment.updated(PRIVATE)),
     }
-    write_json(folder / stored.CONFIG_NAME, record)
+    write_json(folder / restore.CONFIG_NAME, record)
     write_manifest(folder)
 
 
@@ -166,7 +174,7 @@ def _check_readable(job: ExportJob, folder: pathlib.Path) -> None:
     found = (
         stablehlo.open_sampler(folder)
         if compiled
-        else stored.find_model(folder).restore(job.abstract)
+        else restore.find_model(folder).restore(job.abstract)
     )
     same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), found, job.params)
     if not all(jax.tree.leaves(same)):

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import jax
 
+from djepa_jax.checkpoints.restore import StoredModel, is_export, read_record
 from djepa_jax.checkpoints.stablehlo import ARRAYS_NAME, SAMPLER_NAME, STABLEHLO, arguments
-from djepa_jax.checkpoints.stored import StoredModel, is_export, read_record
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.settings import Settings
 from djepa_jax.core.models.djepa import split_model
 
 FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
@@ -58,15 +57,19 @@ def read_provenance(folder: pathlib.Path, step: int, ema_norm: float) -> Provena
 
 
 def model_card(
-    model: StoredModel, config: Settings, experiment: Experiment, form: str, provenance: Provenance
+    model: StoredModel, experiment: Experiment, form: str, provenance: Provenance
 ) -> str:
-    """The card as Markdown; `config` says how a compiled sampler draws, `model` all the rest."""
+    """The card as Markdown; `experiment` says how a compiled sampler draws, `model` the rest."""
     trained, imported, metrics = model.config, provenance.imported, provenance.metrics
-    names, (_, abstract) = arguments(experiment.sample.guided), split_model(experiment.train.model)
-    literals = {name: f"np.float32({config.sample[name]})" for name in names[4:]} | {"seed": "0"}
+    names, (_, abstract) = arguments(experiment.sampler.guided), split_model(experiment.network)
+    literals = {name: f"np.float32({getattr(experiment.sample, name)})" for name in names[4:]} | {
+        "seed": "0"
+    }
     values = {
-        **{**trained, **trained.data, **trained.optimizer},
-        **dataclasses.asdict(experiment.train.model),
+        **vars(trained),
+        **vars(trained.data),
+        **vars(trained.optimizer),
+        **vars(experiment.network),
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(abstract)):,}",
         "loss": trained.loss.name,
         "place": pathlib.PurePath(trained.data.path).name,
@@ -77,7 +80,7 @@ def model_card(
         "evaluation": "None of these weights was recorded.",
         "licence": provenance.licence or "not stated",
         "autoencoder": trained.autoencoder.sha256 or "unknown",
-        "size": config.sample.batch_size,
+        "size": experiment.sample.batch_size,
         "sampler": SAMPLER_NAME,
         "arrays": ARRAYS_NAME,
         "call": ", ".join(literals.get(name, name) for name in names),

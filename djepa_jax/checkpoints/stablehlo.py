@@ -9,8 +9,8 @@ from flax import traverse_util
 from jax import export
 
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.core.masking import cfg_scales
-from djepa_jax.core.sampler import make_sampler
+from djepa_jax.core.sampler import SampleInputs, make_sampler
+from djepa_jax.core.schedules import guidance_scales
 
 STABLEHLO = "stablehlo"  # as which an export has it
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -23,32 +23,33 @@ def arguments(guided: bool) -> tuple[str, ...]:
     return ("params", "labels", "sample_ids", "seed", *scale, "temperature")
 
 
-def make_standalone(config, experiment: Experiment):
+def make_standalone(experiment: Experiment):
     """The sampler as a function of plain arrays; see `arguments`.
 
     `params` is a dict from path to array, `labels` and `sample_ids` are int32 `[B]`, the rest are
     scalars. The result is a dict: `tokens` `[B, N, C]` float32, and what the modality makes of
     them.
     """
-    generate, modality = make_sampler(experiment.sample), experiment.modality
-    sample = config.sample
+    generate, modality = make_sampler(experiment.sampler), experiment.modality
+    sample, num_tokens = experiment.sample, experiment.network.num_tokens
     # of the guidance above 1, every step gets the share that it gets at scale 2
-    share = cfg_scales(modality.num_tokens, sample.num_ar_steps, 2.0, sample.cfg_schedule) - 1
+    share = guidance_scales(num_tokens, sample.num_ar_steps, 2.0, sample.cfg_schedule) - 1
 
     def draw(params, labels, sample_ids, seed, *scalars):
         *scale, temperature = scalars  # none where the sampler is not guided
         scales = 1 + (scale[0] - 1) * share if scale else jnp.ones_like(share)
         params = traverse_util.unflatten_dict(params, sep="/")
-        tokens = generate(params, labels, sample_ids, seed, scales, temperature)
+        inputs = SampleInputs(labels, sample_ids, seed, scales, temperature)
+        tokens = generate(params, inputs)
         return {"tokens": tokens, **modality.export(tokens)}
 
     return draw
 
 
-def compile_sampler(folder: pathlib.Path, config, experiment: Experiment, params: dict) -> None:
+def compile_sampler(folder: pathlib.Path, experiment: Experiment, params: dict) -> None:
     """Write `sampler.stablehlo`, for CPU, CUDA and TPU and a fixed batch size, and `params.npz`."""
     arrays = jax.tree.map(np.asarray, traverse_util.flatten_dict(params, sep="/"))
-    batch = jax.ShapeDtypeStruct((config.sample.batch_size,), jnp.int32)
+    batch = jax.ShapeDtypeStruct((experiment.sample.batch_size,), jnp.int32)
     shapes = {
         "params": jax.tree.map(
             lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), arrays
@@ -58,8 +59,8 @@ def compile_sampler(folder: pathlib.Path, config, experiment: Experiment, params
         "seed": jax.ShapeDtypeStruct((), jnp.int32),
     }
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    inputs = [shapes.get(name, scalar) for name in arguments(experiment.sample.guided)]
-    sampler = jax.jit(make_standalone(config, experiment))
+    inputs = [shapes.get(name, scalar) for name in arguments(experiment.sampler.guided)]
+    sampler = jax.jit(make_standalone(experiment))
     exported = export.export(sampler, platforms=PLATFORMS)(*inputs)
     (folder / SAMPLER_NAME).write_bytes(exported.serialize())
     np.savez(folder / ARRAYS_NAME, **arrays)

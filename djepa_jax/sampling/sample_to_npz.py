@@ -55,8 +55,7 @@ def run_sample(
     """
     check_pictures(experiment, out, latents_only)
     model = latest_model(experiment, workdir)
-    known = model.config.autoencoder.sha256
-    experiment = experiment.updated({"autoencoder.sha256": known}) if known else experiment
+    experiment = experiment.decoded_by(model.config.autoencoder.sha256)
     target = check_target(out, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
     generator = Generator(experiment, mesh, decode=not latents_only)

@@ -14,7 +14,6 @@ import optax
 from etils import epath
 from flax import traverse_util
 
-from djepa_jax.checkpoints.autoencoder import stored_sha256, with_autoencoder
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.convert import official
 from djepa_jax.checkpoints.convert.mismatch import check_shapes
@@ -25,18 +24,22 @@ from djepa_jax.checkpoints.convert.tensor_files import (
     Tensors,
     open_tensors,
 )
-from djepa_jax.checkpoints.integrity import MANIFEST_NAME, file_sha256
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.checkpoints.stored import StoredModel, find_model, is_export
-from djepa_jax.config import experiment as configuration
+from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, file_sha256
+from djepa_jax.checkpoints.restore import (
+    StoredModel,
+    check_same_model,
+    find_model,
+    is_export,
+    placed_params,
+)
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.stored import FILE_NAME, to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import ModelConfig, split_model
 from djepa_jax.core.optimizer import decay_mask
 from djepa_jax.core.train_step import init_state
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import as_path, check_writable, write_json
-from djepa_jax.sampling.generator import check_same_model, placed_params
 
 RECORD_NAME = "imported.json"
 LAYOUT = {"layout": "djepa_jax"}  # metadata of safetensors files with our names and shapes
@@ -54,25 +57,25 @@ class ImportSource:
     metadata: dict = dataclasses.field(default_factory=dict)
 
 
-def run_import(config, workdir: str, source: str) -> list[str]:
+def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
     """Write a checkpoint of the weights in a file, or in an export, into a new workdir.
 
     Returns:
         lines that say what was read and written.
 
     Raises:
-        ConfigError: the config cannot work, or describes another model.
+        ConfigError: the configuration describes another model.
         SourceError: the file cannot be read, or holds what it should not.
         MismatchError: its tensors are not those of the config's model; a table of all of them.
         CheckpointError: the workdir cannot be used, or holds checkpoints already.
     """
-    experiment, path = configuration.build(config), pathlib.Path(os.path.expanduser(source))
+    path = pathlib.Path(os.path.expanduser(source))
     model = find_model(path) if is_export(path) else None
     if model:
-        check_same_model(model.config, config)
-        config = with_autoencoder(config, stored_sha256(model.config))
-    folder, resolved = as_path(workdir), configuration.resolved(config)
-    _check_unused(folder, resolved)
+        check_same_model(model.config, experiment)
+        experiment = experiment.decoded_by(model.config.autoencoder.sha256)
+    folder, stored = as_path(workdir), to_stored(experiment)
+    _check_unused(folder, stored)
     found = _read_export(path, model, experiment) if model else _read_file(path, experiment)
     record = {
         "source": path.resolve().name,
@@ -85,17 +88,17 @@ def run_import(config, workdir: str, source: str) -> list[str]:
     }
     check_writable(workdir)
     with lock_workdir(workdir):
-        _check_unused(folder, resolved)
-        write_json(folder / configuration.FILE_NAME, resolved)
-        examples = found.step * config.batch_size
-        saved = Checkpoints(workdir).save_imported(found.parts, resolved, found.step, examples)
+        _check_unused(folder, stored)
+        write_json(folder / FILE_NAME, stored)
+        examples = found.step * experiment.batch_size
+        saved = Checkpoints(workdir).save_imported(found.parts, stored, found.step, examples)
         write_json(folder / RECORD_NAME, record)
     return [*found.report, f"wrote {saved}"]
 
 
 def _check_unused(workdir: epath.Path, config: dict) -> None:
     """Raise CheckpointError if a workdir holds more than the beginning of the same import."""
-    written, step = workdir / configuration.FILE_NAME, Checkpoints(workdir).step_to_resume()
+    written, step = workdir / FILE_NAME, Checkpoints(workdir).step_to_resume()
     same = not written.exists() or written.read_text("utf-8") == json.dumps(config, indent=2) + "\n"
     if step is not None or not same:
         held = written.name if step is None else f"checkpoint {step}"
@@ -113,7 +116,7 @@ def _read_export(path: pathlib.Path, model: StoredModel, experiment: Experiment)
 
 def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
     file, where = open_tensors(path), f'--source "{path}"'
-    _, abstract = split_model(experiment.train.model)
+    _, abstract = split_model(experiment.network)
     parts, report = {}, []
     for name, tensors in file.groups.items():
         part, role = (
@@ -121,7 +124,7 @@ def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
             if name == file.average
             else ("params", "trained parameters")
         )
-        parts[part] = read_tensors(tensors, file.metadata, abstract, where, experiment.train.model)
+        parts[part] = read_tensors(tensors, file.metadata, abstract, where, experiment.network)
         dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
         report.append(f"{role}: {name} of {path}, {len(tensors)} tensors in {dtypes}")
     if file.unread:

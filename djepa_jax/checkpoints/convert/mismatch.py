@@ -66,7 +66,7 @@ def suggestions(found: Shapes, model: ModelConfig) -> list[str]:
     ours = {
         "loss.name": "diffusion" if model.denoiser_out == 2 * model.token_dim else "flow_matching",
         "loss.jepa_weight": float(model.jepa_head),
-        "data.num_classes": model.num_classes,
+        "data.num_classes": getattr(model.conditioner, "num_classes", 0),
     }
     ours |= {key: getattr(model, key.removeprefix("model.")) for key in theirs.keys() - ours.keys()}
     changed = {key: value for key, value in theirs.items() if ours[key] != value}
