@@ -70,6 +70,7 @@ def model_card(
         **vars(trained.data),
         **vars(trained.optimizer),
         **vars(experiment.network),
+        "num_tokens": experiment.network.num_tokens,
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(abstract)):,}",
         "loss": trained.loss.name,
         "place": pathlib.PurePath(trained.data.path).name,

@@ -32,7 +32,8 @@ def expected(error: Exception) -> str | None:
         reason = str(error).splitlines()[0]
         return (
             f"the devices' memory is too small ({reason}); in training raise "
-            "config.grad_accumulation_steps, in sampling lower config.sample.batch_size or config.autoencoder.batch_size."
+            "config.grad_accumulation_steps, in sampling lower config.sample.batch_size or "
+            "config.autoencoder.batch_size."
         )
     if type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
         return f"storage: {type(error).__name__}: {error}"
