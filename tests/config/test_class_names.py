@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from djepa_jax.config.experiment.class_names import find_class, imagenet, resolve
+
+from djepa_jax.config.class_names import find_class, imagenet, resolve
 
 NAMES = resolve("imagenet", 1000)
 GOLDEN = 207
@@ -17,9 +18,8 @@ def test_imagenet_names_are_in_the_order_of_their_index():
     assert all(name and name == name.strip() for name in names)
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
+def test_a_class_has_many_names():
+    for wanted in [
         GOLDEN,
         "207",
         " 207 ",
@@ -31,19 +31,17 @@ def test_imagenet_names_are_in_the_order_of_their_index():
         "  golden   retriever ",
         "golden ret",
         "n02099601",
-    ],
-)
-def test_a_class_has_many_names(wanted):
-    assert find_class(wanted, NAMES) == GOLDEN
+    ]:
+        assert find_class(wanted, NAMES) == GOLDEN
 
 
-@pytest.mark.parametrize("index", [0, 42, 999])
-def test_every_way_to_say_a_number_agrees(index):
-    assert {
-        find_class(index, NAMES),
-        find_class(str(index), NAMES),
-        find_class(np.int64(index), NAMES),
-    } == {index}
+def test_every_way_to_say_a_number_agrees():
+    for index in [0, 42, 999]:
+        assert {
+            find_class(index, NAMES),
+            find_class(str(index), NAMES),
+            find_class(np.int64(index), NAMES),
+        } == {index}
 
 
 def test_a_whole_name_wins_over_a_part_of_others():
@@ -97,24 +95,22 @@ def test_wordnet_ids_belong_to_the_imagenet_names_alone():
         find_class("n02099601", resolve("", 1000))
 
 
-@pytest.mark.parametrize(
-    "wanted", [True, np.True_, 3.0, np.float32(3), 2.5, None, b"3", [3], {}, object()]
-)
-def test_what_is_neither_an_index_nor_a_name_is_refused(wanted):
-    with pytest.raises(ValueError, match="is not a class; give an index or a name"):
-        find_class(wanted, FEW)
+def test_what_is_neither_an_index_nor_a_name_is_refused():
+    for wanted in [True, np.True_, 3.0, np.float32(3), 2.5, None, b"3", [3], {}, object()]:
+        with pytest.raises(ValueError, match="is not a class; give an index or a name"):
+            find_class(wanted, FEW)
 
 
-@pytest.mark.parametrize("wanted", [-1, "-1", 4, "4", np.int64(4), 10**30])
-def test_an_index_out_of_range_names_the_range(wanted):
-    with pytest.raises(ValueError, match=f'"{wanted}" is not a class; classes are 0 to 3'):
-        find_class(wanted, FEW)
+def test_an_index_out_of_range_names_the_range():
+    for wanted in [-1, "-1", 4, "4", np.int64(4), 10**30]:
+        with pytest.raises(ValueError, match=f'"{wanted}" is not a class; classes are 0 to 3'):
+            find_class(wanted, FEW)
 
 
-@pytest.mark.parametrize("wanted", ["", "  ", "_"])
-def test_an_empty_name_is_refused(wanted):
-    with pytest.raises(ValueError, match="a class name is empty"):
-        find_class(wanted, FEW)
+def test_an_empty_name_is_refused():
+    for wanted in ["", "  ", "_"]:
+        with pytest.raises(ValueError, match="a class name is empty"):
+            find_class(wanted, FEW)
 
 
 def test_without_names_classes_are_called_by_their_number():

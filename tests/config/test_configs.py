@@ -1,122 +1,156 @@
-"""Every shipped configuration builds, and its checks are reachable; tests/test_recipes.py has the
-ImageNet recipes.
-"""
+"""The shipped configurations: that they build, what their variants mean, what their headers say."""
 
-import pathlib
+import itertools
+import json
+import re
 
+import jax
+import numpy as np
 import pytest
-from djepa_jax.config.experiment.settings import Settings
-from tiny import CONFIGS, load_config, tiny_config
+from tiny import CONFIGS, load_config
 
-from configs.recipes import VARIANTS
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config.convert import ConfigError, flatten
+from djepa_jax.config.files import builtin, builtin_names
+from djepa_jax.core import flops
+from djepa_jax.core.sampler import SampleInputs, make_sampler
+from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.data.sources import open_data
+from djepa_jax.main import main
 
-SHIPPED = [
-    "default",
-    "djepa_b",
-    "djepa_l",
-    "djepa_h",
-    *(f"djepa_{size}:{variant}" for size in "blh" for variant in VARIANTS),
-    "djepa_b:flow+no_jepa+debug",
-    "djepa_h:unconditional+pixels",
-    "digits",
-    "digits:flow",
-    "digits:diffusion",
-]
+RECIPES = builtin("recipes")
+VARIANTS = RECIPES.VARIANTS
+PAIRS = [pair for pair in itertools.combinations(VARIANTS, 2) if pair != RECIPES.LOSSES]
+SIZES = {"b": 1400, "l": 480, "h": 320}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configs_build(name):
-    experiment = load_config(name)
-    assert experiment.train.model.num_tokens == experiment.modality.num_tokens
+def recipe(variant: str):
+    return load_config(f"djepa_b:{variant}")
 
 
-def test_no_shipped_config_is_forgotten():
-    files = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "recipes"}
-    assert files == {name.partition(":")[0] for name in SHIPPED}
+def test_every_shipped_configuration_builds_with_the_same_keys():
+    keys = flatten(load_config("default").to_dict()).keys()
+    names = [*builtin_names(), "digits:flow", "digits:diffusion"]
+    names += [f"djepa_{size}:{variant}" for size in "blh" for variant in VARIANTS]
+    for name in names:
+        assert flatten(load_config(name).to_dict()).keys() == keys
 
 
-def test_every_config_has_exactly_the_keys_of_the_default():
-    keys = configuration.flatten(load_config("default").to_dict()).keys()
-    for name in SHIPPED:
-        assert configuration.flatten(load_config(name).to_dict()).keys() == keys
+def changes(variant: str) -> dict:
+    """The keys that a variant alone changes, with what it sets them to."""
+    plain, varied = (flatten(recipe(name).to_dict()) for name in ("diffusion", variant))
+    return {key: value for key, value in varied.items() if plain[key] != value}
 
 
-def test_named_size_can_be_overridden_in_part():
-    config = load_config("djepa_b")
-    config.model.encoder_depth = 3
-    size = configuration.resolve_size(config.model)
-    assert size["encoder_depth"] == 3 and size["width"] == 768
+def test_variants_can_be_joined_in_any_order():
+    """Either order gives the same, and two keep what each is for but where one builds on another."""
+    built_on = {("pixels", "512"): "data.image_size", ("pixels", "debug"): "data.source"}
+    built_on[("flow", "pixels")] = "loss.options"
+    alone = {name: changes(name) for name in VARIANTS}
+    for a, b in PAIRS:
+        both = recipe(f"{a}+{b}")
+        assert both == recipe(f"{b}+{a}"), (a, b)
+        values = flatten(both.to_dict())
+        for key, value in (alone[a] | alone[b]).items():
+            assert key == built_on.get((a, b)) or values[key] == value, (a, b, key)
 
 
-def test_differences_name_key_and_both_values():
-    a, b = (
-        configuration.resolved(tiny_config()),
-        configuration.resolved(tiny_config("--config.model.width=32", "--config.seed=5")),
+@pytest.mark.parametrize(
+    ("variant", "size", "patch", "dim"),
+    [("512", 32, 1, 16), ("pixels+512", 512, 16, 768), ("512+pixels", 512, 16, 768)],
+)
+def test_512_is_twice_the_side_in_latents_and_in_pixels(variant, size, patch, dim):
+    experiment = recipe(variant)
+    assert (experiment.data.image_size, experiment.data.patch_size) == (size, patch)
+    assert (experiment.network.num_tokens, experiment.network.token_dim) == (1024, dim)
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("flow+diffusion", "two token losses, diffusion and flow"),
+        ("flow+debug+flow", '"flow" twice'),
+        ("flow+pixel", 'no variant "pixel"; it has diffusion, flow'),
+        ("flow+", 'no variant ""'),
+    ],
+)
+def test_variants_that_cannot_be_are_refused(variant, words):
+    with pytest.raises(ConfigError, match=words):
+        recipe(variant)
+
+
+@pytest.mark.parametrize(
+    "variant", ["flow", "no_jepa", "unconditional", "pixels", "512", "pixels+512"]
+)
+def test_a_variant_traces_from_its_examples_to_its_samples(variant):
+    experiment = recipe(f"{variant}+debug")
+    source = open_data(experiment)
+    examples = [source[index] for index in range(experiment.batch_size)]
+    names = ("example", "condition")
+    batch = {name: np.stack([example[name] for example in examples]) for name in names}
+    state = jax.eval_shape(lambda: init_state(experiment.train))
+    after, metrics = jax.eval_shape(make_train_step(experiment.train), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
     )
-    assert configuration.differences(a, b) == ["model.width: 16 -> 32", "seed: 0 -> 5"]
-    assert configuration.differences(a, b, configuration.MODEL_KEYS) == ["model.width: 16 -> 32"]
-    assert configuration.differences(a, a) == []
+    assert ("jepa_loss" in metrics) == ("no_jepa" not in variant)
+    ids, network = np.arange(3, dtype=np.int32), experiment.network
+    inputs = SampleInputs(ids, ids, 0, experiment.cfg_scales, 1.0)
+    tokens = jax.eval_shape(make_sampler(experiment.sampler), state.params, inputs)
+    assert tokens.shape == (3, network.num_tokens, network.token_dim)
+    assert experiment.sampler.guided == ("unconditional" not in variant)
 
 
-def test_labels_repeat_until_there_are_enough():
-    digits = [str(digit) for digit in range(10)]
-    assert configuration.parse_labels("3, 7", digits, 5) == (3, 7, 3, 7, 3)
-    assert configuration.parse_labels("all", digits[:3], 4) == (0, 1, 2, 0)
+def test_debug_draws_the_posterior_as_with_a_cache():
+    experiment = recipe("debug")
+    example = open_data(experiment)[3]
+    assert example["example"].shape == example["mirror"].shape == (16, 16, 2 * 16)
+    np.testing.assert_array_equal(example["mirror"][:, ::-1], example["example"])
+    mean, one, other = (
+        experiment.train.tokenize(example["example"][None], key)
+        for key in (None, jax.random.key(0), jax.random.key(1))
+    )
+    assert not np.array_equal(one, other)
+    spread = np.exp(-1.0) * experiment.data.latent_scale
+    assert np.std(one - mean) == pytest.approx(spread, rel=0.05)
 
 
-@pytest.fixture
-def number_words(tmp_path) -> tuple[str, list[str]]:
-    """A file with the digits' names, and the names."""
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    path = tmp_path / "number words.txt"
-    path.write_text("\n".join(names))
-    return str(path), names
+def test_a_recipe_trains_and_samples(tmp_path):
+    """The others differ in what is traced above; tests/data/test_pipeline_proof.py has latents."""
+    config = f"--config={CONFIGS}/djepa_b.py:no_jepa+pixels+debug"
+    command = ["djepa", config, f"--workdir={tmp_path}/run", "--config.data.image_size=64"]
+    command += ["--config.num_steps=2", "--config.log_every=1"]
+    assert main(command) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert all(np.isfinite(line["loss"]) for line in metrics)
+    assert main([*command, "--mode=sample", f"--out={tmp_path}/samples"]) == 0
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (4, 64, 64, 3)
 
 
-def test_samples_may_be_asked_for_by_name(number_words):
-    path, names = number_words
-    flags = [
-        f"--config.data.class_names={path}",
-        "--config.sample.labels=Three, sev,0",
-        "--config.sample.count=4",
-    ]
-    experiment = tiny_config(*flags)
-    assert experiment.class_names == tuple(names)
-    assert experiment.sample_labels == (3, 7, 0, 3)
-    with pytest.raises(
-        ConfigError,
-        match="config.sample.labels is 'e,ten'; \"e\" may be any of 0 zero",
-    ):
-        tiny_config(flags[0], "--config.sample.labels=e,ten")
-
-
-def test_the_names_in_a_file_are_stored_with_the_weights(number_words):
-    path, names = number_words
-    config = tiny_config(f"--config.data.class_names={path}")
-    stored = Settings(config.to_dict())
-    pathlib.Path(path).unlink()
-    assert stored.data.class_names == names
-    assert stored.class_names == tuple(names)
-    assert config.data.class_names == path, "the config itself stays as it was"
-
-
-@pytest.mark.parametrize("spec", ["", "imagenet"])
-def test_names_that_come_with_the_package_are_stored_by_their_word(spec):
-    config = tiny_config(f"--config.data.class_names={spec}", "--config.data.num_classes=1000")
-    assert config.to_dict()["data"]["class_names"] == spec
-
-
-def test_wrong_class_names_are_a_config_error(tmp_path):
-    with pytest.raises(
-        ConfigError,
-        match=r'class_names is "/no/such.txt", which is neither "imagenet" nor',
-    ):
-        tiny_config("--config.data.class_names=/no/such.txt")
-    with pytest.raises(ConfigError, match=r'"imagenet" with 1000 names, data.num_classes is 10'):
-        tiny_config("--config.data.class_names=imagenet")
-
-
-def test_mask_group_of_zero_means_the_whole_batch():
-    experiment = tiny_config("--config.loss.mask_group=0")
-    assert experiment.train.masking.group_size == 16
+@pytest.mark.parametrize("size", SIZES)
+def test_headers_say_what_the_arithmetic_gives(size):
+    experiment, text = load_config(f"djepa_{size}"), builtin(f"djepa_{size}").__doc__
+    config = experiment.train
+    multiplicity = config.token_loss.noise_multiplicity
+    image = flops.train_image(config.model, config.masking, multiplicity)
+    work = image * experiment.batch_size * experiment.num_steps
+    assert f"Work: {work / 1e18:,.0f} EFLOP" in text and "40 % of the speed named" in text
+    pattern = r"^    (\d+) x ([\w ]+), (\d+) TFLOP/s \(.*\): (\d+) hours$"
+    rows = re.findall(pattern, text, re.MULTILINE)
+    assert [name for _, name, _, _ in rows] == ["H200", "TPU v6e", "TPU v4"]
+    for count, name, speed, hours in rows:
+        assert round(work / (0.4 * int(count) * float(speed) * 1e12) / 3600) == int(hours)
+        assert float(speed) * 1e12 == flops.peak_flops(name) or (name, speed) == ("H200", "790")
+    state = jax.eval_shape(lambda: init_state(config))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    epochs = f"{SIZES[size]} epochs at batch {experiment.batch_size}"
+    assert f"{parameters / 1e6:,.0f} M parameters, {epochs}" in text
+    assert experiment.num_steps * experiment.batch_size == SIZES[size] * 625 * 2048
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert f"Memory: {held / 2**30:.1f} GiB of state" in text
+    scripts = set(re.findall(r"launch/\w+\.sh", text))
+    assert all((CONFIGS.parent / script).is_file() for script in scripts) and len(scripts) == 2
+    named = re.search(r'Variants \(joined with "\+"\): (.*); see', text)
+    assert named and ["diffusion", *named[1].split(", ")] == list(VARIANTS)
