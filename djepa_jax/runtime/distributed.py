@@ -44,16 +44,15 @@ def connect(
     """Meet the other processes, if there are to be others; before JAX looks for devices.
 
     Kind explicit takes the place from the next three, HOST:PORT and numbers; auto, tpu and slurm
-    leave it to JAX to find it in the environment. One that does not save is ended by SIGTERM.
-
-    Raises:
-        HostsError: a wrong setting, nowhere to meet, or a port that cannot be used.
+    leave it to JAX to find it in the environment; HostsError if it cannot. Without `saves` SIGTERM
+    ends the process.
     """
     place = _place(kind, coordinator, num_processes, process_id)
     if kind == "none":
         return
-    who = f"process {process_id} of {num_processes}, coordinator {coordinator}"
-    who = who if place else f"--distributed={kind}"
+    who = f"--distributed={kind}"
+    if place:
+        who = f"process {process_id} of {num_processes}, coordinator {coordinator}"
     print(f"{who}: waiting up to {timeout} s for the others", flush=True)
     # JAX would end the process with a stack trace when nobody comes.
     timer = threading.Timer(timeout, _give_up, [timeout])
@@ -68,7 +67,7 @@ def connect(
     except Exception as error:  # JAX's, the network's, and what parsing an environment gives
         said = " ".join(str(error).split()) or type(error).__name__
         raise HostsError(
-            f"{who} (or {VARIABLE}): JAX cannot connect this process to others ({said}); start one "
+            f"{who}: JAX cannot connect this process to others ({said}); start one process "
             "on each TPU host, or with srun, or say where to meet: --distributed=explicit."
         ) from error
     finally:
@@ -79,11 +78,7 @@ def connect(
 
 
 def _place(kind: str, coordinator: str, num_processes: int, process_id: int) -> dict:
-    """What JAX is told of the place to meet; nothing, where it is to find it itself.
-
-    Raises:
-        HostsError: JAX cannot meet there; it would end with SIGSEGV where the port is in use.
-    """
+    """What JAX is told of the place to meet; nothing, where it is to find it itself."""
     if kind not in KINDS:
         raise HostsError(
             f'--distributed (or {VARIABLE}) is "{kind}"; it must be one of {", ".join(KINDS)}.'
@@ -98,13 +93,8 @@ def _place(kind: str, coordinator: str, num_processes: int, process_id: int) -> 
         raise HostsError(
             f'--coordinator is "{coordinator}"; it must be HOST:PORT, with a port from 1 to 65535.'
         )
-    if not 0 <= process_id < num_processes:
-        raise HostsError(
-            f"--process_id is {process_id}; it must be from 0 to below --num_processes, "
-            f"{num_processes}."
-        )
     try:
-        if process_id == 0:
+        if process_id == 0:  # JAX would end with SIGSEGV where it is in use
             socket.create_server(("", int(port[1]))).close()
     except OSError as error:
         raise HostsError(
@@ -137,10 +127,9 @@ def is_main_process() -> bool:
 
 
 def run_on_main(function: Callable[[], int | None]) -> int | None:
-    """Call a function in process 0 alone and tell every process its result, a number or None.
+    """Call a function in process 0 alone; every process returns its result, a number or None.
 
-    Raises:
-        HostsError: it failed in process 0, where its own exception is raised.
+    Where it fails, process 0 raises its exception, the others raise HostsError.
     """
     if jax.process_count() == 1:
         return function()

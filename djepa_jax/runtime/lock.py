@@ -26,11 +26,7 @@ RENEW_SECONDS, STALE_SECONDS = 20.0, 90.0
 def lock_workdir(
     workdir: str | os.PathLike, name: str = LOCK_NAME, what: str = ""
 ) -> contextlib.AbstractContextManager[None]:
-    """Hold a folder, which `what` names for people, for this process.
-
-    Raises:
-        PathError: another process holds it, named by host and process id.
-    """
+    """Hold a folder, named by `what`; PathError names the host and id of another that does."""
     path, what = as_path(workdir) / name, what or f'--workdir "{workdir}"'
     owner = f"process {os.getpid()} on {socket.gethostname()}\n"
     if is_remote(path):
@@ -54,10 +50,8 @@ def _file_lock(path: os.PathLike, what: str, owner: str) -> Iterator[None]:
             file.seek(0)
             raise _in_use(what, file.read()) from None
         except OSError as error:
-            raise PathError(
-                f"{path} cannot be locked ({error.strerror}): its file system has no locks; "
-                "choose another."
-            ) from error
+            text = f"{path} cannot be locked ({error.strerror}); choose another file system."
+            raise PathError(text) from error
         file.truncate(0)
         file.write(owner)
         file.flush()

@@ -34,10 +34,7 @@ def local_copy(
 ) -> pathlib.Path:
     """Where a file, or a folder of the given files, is on a local disk; copied from a bucket.
 
-    Copies are kept in `folder`, by default in the user's cache folder; errors name the `flag`.
-
-    Raises:
-        PathError: there is no such object, it is damaged, or the disk cannot take it.
+    Copies are kept in `folder`, by default in the user's cache folder. PathError names the `flag`.
     """
     text = os.fspath(url)
     if not is_remote(text):
@@ -63,18 +60,18 @@ def local_copy(
 
 @functools.cache  # so that what a process has got does not change under its run
 def _copied(url: str, root: pathlib.Path, files: tuple[File, ...] | None) -> pathlib.Path:
-    source, wanted, (parent, _, name) = url, files, url.rpartition("/")
     if files is None:
+        parent, _, name = url.rpartition("/")
         info = fsspec.filesystem("gs").info(url)
         checksum = "crc32c:" + base64.b64decode(info["crc32c"]).hex()
-        source, wanted = parent, ((name, info["size"], checksum),)
-    state = hashlib.sha256(repr((url, wanted)).encode()).hexdigest()
-    folder = root / f"{name}-{state[:12]}"
+        return _copied(parent, root, ((name, info["size"], checksum),)) / name
+    state = hashlib.sha256(repr((url, files)).encode()).hexdigest()
+    folder = root / f"{url.rpartition('/')[2]}-{state[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a host copies, the others wait
-        _complete(source, wanted, folder)
-    return folder / name if files is None else folder
+        _complete(url, files, folder)
+    return folder
 
 
 def _complete(source: str, files: Sequence[File], folder: pathlib.Path) -> None:
@@ -90,12 +87,8 @@ def _complete(source: str, files: Sequence[File], folder: pathlib.Path) -> None:
         size = format_bytes(sum(missing))
         print(f"copying {len(missing)} files, {size}, of {source} to {folder}", flush=True)
     verify = sum(size for _, size, _ in files) <= VERIFIED_BYTES
-    copy = functools.partial(_copy, source, folder, verify)
-    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
-    try:
-        list(pool.map(copy, files))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(functools.partial(_copy, source, folder, verify), files))
 
 
 def _copy(source: str, folder: pathlib.Path, verify: bool, file: File) -> None:

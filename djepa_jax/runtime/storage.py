@@ -36,32 +36,22 @@ class PathError(UserError, ValueError):
 
 
 def as_path(text: str | os.PathLike) -> epath.Path:
-    """An absolute path, local or `gs://...`.
-
-    Raises:
-        PathError: another kind of address, or one of a bucket where gcsfs is not installed.
-    """
+    """An absolute path, local or `gs://...`; PathError for other addresses, or without gcsfs."""
     text = os.fspath(text)
-    if text.startswith(BUCKET):
-        _set_up_bucket_access(text)
-        return epath.Path(text)
-    if "://" in text:
+    if "://" not in text:
+        return epath.Path(pathlib.Path(os.path.expanduser(text)).absolute())
+    if not text.startswith(BUCKET) or not text.removeprefix(BUCKET).partition("/")[0]:
         raise PathError(
             f'"{text}" is neither a local path nor {BUCKET}BUCKET/FOLDER; name one of those.'
         )
-    return epath.Path(pathlib.Path(os.path.expanduser(text)).absolute())
-
-
-def _set_up_bucket_access(text: str) -> None:
-    """Let paths go through gcsfs, and never answer from a listing that was true some time ago."""
-    if not text.removeprefix(BUCKET).partition("/")[0]:
-        raise PathError(f'"{text}" names no bucket; write {BUCKET}BUCKET/FOLDER.')
     if importlib.util.find_spec("gcsfs") is None:
         raise PathError(f'"{text}" needs the package gcsfs: pip install gcsfs.')
     for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
+    # Never answer from a listing that was true some time ago.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is reported anyway
+    return epath.Path(text)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -86,11 +76,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def write_bytes(path: os.PathLike, data: bytes) -> None:
-    """Write a file so that a reader never sees half of it.
-
-    Raises:
-        OSError: it cannot be written; `filename` says which.
-    """
+    """Write a file so that a reader never sees half of it; an OSError names it."""
     path = epath.Path(path)
     if is_remote(path):
         path.write_bytes(data)
@@ -128,11 +114,7 @@ def check_local(path: str | os.PathLike, flag: str, remedy: str = "name one") ->
 
 
 def check_writable(folder: str | os.PathLike, flag: str = "--workdir") -> None:
-    """Make the folder that a flag names, and write into it, before anything is computed.
-
-    Raises:
-        PathError: it is a file, may not be created or written, or its storage cannot be reached.
-    """
+    """Make the folder that a flag names; PathError if it cannot be written."""
     if not os.fspath(folder):
         raise PathError(f"{flag} is empty; name a folder.")
     path = as_path(folder)

@@ -53,18 +53,19 @@ def test_addresses_of_buckets_stay_as_they_are(monkeypatch):
     assert {name: os.environ[name] for name in storage.SETTINGS} == storage.SETTINGS
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/run", "file:///run", "gs://", "gs:///run"])
-def test_other_addresses_are_refused(text):
-    with pytest.raises(PathError, match=f'"{text}".*gs://BUCKET/FOLDER'):
-        as_path(text)
+def test_other_addresses_are_refused():
+    for text in ("s3://bucket/run", "file:///run", "gs://", "gs:///run"):
+        with pytest.raises(PathError, match=f'"{text}".*gs://BUCKET/FOLDER'):
+            as_path(text)
 
 
-@pytest.mark.parametrize("name", ["[a]*?.json", "back\\slash", "\udce9", "a\nb", "~", "日本"])
-def test_files_are_written_whole_whatever_their_name(tmp_path, name):
-    for value in ({"step": 4}, {}):
-        write_json(tmp_path / name, value)
-        assert json.loads((tmp_path / name).read_text()) == value
-        assert list(tmp_path.iterdir()) == [tmp_path / name]
+def test_files_are_written_whole_whatever_their_name(tmp_path):
+    names = ["[a]*?.json", "back\\slash", "\udce9", "a\nb", "~", "日本"]
+    for name in names:
+        for value in ({"step": 4}, {}):
+            write_json(tmp_path / name, value)
+            assert json.loads((tmp_path / name).read_text()) == value
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
