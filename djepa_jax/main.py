@@ -27,7 +27,7 @@ USAGE = (
 )
 
 
-class UsageError(ValueError):
+class UsageError(errors.UserError, ValueError):
     """A command line that cannot be understood."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import is_remote, may_pass, write_bytes
 
 MANIFEST_NAME = "manifest.json"
@@ -18,7 +19,7 @@ BLOCK_BYTES = 2**22
 THREADS = 8  # files that are read at the same time
 
 
-class ManifestError(RuntimeError):
+class ManifestError(UserError, RuntimeError):
     """A folder that is not as its manifest says; the message names the file."""
 
 

@@ -22,6 +22,7 @@ from djepa_jax.checkpoints.fingerprint import fingerprints, host_fingerprint
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, check_manifest, read_manifest
 from djepa_jax.core.optimizer import path_name
 from djepa_jax.core.train_step import TrainState
+from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import may_pass
 
 FORMAT = 1
@@ -30,7 +31,7 @@ READ_BYTES = 2**26  # of arrays that are read back together
 STATE_PARTS = tuple(field.name for field in dataclasses.fields(TrainState))
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, damaged or of another kind; the message says which and what to
     do.
     """

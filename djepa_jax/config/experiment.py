@@ -19,6 +19,7 @@ from djepa_jax.core.models.vit import REMAT_POLICIES
 from djepa_jax.core.optimizer import OptimizerConfig
 from djepa_jax.core.sampler import SampleSpec
 from djepa_jax.core.train_step import TrainSpec
+from djepa_jax.runtime.errors import UserError
 
 # Groups that fix what the parameters mean: they must agree between a config and a checkpoint.
 MODEL_KEYS = (
@@ -68,7 +69,7 @@ LATER_KEYS = {  # that older stored configs lack, with the value that means what
 FILE_NAME = "config.json"  # in a workdir: the resolved configuration
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A value that cannot work; the message names the key, the value and the remedy."""
 
 

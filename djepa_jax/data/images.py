@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from djepa_jax.runtime.errors import UserError
+
 FORMATS = (
     "JPEG",
     "PNG",
@@ -32,7 +34,7 @@ UPRIGHT = {
 Image.init()  # fills Image.OPEN, the table of formats
 
 
-class BrokenImage(ValueError):
+class BrokenImage(UserError, ValueError):
     """Bytes that are not a whole image; the message says why."""
 
 

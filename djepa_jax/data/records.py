@@ -11,6 +11,7 @@ import numpy as np
 
 from djepa_jax.config.class_names import IMAGENET, imagenet
 from djepa_jax.data.images import BrokenImage, center_crop, decode_image, to_channels
+from djepa_jax.runtime.errors import UserError
 
 MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which decodes into 200 MB
 MAX_BROKEN = 100  # images of a data set, before something more must be wrong than a few images
@@ -22,7 +23,7 @@ WAITS = (0.1, 0.5, 2.0)  # seconds before each further attempt at a file that co
 logger = logging.getLogger(__name__)
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used; the message says what, where, and what to do."""
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from djepa_jax.runtime.errors import UserError
+
 # What a signal leads to, while a training reads its checkpoint; while it trains; when the last step
 # is saved.
 STARTING = "stopping as soon as the checkpoint is read"
@@ -22,7 +24,7 @@ SAVED = "everything is saved; leaving out samples and evaluation that are not ma
 SHARED_SECONDS = 5.0  # that a file may take to be seen by all processes
 
 
-class HostsError(ValueError):
+class HostsError(UserError, ValueError):
     """Processes that cannot work together; the message says why."""
 
 

@@ -1,13 +1,12 @@
-"""What the command line says of failures that can happen to anybody."""
+"""Failures that a person can mend, and what the command line says of them."""
 
 import re
 
 import jax
 
-from djepa_jax.runtime import distributed
-from djepa_jax.runtime.storage import STORAGE_PACKAGES
-from djepa_jax.sampling.generator import OUT_OF_MEMORY
-
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says of too little memory
+# Packages whose exceptions tell what is wrong with a bucket.
+STORAGE_PACKAGES = ("gcsfs", "google", "aiohttp")
 # What XLA, the service that connects processes, Gloo and NCCL say when another process is gone.
 LOST = re.compile(
     r"\A(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b|heartbeat|Connection (closed|reset|refused)"
@@ -16,26 +15,24 @@ LOST = re.compile(
 )
 
 
-def expected(error: Exception) -> str | None:
-    """What to say of a failure that can happen to anybody; None of one that is a mistake in this
-    program.
-    """
-    from djepa_jax.checkpoints.orbax_io import CheckpointError
-    from djepa_jax.training.loop import TrainingError
+class UserError(Exception):
+    """Something that a person can mend; the text is one line that ends in the remedy."""
 
-    if not distributed.alone() and (reason := lost(error)):
+
+def expected(error: Exception) -> str | None:
+    """One line for a failure that can happen to anybody; None for a mistake in this program."""
+    if jax.distributed.is_initialized() and (reason := lost(error)):
         return (
             f"another process has ended or cannot be reached ({reason}); start all of them again "
             "to go on from the last save."
         )
-    if isinstance(error, (ValueError, OSError, CheckpointError, TrainingError, FloatingPointError)):
+    if isinstance(error, (UserError, ValueError, OSError, FloatingPointError)):
         return str(error)
     if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error):
         reason = str(error).splitlines()[0]
         return (
             f"the devices' memory is too small ({reason}); in training raise config.microbatches, "
-            "in sampling lower "
-            "config.sample.batch_size or config.autoencoder.batch_size."
+            "in sampling lower config.sample.batch_size or config.autoencoder.batch_size."
         )
     if type(error).__module__.partition(".")[0] in STORAGE_PACKAGES:
         return f"storage: {type(error).__name__}: {error}"

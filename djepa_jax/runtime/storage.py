@@ -17,15 +17,11 @@ import fsspec
 import numpy as np
 from etils import epath
 
+from djepa_jax.runtime.errors import STORAGE_PACKAGES, UserError
+
 BUCKET = "gs://"
 SETTINGS = {"EPATH_USE_TF": "0", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # of etils and gcsfs
 
-
-STORAGE_PACKAGES = (
-    "gcsfs",
-    "google",
-    "aiohttp",
-)  # whose exceptions tell what is wrong with a bucket
 # What TensorStore says of storage that does not answer, or not to this user.
 UNREACHABLE = (
     "UNAVAILABLE",
@@ -45,7 +41,7 @@ PASSING = {
 }
 
 
-class PathError(ValueError):
+class PathError(UserError, ValueError):
     """A folder that cannot be used as asked; the message names it and the remedy."""
 
 

@@ -28,6 +28,7 @@ from djepa_jax.config.experiment import ConfigError, Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.sampler import SampleSpec, Segment, make_sampler, make_step, plan_segments
+from djepa_jax.runtime.errors import OUT_OF_MEMORY
 from djepa_jax.runtime.storage import write_npz
 from djepa_jax.sampling.grids import label_grid, save_png
 
@@ -40,7 +41,6 @@ OF_ONE_START = tuple(
         *("rendezvous_timeout", "heartbeat_timeout", "restore_from"),
     )
 )
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says then
 
 
 class Stopped(Exception):

@@ -10,7 +10,7 @@ import jax
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainSpec, make_train_step
 from djepa_jax.runtime import distributed
-from djepa_jax.sampling.generator import OUT_OF_MEMORY
+from djepa_jax.runtime.errors import OUT_OF_MEMORY
 from djepa_jax.training.memory import MemoryPlan, describe, memory_plan
 
 ROOM = 0.9  # share of a device's memory that the closed form may fill; it is an estimate

@@ -26,6 +26,7 @@ from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import Source, open_data
 from djepa_jax.evaluation.metrics.small_images import check_judgeable
 from djepa_jax.runtime import distributed, metric_writer
+from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.profiling import ProfileWindow, debug_switches
 from djepa_jax.runtime.staging import local_copy
@@ -40,7 +41,7 @@ from djepa_jax.training.reporting import Reporter
 LAG = 2
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says why and from where to resume."""
 
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 
 from djepa_jax.core.models.djepa import SIZES, ModelConfig
+from djepa_jax.runtime.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 NUMBER = re.compile(r"(?<=blocks\.)(\d+)(?=\.)")  # of a layer, in the authors' names
 SIZE_KEYS = ("width", "encoder_depth", "predictor_depth", "denoiser_depth", "denoiser_width")
 
 
-class MismatchError(ValueError):
+class MismatchError(UserError, ValueError):
     """Tensors that do not fit the model; the message is the table."""
 
 

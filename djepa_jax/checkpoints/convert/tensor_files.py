@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from djepa_jax.runtime.errors import UserError
+
 MAPPED_BYTES = (
     2**25
 )  # read through one mapping of the file before it is dropped, with the memory behind it
@@ -26,7 +28,7 @@ INSTALL_TORCH = (
 )
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """A file that cannot be imported; the message says why and what to do."""
 
 
