@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.orbax_io import CheckpointError
+from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
+from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.checkpoints.restore import restore_state
 from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer
@@ -33,16 +34,15 @@ def run_config(*extra):
 
 def final_arrays(workdir) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by path."""
-    experiment = run_config()
+    experiment = configuration.build(run_config())
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     mesh = sharding.make_mesh((-1, 1, 1))
     shardings = sharding.state_shardings(abstract, mesh)
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    checkpoints = Checkpoints(workdir)
-    state = TrainState(**checkpoints.restore(target, checkpoints.read_meta()))
-    checkpoints.close()
+    folder = Checkpoints(workdir).latest_folder()
+    state = TrainState(**restore_state(folder, target, read_meta(folder)))
     return {
         jax.tree_util.keystr(path): np.asarray(x)
         for path, x in jax.tree_util.tree_leaves_with_path(state)
@@ -161,12 +161,12 @@ def test_damaged_checkpoint_is_an_error_and_stays(two_steps, tmp_path, damage):
 @pytest.fixture(scope="module")
 def step_parts():
     config = run_config("--config.mesh=(-1,1,1)")
-    experiment = config
+    experiment = configuration.build(config)
     source = load_digits()
     batches = [
         {
-            "example": source.images[i * 16 : (i + 1) * 16],
-            "condition": source.labels[i * 16 : (i + 1) * 16],
+            "image": source.images[i * 16 : (i + 1) * 16],
+            "label": source.labels[i * 16 : (i + 1) * 16],
         }
         for i in range(6)
     ]
@@ -180,7 +180,7 @@ def step_parts():
 
 def poisoned(batch: dict) -> dict:
     """A batch that makes loss and gradients NaN."""
-    return batch | {"example": np.full(batch["example"].shape, np.nan, np.float32)}
+    return batch | {"image": np.full(batch["image"].shape, np.nan, np.float32)}
 
 
 def leaves(tree):
@@ -189,7 +189,7 @@ def leaves(tree):
 
 def test_non_finite_step_changes_nothing_but_counters(step_parts):
     _, step, make_state, batches = step_parts
-    as_float = [{**b, "example": b["example"].astype(np.float32)} for b in batches]
+    as_float = [{**b, "image": b["image"].astype(np.float32)} for b in batches]
     state, _ = step(make_state(), as_float[0])
     bad, metrics = step(state, poisoned(as_float[1]))
     for name in ("params", "ema_params", "opt_state"):
@@ -227,9 +227,9 @@ def poison_from(step: int, monkeypatch):
 
         def wrapped(state, batch):
             image = jax.numpy.where(
-                state.step >= step, jax.numpy.nan, batch["example"].astype(jax.numpy.float32)
+                state.step >= step, jax.numpy.nan, batch["image"].astype(jax.numpy.float32)
             )
-            return inner(state, batch | {"example": image})
+            return inner(state, batch | {"image": image})
 
         return wrapped
 
@@ -261,9 +261,9 @@ def test_target_encoder_carries_no_gradient(step_parts):
     graph, _ = split_model(spec.model)
     key = jax.random.key(0)
     examples = draw_examples(
-        spec, spec.tokenize(batches[0]["example"]), batches[0]["condition"], key, key
+        spec, spec.tokenize(batches[0]["image"]), batches[0]["label"], key, key
     )
-    token_keys = jax.random.split(key, spec.masking.batch_size // spec.masking.pack_size)
+    token_keys = jax.random.split(key, spec.plan.batch_size // spec.plan.chunk_size)
 
     def loss(ema_params):
         return batch_loss(spec, graph, state.params, ema_params, examples, token_keys)[0]
@@ -287,15 +287,15 @@ def test_gradients_of_parts_add_up_to_the_batch(variant, rate):
         config = tiny_config(
             *PARTS,
             f"--config.model.dropout={rate}",
-            f"--config.grad_accumulation_steps={parts}",
+            f"--config.microbatches={parts}",
             variant=variant,
         )
         config.optimizer.warmup_steps = 0
-        spec = config.train
+        spec = configuration.build(config).train
         rng = np.random.default_rng(0)
         batch = {
-            "example": rng.integers(0, 256, (128, 8, 8, 1), np.uint8),
-            "condition": rng.integers(0, 10, 128, np.int32),
+            "image": rng.integers(0, 256, (128, 8, 8, 1), np.uint8),
+            "label": rng.integers(0, 10, 128, np.int32),
         }
         state, metrics = jax.jit(make_train_step(spec))(init_state(spec), batch)
         results.append(
@@ -313,8 +313,8 @@ def test_gradients_of_parts_add_up_to_the_batch(variant, rate):
 
 
 def test_parts_must_be_whole_chunks():
-    with pytest.raises(ConfigError, match="grad_accumulation_steps is 3"):
-        tiny_config("--config.batch_size=64", "--config.grad_accumulation_steps=3")
+    with pytest.raises(configuration.ConfigError, match="microbatches is 3"):
+        configuration.build(tiny_config("--config.batch_size=64", "--config.microbatches=3"))
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
@@ -342,12 +342,12 @@ def test_losses_do_not_depend_on_the_mesh(step_parts, mesh_shape):
 
 def test_without_jepa_there_is_no_head_and_no_target():
     config = run_config("--config.loss.jepa_weight=0")
-    experiment = config
+    experiment = configuration.build(config)
     state = jax.jit(lambda: init_state(experiment.train))()
     assert "jepa_head" not in state.params
     source = load_digits()
     _, metrics = jax.jit(make_train_step(experiment.train))(
-        state, {"example": source.images[:16], "condition": source.labels[:16]}
+        state, {"image": source.images[:16], "label": source.labels[:16]}
     )
     assert "jepa_loss" not in metrics and float(metrics["loss"]) == float(metrics["token_loss"])
 
@@ -357,7 +357,7 @@ def test_mesh_that_does_not_divide_what_it_splits_is_refused(tmp_path, mesh, wid
     config = run_config(f"--config.model.width={width}")
     config.mesh = mesh
     with pytest.raises(
-        ConfigError,
+        configuration.ConfigError,
         match=r"splits model\.(width 20|num_heads 2) over 8 devices.*must divide",
     ):
         train(config, str(tmp_path / "run"))
