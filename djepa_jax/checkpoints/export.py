@@ -131,9 +131,9 @@ def _write_weights(job: ExportJob, folder: pathlib.Path) -> None:
         save_arrays(folder / restore.PARAMS_NAME, job.params)
     elif job.form == SAFETENSORS:
         arrays = traverse_util.flatten_dict(job.params, sep="/")
-        save_tensors(restore.tensor_file(folder), arrays, LAYOUT)
+        save_tensors(folder / restore.TENSORS_NAME, arrays, LAYOUT)
     elif job.form == OFFICIAL:
-        save_tensors(restore.tensor_file(folder), to_official(job.params), {"format": "pt"})
+        save_tensors(folder / restore.TENSORS_NAME, to_official(job.params), {"format": "pt"})
     else:
         stablehlo.compile_sampler(folder, job.experiment, job.params)
 

@@ -10,15 +10,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from djepa_jax.checkpoints import integrity
-from djepa_jax.checkpoints.autoencoder import makes_latents, stored_sha256
 from djepa_jax.checkpoints.checkpointer import STEPS_NAME, Checkpoints, Meta, check_step, read_meta
 from djepa_jax.checkpoints.integrity import CheckpointError
-from djepa_jax.config import experiment as configuration
-from djepa_jax.config.experiment import ConfigError, Experiment
-from djepa_jax.config.settings import Settings
+from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.stored import from_stored, model_differences
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
-from djepa_jax.core.optimizer import path_name
+from djepa_jax.core.sharding import path_name
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.runtime.storage import as_path, write_json
 
@@ -66,6 +65,12 @@ def check_arrays(folder: epath.Path, abstract: dict) -> None:
             )
 
 
+def save_arrays(folder: epath.Path, arrays: dict) -> None:
+    """Write arrays with Orbax into a new folder."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(folder, args=ocp.args.PyTreeSave(arrays))
+
+
 def _reader() -> ocp.Checkpointer:
     """Waits for no other process, so that one can read alone, beside the training."""
     alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
@@ -78,7 +83,7 @@ def _by_path(tree) -> dict:
 
 def placed_params(experiment: Experiment, mesh) -> dict:
     """Shapes, dtypes and shardings of the parameters on a mesh."""
-    _, abstract = split_model(experiment.train.model)
+    _, abstract = split_model(experiment.network)
     shardings = sharding.state_shardings(abstract, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
@@ -90,7 +95,7 @@ class StoredModel:
     """The moving average of a model's parameters on disk, and its configuration."""
 
     path: epath.Path  # of the step, or of the export
-    config: Settings
+    config: Experiment
     step: int
     restore: Callable[[dict], dict]  # checks all files; abstract parameters with shardings -> real
 
@@ -111,25 +116,23 @@ def find_model(path: str | os.PathLike) -> StoredModel:
     )
 
 
-def latest_model(config, workdir: str | os.PathLike) -> StoredModel:
-    """The model of the latest checkpoint, found to be the one that a config describes."""
+def latest_model(experiment: Experiment, workdir: str | os.PathLike) -> StoredModel:
+    """The model of the latest checkpoint, found to be the one that is configured."""
     model = _step(Checkpoints(workdir).latest_folder())
-    check_same_model(model.config, config)
+    check_same_model(model.config, experiment)
     return model
 
 
-def check_same_model(stored: dict, config) -> None:
-    """Raise ConfigError, with every difference, unless a checkpoint's model is the config's."""
-    stored = configuration.upgraded(stored)
-    theirs, ours = stored_sha256(stored), config.autoencoder.sha256
-    if makes_latents(config) and theirs and ours and theirs != ours:
+def check_same_model(stored: Experiment, experiment: Experiment) -> None:
+    """Raise ConfigError, with every difference, unless a checkpoint's model is the configured."""
+    theirs, ours = stored.autoencoder.sha256, experiment.autoencoder.sha256
+    if experiment.modality.needs_decoder and theirs and ours and theirs != ours:
         raise ConfigError(
             f"the checkpoint's model learned latents of the autoencoder with sha256 {theirs}, the "
             f"config (or the latent cache it names) is for the one with sha256 {ours}; name the "
             "cache of that autoencoder, or another --workdir."
         )
-    current = configuration.resolved(config)
-    changed = configuration.differences(stored, current, configuration.MODEL_KEYS)
+    changed = model_differences(stored, experiment)
     if changed:
         raise ConfigError(
             f"the checkpoint is of another model (stored -> config): {', '.join(changed)}. Use "
@@ -144,7 +147,7 @@ def _step(folder: epath.Path) -> StoredModel:
         check_step(folder)
         return restore_arrays(folder / "state", {"ema_params": abstract})["ema_params"]
 
-    return StoredModel(folder, Settings(configuration.upgraded(meta.config)), meta.step, restore)
+    return StoredModel(folder, from_stored(meta.config), meta.step, restore)
 
 
 def _export(folder: epath.Path) -> StoredModel:
@@ -165,12 +168,11 @@ def _export(folder: epath.Path) -> StoredModel:
         integrity.check_manifest(folder, but=CARD_NAME)
         if record["weights"] == ORBAX:
             return restore_arrays(folder / PARAMS_NAME, abstract)
-        from djepa_jax.checkpoints.convert.reading import read_params
+        from djepa_jax.checkpoints.convert.import_weights import read_params
 
         return read_params(folder / TENSORS_NAME, abstract)
 
-    config = Settings(configuration.upgraded(record["config"]))
-    return StoredModel(folder, config, record["step"], restore)
+    return StoredModel(folder, from_stored(record["config"]), record["step"], restore)
 
 
 def is_export(path: epath.Path) -> bool:
@@ -190,7 +192,7 @@ def go_back(
     checkpoints: Checkpoints,
     restore_from: str,
     abstract: TrainState,
-    config,
+    experiment: Experiment,
     say: Callable[[str], None] = print,
 ) -> None:
     """Make a step, perhaps of another workdir, the newest of a workdir whose lock is held.
@@ -207,7 +209,7 @@ def go_back(
     folder = _step_folder(restore_from)
     meta = read_meta(folder)
     try:
-        check_same_model(meta.config, config)
+        check_same_model(from_stored(meta.config), experiment)
     except ConfigError as error:
         raise ConfigError(f'--restore_from "{restore_from}": {error}') from error
     check_step(folder)
