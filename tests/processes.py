@@ -20,12 +20,12 @@ from collections.abc import Iterator
 import fsspec
 import jax
 import pytest
-from djepa_jax.config.experiment.settings import Settings
 from holding import FailingSource, hold_at
 from jax._src import cache_key
 from small_autoencoder import registered
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.config.settings import Settings
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data import prepare_latents
 from djepa_jax.main import main

@@ -14,7 +14,7 @@ import pytest
 from tiny import CONFIGS, load_config
 
 from configs.recipes import LOSSES, VARIANTS
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import flops, sharding
 from djepa_jax.core.sampler import make_sampler
 from djepa_jax.core.train_step import init_state, make_train_step

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import flops
 from djepa_jax.core.losses import SAMPLERS, Diffusion, FlowMatching
 from djepa_jax.core.masking import MaskPlan

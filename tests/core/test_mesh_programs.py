@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny import load_config, tiny_config
 
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.optimizer import path_name
 from djepa_jax.core.train_step import init_state, make_train_step

@@ -10,7 +10,7 @@ from flax import nnx
 from small_autoencoder import SMALL
 from tiny import tiny_config
 
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core.models.autoencoder_kl import split_autoencoder
 from djepa_jax.core.sampler import make_sampler
 from djepa_jax.core.train_step import init_state, make_train_step

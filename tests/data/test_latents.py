@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from caches import SHA, SHAPE, TOTAL, entries, write_cache
-from djepa_jax.config.experiment.class_names import imagenet
-from djepa_jax.config.experiment.experiment import build
 from photos import same
 from tiny import load_config
 
+from djepa_jax.config.class_names import imagenet
+from djepa_jax.config.experiment import build
 from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.core.modalities.patches import patchify
 from djepa_jax.data.latent_cache import (

@@ -8,8 +8,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from djepa_jax.config.experiment.class_names import imagenet
-from djepa_jax.sampling.sample_to_npz.generator import make_grid
 from photos import write_folder, write_imagenet
 from PIL import Image
 from processes import run_command
@@ -17,9 +15,11 @@ from safetensors.numpy import save_file
 from small_autoencoder import tensors
 from tiny import CONFIGS
 
+from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.data.ilsvrc import prepare_tfds
 from djepa_jax.data.latent_cache import LatentCache
+from djepa_jax.sampling.generator import make_grid
 
 CLASSES = (
     "n01440764",

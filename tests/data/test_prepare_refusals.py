@@ -6,12 +6,12 @@ import pathlib
 
 import numpy as np
 import pytest
-from djepa_jax.config.experiment.experiment import ConfigError
 from photos import crop, encode, labelled, write_folder, write_shards
 from small_autoencoder import files_of, folder_config, registered, write_weights
 
 from djepa_jax.checkpoints.convert.mismatch import MismatchError
 from djepa_jax.checkpoints.convert.tensor_files import SourceError
+from djepa_jax.config.experiment import ConfigError
 from djepa_jax.data.prepare_latents import run_prepare
 from djepa_jax.data.records import DataError
 from djepa_jax.runtime.lock import lock_workdir

@@ -8,7 +8,7 @@ import pytest
 from caches import TOTAL, write_cache
 from tiny import run, tiny_config
 
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.data import latent_cache
 from djepa_jax.data.device_cache import ResidentCache

@@ -23,7 +23,7 @@ from caches import write_cache
 from photos import crop, encode, write_imagenet, write_tar
 
 from djepa_jax.checkpoints.convert.tensor_files import SourceError, open_tensors
-from djepa_jax.config.experiment import class_names
+from djepa_jax.config import class_names
 from djepa_jax.data import arrays
 from djepa_jax.data.ilsvrc import TRAIN, VALIDATION, prepare_tfds
 from djepa_jax.data.images import BrokenImage, decode_image

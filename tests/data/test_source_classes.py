@@ -6,10 +6,10 @@ import pickle
 import shutil
 
 import pytest
-from djepa_jax.config.experiment.class_names import imagenet
 from photos import NAMES, PER_CLASS, labelled, write_folder
 from tiny import load_config
 
+from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.data.records import ANY_CLASS, DataError, match_classes
 from djepa_jax.data.sources import open_data, open_source

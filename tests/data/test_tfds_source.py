@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from djepa_jax.config.experiment.class_names import imagenet
 from photos import NAMES, crop, encode, same, write_imagenet, write_tar
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as recipe
 
+from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.data import ilsvrc as preparation
 from djepa_jax.data import records

@@ -120,7 +120,7 @@ def test_sampling_with_less_memory_gives_the_same_pictures(monkeypatch, capsys):
     """Batches are halved until they fit; when one sample a device does not, the failure is told as
     it is.
     """
-    from djepa_jax.config.experiment import experiment as configuration
+    from djepa_jax.config import experiment as configuration
     from djepa_jax.core import sharding
     from djepa_jax.core.models.djepa import init_params
     from djepa_jax.sampling.sample_to_npz import generator

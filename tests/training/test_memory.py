@@ -9,7 +9,7 @@ import jax
 import pytest
 from tiny import load_config, tiny_config
 
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import init_state, make_train_step
 from djepa_jax.training import memory

@@ -11,7 +11,7 @@ from tiny import tiny_config
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer
 from djepa_jax.core.train_step import TrainState, apply_update, init_state, make_train_step
