@@ -196,7 +196,7 @@ def simple_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     """In place of the training step: all arrays depend on all batches and their order, and on the
     arrays before.
     """
-    signal = jax.numpy.mean(batch["image"] / 255.0) + jax.numpy.mean(batch["label"])
+    signal = jax.numpy.mean(batch["example"] / 255.0) + jax.numpy.mean(batch["condition"])
 
     def moved(tree, share):
         return jax.tree.map(lambda x: x * share + signal.astype(x.dtype) if x.ndim else x + 1, tree)

@@ -1,6 +1,6 @@
 """Training state, the loss of one batch, and one pure update.
 
-One step, on a batch of images and labels:
+One step, on a batch of examples and their conditions (class labels):
 
 1. tokens are permuted by a random order; the first `num_visible` of each example are visible;
 2. the context encoder reads the visible tokens, the predictor fills in features (cond) for all;
@@ -189,7 +189,7 @@ def _statistics(predicted, target):
 
 
 def make_train_step(spec: TrainSpec) -> Callable:
-    """The pure update `(state, batch) -> (state, metrics)`; `batch` has `image` and `label`."""
+    """The pure update `(state, batch) -> (state, metrics)`; `batch` has `example` and `condition`."""
     graph, _ = split_model(spec.model)
     optimizer = make_optimizer(spec.optimizer)
 
@@ -197,8 +197,8 @@ def make_train_step(spec: TrainSpec) -> Callable:
         """One update; everything random in it is drawn from (seed, step)."""
         key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
         example_key, token_key, dropout_key, posterior_key = jax.random.split(key, 4)
-        tokens = spec.tokenize(batch["image"], posterior_key)
-        examples = draw_examples(spec, tokens, batch["label"], example_key, dropout_key)
+        tokens = spec.tokenize(batch["example"], posterior_key)
+        examples = draw_examples(spec, tokens, batch["condition"], example_key, dropout_key)
         token_keys = jax.random.split(token_key, spec.plan.batch_size // spec.plan.chunk_size)
 
         def gradient_of(examples, token_keys):

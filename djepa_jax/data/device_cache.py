@@ -52,7 +52,7 @@ class ResidentCache:
 
     def fetch(self, batch: dict) -> dict:
         """A batch with moments in the place of row numbers."""
-        return {**batch, "image": self._gather(self._table, batch["image"])}
+        return {**batch, "example": self._gather(self._table, batch["example"])}
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
         """Some rows, read from the cache; each example once."""
@@ -62,7 +62,7 @@ class ResidentCache:
 
         def fill(number: int) -> None:
             example = self._source[number]
-            for row, name in ((2 * number, "image"), (2 * number + 1, "mirror")):
+            for row, name in ((2 * number, "example"), (2 * number + 1, "mirror")):
                 if start <= row < stop:
                     values[row - start] = example[name]
 
@@ -104,7 +104,7 @@ class RowNumbers:
     def __init__(self, source: LatentCache):
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
             self._labels = np.fromiter(
-                pool.map(lambda index: source[index]["label"], range(len(source))), np.int32
+                pool.map(lambda index: source[index]["condition"], range(len(source))), np.int32
             )
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class RowNumbers:
 
     def __getitem__(self, index: int) -> dict:
         return {
-            "image": np.int32(2 * index),
+            "example": np.int32(2 * index),
             "mirror": np.int32(2 * index + 1),
-            "label": self._labels[index],
+            "condition": self._labels[index],
         }

@@ -193,8 +193,8 @@ def check_shard(folder: pathlib.Path, shard: Shard, verify: bool) -> None:
 class LatentCache:
     """A complete cache as a source of examples.
 
-    An example has `image`, the moments `[h, w, 2c]`, `mirror`, those of the mirror image, and
-    `label`.
+    An item has `example`, the moments `[h, w, 2c]`, `mirror`, those of the mirror image, and
+    `condition`, the class.
 
     Raises:
         DataError: the cache is unfinished or damaged.
@@ -222,7 +222,7 @@ class LatentCache:
 
     def __getitem__(self, index: int) -> dict:
         label, _, moments = self._read(index)
-        return {"image": moments[0], "mirror": moments[1], "label": np.int32(label)}
+        return {"example": moments[0], "mirror": moments[1], "condition": np.int32(label)}
 
     def key(self, index: int) -> str:
         """What an image is called."""

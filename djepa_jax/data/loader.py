@@ -27,7 +27,7 @@ class RandomFlip(grain.transforms.RandomMap):
             return element
         return {
             **element,
-            "image": element["mirror"] if "mirror" in element else element["image"][:, ::-1],
+            "example": element["mirror"] if "mirror" in element else element["example"][:, ::-1],
         }
 
 
@@ -35,8 +35,8 @@ class DropMirror(grain.transforms.Map):
     """Leave out the mirror image, once it was chosen or not."""
 
     def map(self, element: dict) -> dict:
-        """Image and label only."""
-        return {"image": element["image"], "label": element["label"]}
+        """Example and condition only."""
+        return {"example": element["example"], "condition": element["condition"]}
 
 
 def example_stream(source: Source, seed: int, random_flip: bool = False) -> grain.MapDataset:

@@ -105,7 +105,7 @@ class ImageSource:
         if not 0 <= label < self.num_classes:
             raise label_error(f"{self.key(index)} is of", label, self.num_classes)
         pixels = center_crop(decode_image(data, self.max_pixels), self.size)
-        return {"image": to_channels(pixels, self.channels), "label": np.int32(label)}
+        return {"example": to_channels(pixels, self.channels), "condition": np.int32(label)}
 
     def _read(self, index: int) -> tuple[bytes, int]:
         """An image file and its label. Storage that fails says nothing about the image, so it is

@@ -95,7 +95,7 @@ class _Readings:
             example = self._source[index]
         except BrokenImage as error:
             return _Reading(key, None, 0, str(error))
-        return _Reading(key, example["image"], int(example["label"]), "")
+        return _Reading(key, example["example"], int(example["condition"]), "")
 
 
 class _Progress:

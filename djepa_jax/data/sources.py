@@ -1,4 +1,4 @@
-"""Data sources: objects with a length that give `{"image": array, "label": int}` by index.
+"""Data sources: objects with a length that give `{"example": array, "condition": value}` by index.
 
 - digits: the handwritten digits inside scikit-learn
 - npz: arrays in a file
@@ -54,7 +54,7 @@ class ArraySource:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], "label": np.int32(self.labels[index])}
+        return {"example": self.images[index], "condition": np.int32(self.labels[index])}
 
     def digest(self) -> str:
         """A checksum of all images and labels."""
@@ -168,7 +168,7 @@ def open_source(
         check_labels(records.labels, num_classes)  # before an image of a wrong class is met
         images = ImageSource(records, modality.example_shape, num_classes, max_pixels)
         source = Robust(images, max_broken, f"{group}.max_broken")
-    modality.check_example(source[0]["image"])
+    modality.check_example(source[0]["example"])
     check_labels(source.labels, num_classes)
     return source
 
@@ -247,7 +247,7 @@ class Unlabelled:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
-        return {**self.source[index], "label": np.int32(0)}
+        return {**self.source[index], "condition": np.int32(0)}
 
     def key(self, index: int) -> str:
         """What an image is called in messages."""
@@ -284,12 +284,12 @@ class Synthetic:
         values = rng.standard_normal(self.shape) + np.sin(1 + label)
         if self.dtype == np.uint8:
             return {
-                "image": np.clip(128 + 40 * values, 0, 255).astype(np.uint8),
-                "label": np.int32(label),
+                "example": np.clip(128 + 40 * values, 0, 255).astype(np.uint8),
+                "condition": np.int32(label),
             }
-        maps = {"image": values, "mirror": values[:, ::-1]}
+        maps = {"example": values, "mirror": values[:, ::-1]}
         return {name: synthetic_moments(mean) for name, mean in maps.items()} | {
-            "label": np.int32(label)
+            "condition": np.int32(label)
         }
 
 

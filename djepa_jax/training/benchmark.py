@@ -193,7 +193,7 @@ def random_batch(config, modality, mesh) -> dict[str, jax.Array]:
         else rng.integers(0, 256, shape, np.uint8)
     )  # [B, ...]
     labels = rng.integers(0, config.data.num_classes, config.batch_size, np.int32)  # [B]
-    return jax.device_put({"image": images, "label": labels}, sharding.batch_sharding(mesh))
+    return jax.device_put({"example": images, "condition": labels}, sharding.batch_sharding(mesh))
 
 
 def train_flops(spec: TrainSpec) -> dict[str, float]:

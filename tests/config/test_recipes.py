@@ -108,7 +108,9 @@ def test_a_variant_traces_from_its_examples_to_its_samples(variant):
     experiment = configuration.build(config)
     source = open_data(config, experiment.modality)
     examples = [source[index] for index in range(config.batch_size)]
-    batch = {name: np.stack([example[name] for example in examples]) for name in ("image", "label")}
+    batch = {
+        name: np.stack([example[name] for example in examples]) for name in ("example", "condition")
+    }
     state = jax.eval_shape(lambda: init_state(experiment.train))
     after, metrics = jax.eval_shape(make_train_step(experiment.train), state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
@@ -129,11 +131,11 @@ def test_debug_draws_the_posterior_as_with_a_cache():
     config = recipe("debug")
     experiment = configuration.build(config)
     example = open_data(config, experiment.modality)[3]
-    assert example["image"].shape == example["mirror"].shape == (16, 16, 2 * 16)
-    np.testing.assert_array_equal(example["mirror"][:, ::-1], example["image"])
-    assert example["image"].dtype == config.prepare.dtype
+    assert example["example"].shape == example["mirror"].shape == (16, 16, 2 * 16)
+    np.testing.assert_array_equal(example["mirror"][:, ::-1], example["example"])
+    assert example["example"].dtype == config.prepare.dtype
     mean, one, other = (
-        experiment.train.tokenize(example["image"][None], key)
+        experiment.train.tokenize(example["example"][None], key)
         for key in (None, jax.random.key(0), jax.random.key(1))
     )
     assert not np.array_equal(one, other)

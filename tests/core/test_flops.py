@@ -162,7 +162,7 @@ def base_widths(loss: str, **sample):
 def test_padded_count_is_what_the_training_step_does(loss):
     spec = base_widths(loss, sampler=SAMPLERS[loss][0]).train
     state = jax.eval_shape(lambda: init_state(spec))
-    batch = {"image": jnp.zeros((16, 16, 16, 16)), "label": jnp.zeros(16, jnp.int32)}
+    batch = {"example": jnp.zeros((16, 16, 16, 16)), "condition": jnp.zeros(16, jnp.int32)}
     traced = flops.count_products(jax.make_jaxpr(make_train_step(spec))(state, batch).jaxpr)
     rows = flops.time_rows(spec.token_loss, spec.plan, padded=True)
     padded = flops.train_image(spec.model, spec.plan, 4, padded=True, time_rows=rows)

@@ -62,8 +62,8 @@ class Program:
         self.abstract = jax.eval_shape(lambda: init_state(spec))
         self.shardings = sharding.state_shardings(self.abstract, mesh)
         place = sharding.batch_sharding(mesh)
-        batch = {"image": jax.ShapeDtypeStruct((BATCH, 8, 8, 1), "uint8", sharding=place)}
-        batch["label"] = jax.ShapeDtypeStruct((BATCH,), "int32", sharding=place)
+        batch = {"example": jax.ShapeDtypeStruct((BATCH, 8, 8, 1), "uint8", sharding=place)}
+        batch["condition"] = jax.ShapeDtypeStruct((BATCH,), "int32", sharding=place)
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             self.abstract,

@@ -51,8 +51,8 @@ def test_training_and_sampling(variant, dtype):
     state = jax.eval_shape(lambda: init_state(experiment.train))
     size = experiment.train.plan.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((size, 8, 8, 1), "uint8"),
-        "label": jax.ShapeDtypeStruct((size,), "int32"),
+        "example": jax.ShapeDtypeStruct((size, 8, 8, 1), "uint8"),
+        "condition": jax.ShapeDtypeStruct((size,), "int32"),
     }
     scales = jnp.ones(experiment.sample.num_ar_steps)
     numbers = jnp.zeros(2, jnp.int32)

@@ -58,8 +58,8 @@ def test_published_sizes_trace_a_step(name):
     experiment = configuration.build(load_config(f"djepa_{name}"))
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
     batch = {
-        "image": jax.ShapeDtypeStruct((2048, 16, 16, 16), jnp.float32),
-        "label": jax.ShapeDtypeStruct((2048,), jnp.int32),
+        "example": jax.ShapeDtypeStruct((2048, 16, 16, 16), jnp.float32),
+        "condition": jax.ShapeDtypeStruct((2048,), jnp.int32),
     }
     state, metrics = jax.eval_shape(make_train_step(experiment.train), abstract, batch)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, abstract)

@@ -27,14 +27,14 @@ def take(stream, count, batch_size=4, **where):
 
 def test_every_epoch_is_another_permutation(numbered):
     stream = example_stream(numbered, seed=0)
-    epochs = [[int(stream[e * 10 + i]["label"]) for i in range(10)] for e in range(4)]
+    epochs = [[int(stream[e * 10 + i]["condition"]) for i in range(10)] for e in range(4)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_order_is_a_function_of_seed(numbered):
     def labels(seed):
-        return [int(example_stream(numbered, seed)[i]["label"]) for i in range(30)]
+        return [int(example_stream(numbered, seed)[i]["condition"]) for i in range(30)]
 
     assert labels(3) == labels(3) and labels(3) != labels(4)
 
@@ -45,8 +45,8 @@ def test_resuming_gives_the_same_batches_and_flips(numbered, consumed):
     whole = take(stream, 10, consumed=0)
     resumed = take(stream, 10 - consumed // 4, consumed=consumed)
     for a, b in zip(whole[consumed // 4 :], resumed, strict=True):
-        np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["label"], b["label"])
+        np.testing.assert_array_equal(a["example"], b["example"])
+        np.testing.assert_array_equal(a["condition"], b["condition"])
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 4])
@@ -57,7 +57,7 @@ def test_any_number_of_hosts_and_threads_gives_the_same_batches(numbered, hosts,
     shares = np.split(np.arange(4), hosts)
     parts = [take(stream, 5, consumed=8, rows=rows, num_threads=num_threads) for rows in shares]
     for step, batch in enumerate(whole):
-        for name in ("image", "label"):
+        for name in ("example", "condition"):
             np.testing.assert_array_equal(
                 np.concatenate([part[step][name] for part in parts]), batch[name]
             )
@@ -67,7 +67,7 @@ def test_flip_mirrors_about_half_of_the_images(numbered):
     plain, flipped = example_stream(numbered, 0), example_stream(numbered, 0, random_flip=True)
     mirrored = 0
     for i in range(200):
-        a, b = plain[i]["image"], flipped[i]["image"]
+        a, b = plain[i]["example"], flipped[i]["example"]
         assert (a == b).all() or (a[:, ::-1] == b).all()
         mirrored += not (a == b).all()
     assert 60 < mirrored < 140
@@ -176,7 +176,7 @@ def test_npz_images_without_channel_axis_get_one(tmp_path):
     np.savez(tmp_path / "data.npz", images=np.zeros((5, 4, 4), np.uint8), labels=np.arange(5))
     modality = MODALITIES["image_pixels"](4, 1, 2)
     source = open_source("npz", str(tmp_path / "data.npz"), modality, num_classes=5)
-    assert source[2]["image"].shape == (4, 4, 1) and source[2]["label"] == 2
+    assert source[2]["example"].shape == (4, 4, 1) and source[2]["condition"] == 2
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])

@@ -77,9 +77,11 @@ def test_examples_come_back_in_any_order(tmp_path, dtype):
         label, key, moments = expected[i]
         for reader in (source, copy):
             example = reader[int(i)]
-            assert example.keys() == {"image", "mirror", "label"} and reader.key(int(i)) == key
-            assert same(example["image"], moments[0]) and same(example["mirror"], moments[1])
-            assert example["label"] == label and example["label"].dtype == np.int32
+            assert (
+                example.keys() == {"example", "mirror", "condition"} and reader.key(int(i)) == key
+            )
+            assert same(example["example"], moments[0]) and same(example["mirror"], moments[1])
+            assert example["condition"] == label and example["condition"].dtype == np.int32
 
 
 @pytest.mark.parametrize("random_flip", [False, True])
@@ -93,12 +95,13 @@ def test_stream_gives_the_image_or_its_mirror_image_as_stored(tmp_path, dtype, r
     batches, mirrored = row_batches(stream, 4, consumed=0), 0
     for start in range(0, 8 * TOTAL, 4):
         batch = next(batches)
-        assert batch.keys() == {"image", "label"} and batch["image"].dtype == DTYPES[dtype]
+        assert batch.keys() == {"example", "condition"} and batch["example"].dtype == DTYPES[dtype]
         for row in range(4):
-            example, image = stream[start + row], batch["image"][row]
+            example, image = stream[start + row], batch["example"][row]
             label, side = stored[image.tobytes()]
             assert (
-                same(example["image"], image) and example["label"] == batch["label"][row] == label
+                same(example["example"], image)
+                and example["condition"] == batch["condition"][row] == label
             )
             mirrored += side
     assert 30 < mirrored < 66 if random_flip else mirrored == 0  # of 96
@@ -110,7 +113,9 @@ def test_an_epoch_holds_every_image_once(tmp_path):
         [e[2][0].tobytes() for e in entries()],
     )
     for start in (0, TOTAL, 2 * TOTAL):
-        assert sorted(stream[start + i]["image"].tobytes() for i in range(TOTAL)) == sorted(images)
+        assert sorted(stream[start + i]["example"].tobytes() for i in range(TOTAL)) == sorted(
+            images
+        )
 
 
 # agreement

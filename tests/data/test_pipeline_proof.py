@@ -66,7 +66,9 @@ def run(tmp_path):
 def contents(cache: LatentCache) -> list[tuple[int, bytes, bytes]]:
     """Class and moments of every image and its mirror image, in an order of their own."""
     examples = [cache[i] for i in range(len(cache))]
-    return sorted((int(e["label"]), e["image"].tobytes(), e["mirror"].tobytes()) for e in examples)
+    return sorted(
+        (int(e["condition"]), e["example"].tobytes(), e["mirror"].tobytes()) for e in examples
+    )
 
 
 def test_from_archives_to_pictures(run, weights, tmp_path):
@@ -83,7 +85,7 @@ def test_from_archives_to_pictures(run, weights, tmp_path):
     assert (
         len(found) == 2 * PER_CLASS
         and found.labels.tolist() == [0, 1]
-        and found[0]["image"].shape == (LATENTS, LATENTS, 32)
+        and found[0]["example"].shape == (LATENTS, LATENTS, 32)
     )
     names = [name for _, name in imagenet()]
     assert found.class_names == tuple(names)

@@ -49,10 +49,10 @@ def read(folder: pathlib.Path) -> tuple[np.ndarray, list[int], list[str]]:
     """Moments of images and mirror images `[n, 2, h, w, 2c]`, labels, keys."""
     source = LatentCache(str(folder))
     examples = [source[i] for i in range(len(source))]
-    moments = np.array([(example["image"], example["mirror"]) for example in examples])
+    moments = np.array([(example["example"], example["mirror"]) for example in examples])
     return (
         moments,
-        [int(example["label"]) for example in examples],
+        [int(example["condition"]) for example in examples],
         [source.key(i) for i in range(len(source))],
     )
 
@@ -177,7 +177,7 @@ def test_an_unconditional_recipe_makes_a_cache_of_one_class(config, cache, tmp_p
         source = open_data(
             load_config("djepa_l:unconditional", *flags, f"--config.data.path={folder}"), modality
         )
-        assert {int(source[i]["label"]) for i in range(COUNT)} == {0}
+        assert {int(source[i]["condition"]) for i in range(COUNT)} == {0}
 
 
 def test_every_source_gives_the_same_moments(config, cache, tmp_path):

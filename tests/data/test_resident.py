@@ -29,9 +29,9 @@ def test_batches_are_those_from_disk(cache, mesh_shape, flip):
     from_memory = row_batches(example_stream(resident.rows, 5, flip), 16, consumed=3)
     for _ in range(4):  # three epochs
         expected, actual = next(from_disk), resident.fetch(next(from_memory))
-        np.testing.assert_array_equal(np.asarray(actual["image"]), expected["image"])
-        np.testing.assert_array_equal(actual["label"], expected["label"])
-        assert actual["image"].dtype == cache.metadata.dtype
+        np.testing.assert_array_equal(np.asarray(actual["example"]), expected["example"])
+        np.testing.assert_array_equal(actual["condition"], expected["condition"])
+        assert actual["example"].dtype == cache.metadata.dtype
 
 
 def test_every_device_holds_its_share(cache):

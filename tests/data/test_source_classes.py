@@ -30,14 +30,14 @@ def test_wordnet_ids_give_the_labels_of_imagenet_whichever_are_there(tmp_path):
         "folder", write_classes(tmp_path, *SOME), PIXELS, 1000, class_names="imagenet"
     )
     assert source.labels.tolist() == [1, 207, 999] and [
-        int(example["label"]) for example in source
+        int(example["condition"]) for example in source
     ] == [1, 207, 999]
     assert source.class_names == IDS and source.key(1) == "n02099601/0.jpg"
     copy = pickle.loads(pickle.dumps(source))
-    assert copy[2]["label"] == 999 and copy.key(2) == "n15075141/0.jpg"
+    assert copy[2]["condition"] == 999 and copy.key(2) == "n15075141/0.jpg"
     shutil.rmtree(tmp_path / SOME[0])
     fewer = open_source("folder", str(tmp_path), PIXELS, 1000, class_names="imagenet")
-    assert [int(example["label"]) for example in fewer] == [207, 999], (
+    assert [int(example["condition"]) for example in fewer] == [207, 999], (
         "a class that is missing shifts none"
     )
 
@@ -78,7 +78,7 @@ def test_wordnet_ids_count_in_any_order():
 @pytest.mark.parametrize("names", ["", ["a", "b"]])
 def test_classes_by_other_names_are_counted_by_their_order(tmp_path, names):
     source = open_source("folder", write_folder(tmp_path), PIXELS, 2, class_names=names)
-    assert source.class_names == NAMES and source[PER_CLASS]["label"] == 1
+    assert source.class_names == NAMES and source[PER_CLASS]["condition"] == 1
 
 
 @pytest.mark.parametrize(
@@ -129,4 +129,4 @@ def test_classes_do_not_matter_without_classes(tmp_path):
     )
     config = load_config("djepa_b:unconditional+pixels", *(f"--config.{flag}" for flag in flags))
     source = open_data(config, PIXELS)
-    assert len(source) == COUNT and {int(source[i]["label"]) for i in range(COUNT)} == {0}
+    assert len(source) == COUNT and {int(source[i]["condition"]) for i in range(COUNT)} == {0}

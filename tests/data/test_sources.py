@@ -51,8 +51,10 @@ def test_folder_gives_decoded_and_cropped_images(tmp_path):
     source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
     assert len(source) == COUNT and source.class_names == NAMES
     for i in range(COUNT):
-        assert same(source[i]["image"], expected(i))
-        assert source[i]["label"] == labelled()[i][2] and source[i]["label"].dtype == np.int32
+        assert same(source[i]["example"], expected(i))
+        assert (
+            source[i]["condition"] == labelled()[i][2] and source[i]["condition"].dtype == np.int32
+        )
         assert source.key(i) == labelled()[i][0] + ".jpg"
     assert source.labels.tolist() == [0] * PER_CLASS + [1] * PER_CLASS
 
@@ -64,15 +66,18 @@ def test_folder_and_tar_give_identical_images(tmp_path):
     assert len(folder) == len(tar) == len(by_key) == COUNT
     for i in range(COUNT):
         twin = tar[by_key[folder.key(i)]]
-        assert same(twin["image"], folder[i]["image"]) and twin["label"] == folder[i]["label"]
+        assert (
+            same(twin["example"], folder[i]["example"])
+            and twin["condition"] == folder[i]["condition"]
+        )
         assert tar.labels[by_key[folder.key(i)]] == folder.labels[i]
 
 
 def test_channels_follow_the_modality(tmp_path, kind):
     source = open_source(kind, write(kind, tmp_path), GRAY, num_classes=2)
-    assert source[0]["image"].shape == (16, 16, 1)
+    assert source[0]["example"].shape == (16, 16, 1)
     luminance = np.asarray(Image.fromarray(expected(0, 16)).convert("L"))
-    assert same(source[0]["image"][..., 0], luminance)
+    assert same(source[0]["example"][..., 0], luminance)
 
 
 def test_order_of_access_does_not_matter(tmp_path, kind):
@@ -81,8 +86,8 @@ def test_order_of_access_does_not_matter(tmp_path, kind):
     assert len(list(source)) == COUNT  # iterating ends
     for i in np.random.default_rng(0).permutation(3 * COUNT) % COUNT:
         assert (
-            same(source[int(i)]["image"], whole[i]["image"])
-            and source[int(i)]["label"] == whole[i]["label"]
+            same(source[int(i)]["example"], whole[i]["example"])
+            and source[int(i)]["condition"] == whole[i]["condition"]
         )
 
 
@@ -93,7 +98,7 @@ def test_sources_pickle(tmp_path, kind):
     copy = pickle.loads(pickle.dumps(source))
     assert copy.broken == source.broken and len(copy.broken) == 1
     assert all(
-        same(copy[i]["image"], first[i]["image"]) and copy.key(i) == source.key(i)
+        same(copy[i]["example"], first[i]["example"]) and copy.key(i) == source.key(i)
         for i in range(COUNT)
     )
 
@@ -105,10 +110,10 @@ def test_grain_reads_in_threads(tmp_path, kind):
     batches = row_batches(stream, 4, consumed=0)
     for start in (0, 4):
         batch = next(batches)
-        assert batch["image"].shape == (4, 32, 32, 3) and batch["image"].dtype == np.uint8
+        assert batch["example"].shape == (4, 32, 32, 3) and batch["example"].dtype == np.uint8
         for row in range(4):
-            assert same(batch["image"][row], one_by_one[start + row]["image"])
-            assert batch["label"][row] == one_by_one[start + row]["label"]
+            assert same(batch["example"][row], one_by_one[start + row]["example"])
+            assert batch["condition"][row] == one_by_one[start + row]["condition"]
 
 
 def test_folder_finds_what_it_should(tmp_path):
@@ -142,7 +147,7 @@ def test_folder_finds_what_it_should(tmp_path):
         "b/deep/er/y.jpeg",
         "b/x.JPG",
     ]
-    assert source[5]["label"] == 2
+    assert source[5]["condition"] == 2
 
 
 def test_names_need_not_be_unicode(tmp_path):
@@ -152,7 +157,7 @@ def test_names_need_not_be_unicode(tmp_path):
         file.write(encode(crop("flower")))
     source = pickle.loads(pickle.dumps(open_source("folder", str(tmp_path), PIXELS, num_classes=1)))
     assert (
-        source[0]["image"].shape == (32, 32, 3)
+        source[0]["example"].shape == (32, 32, 3)
         and os.fsencode(source.key(0)) == b"caf\xe9/\xff.jpg"
     )
 
@@ -220,7 +225,7 @@ def test_storage_that_recovers_costs_no_image(tmp_path, storage, caplog):
     source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
     storage["002.jpg"] = 3, errno.EIO
     assert (
-        same(source[2]["image"], expected(2))
+        same(source[2]["example"], expected(2))
         and source.broken == {}
         and storage["attempts"].count("002.jpg") == 4
     )
@@ -238,9 +243,9 @@ def test_storage_that_stays_away_is_an_error_and_no_broken_image(tmp_path, stora
         source[2]
     assert source.broken == {}
     storage["002.jpg"] = 0, 0
-    assert same(source[2]["image"], expected(2)), "nothing is remembered of it"
+    assert same(source[2]["example"], expected(2)), "nothing is remembered of it"
     (tmp_path / "flower" / "002.jpg").write_bytes(b"")  # the remedy
-    assert same(source[2]["image"], expected(3)) and source.broken == {
+    assert same(source[2]["example"], expected(3)) and source.broken == {
         "flower/002.jpg": "it is empty"
     }
 
@@ -266,8 +271,8 @@ def test_broken_image_is_replaced_by_the_next(tmp_path, caplog):
     assert source.broken == {}
     for broken, stand_in in ((2, 4), (3, 4), (COUNT - 1, 0)):
         for _ in range(2):
-            assert same(source[broken]["image"], expected(stand_in))
-            assert source[broken]["label"] == labelled()[stand_in][2]
+            assert same(source[broken]["example"], expected(stand_in))
+            assert source[broken]["condition"] == labelled()[stand_in][2]
     assert list(source.broken) == ["flower/002.jpg", "flower/003.jpg", "temple/005.jpg"]
     assert all("truncated" in reason for reason in source.broken.values())
     assert (
@@ -285,7 +290,7 @@ def test_too_many_broken_images_are_an_error(tmp_path):
     folder = write_folder(tmp_path, with_broken(2, 3, 5, 7, 9))
     source = open_source("folder", folder, PIXELS, num_classes=2, max_broken=4)
     for i in (2, 3, 5, 7, 7):
-        assert source[i]["image"].shape == (32, 32, 3)
+        assert source[i]["example"].shape == (32, 32, 3)
     words = r"5 of 12 .* 4 are allowed: flower/002.jpg: .*; flower/005.jpg: .*; and 2 more. Repair .* or raise data.max_broken"
     with pytest.raises(DataError, match=words):
         source[9]
@@ -316,8 +321,8 @@ def test_file_that_vanished_or_is_no_file_is_broken(tmp_path):
     os.mkfifo(tmp_path / "flower" / "001.jpg")
     source = open_source("folder", folder, PIXELS, num_classes=2)
     os.remove(tmp_path / "temple" / "003.jpg")
-    assert same(source[1]["image"], expected(2)) and same(
-        source[PER_CLASS + 3]["image"], expected(PER_CLASS + 4)
+    assert same(source[1]["example"], expected(2)) and same(
+        source[PER_CLASS + 3]["example"], expected(PER_CLASS + 4)
     )
     assert list(source.broken.values()) == ["it is not a file", "there is no such file any more"]
 
@@ -326,12 +331,12 @@ def test_huge_file_is_not_read(tmp_path):
     folder = write_folder(tmp_path)
     os.truncate(tmp_path / "flower" / "001.jpg", 2**40)  # takes no space
     source = open_source("folder", folder, PIXELS, num_classes=2)
-    assert same(source[1]["image"], expected(2))
+    assert same(source[1]["example"], expected(2))
     assert f"{2**40} bytes" in source.broken["flower/001.jpg"]
 
 
 def test_index_beyond_the_end(tmp_path):
     source = Robust(ImageSource(open_folder(write_folder(tmp_path)), (32, 32, 3), 2))
-    assert same(source[-1]["image"], source[COUNT - 1]["image"])
+    assert same(source[-1]["example"], source[COUNT - 1]["example"])
     with pytest.raises(IndexError):
         source[COUNT]

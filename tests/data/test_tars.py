@@ -143,7 +143,7 @@ def test_labels_in_either_form_and_what_is_left_out(tmp_path):
         "a.tar:dir/1.jpeg",
         "a.tar:2.WEBP",
     ]
-    assert [int(source[i]["label"]) for i in range(3)] == [1, 2, 3]
+    assert [int(source[i]["condition"]) for i in range(3)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ def test_training_images_come_back(prepared):
         if name[0] == "n"
     }
     for example in source:
-        name = next(name for name, pixels in found.items() if same(pixels, example["image"]))
-        assert LABELS[name.partition("_")[0]] == example["label"]
+        name = next(name for name, pixels in found.items() if same(pixels, example["example"]))
+        assert LABELS[name.partition("_")[0]] == example["condition"]
         del found[name]
     assert not found
     assert source.key(3) == "imagenet2012#train[3]"
@@ -77,9 +77,9 @@ def test_reading_needs_no_tensorflow_and_pickles(prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it fails, installed or not
     source = open_prepared(f"imagenet2012@{prepared[0]}")
     copy = pickle.loads(pickle.dumps(source))
-    assert all(same(copy[i]["image"], source[i]["image"]) for i in (14, 3, 3, 0))
+    assert all(same(copy[i]["example"], source[i]["example"]) for i in (14, 3, 3, 0))
     batch = next(row_batches(example_stream(copy, seed=0), 4, consumed=2))
-    assert batch["image"].shape == (4, 32, 32, 3)
+    assert batch["example"].shape == (4, 32, 32, 3)
 
 
 def test_preparing_again_does_nothing_and_other_tars_are_noticed(prepared, tmp_path):

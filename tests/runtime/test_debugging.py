@@ -71,7 +71,7 @@ def test_nans_are_found_where_they_arise(tmp_path, monkeypatch):
     def poisoned(spec):
         return lambda state, batch: (
             state,
-            {"loss": jax.numpy.log(-batch["image"].astype("float32") - 1).sum()},
+            {"loss": jax.numpy.log(-batch["example"].astype("float32") - 1).sum()},
         )
 
     monkeypatch.setattr(compile_step, "make_train_step", poisoned)

@@ -112,8 +112,8 @@ def test_xla_agrees_with_the_model_where_products_dominate():
     experiment = configuration.build(config)
     spec = experiment.train
     batch = {
-        "image": jax.ShapeDtypeStruct((32, *experiment.modality.example_shape), "uint8"),
-        "label": jax.ShapeDtypeStruct((32,), "int32"),
+        "example": jax.ShapeDtypeStruct((32, *experiment.modality.example_shape), "uint8"),
+        "condition": jax.ShapeDtypeStruct((32,), "int32"),
     }
     unrolled = benchmark.unrolled_flops(spec, jax.eval_shape(lambda: init_state(spec)), batch)
     assert unrolled / benchmark.train_flops(spec)["padded"] == pytest.approx(1, abs=0.05)

@@ -41,8 +41,8 @@ def spec_and_state(config, mesh_shape=(1, 1, 1)):
 def compile_step(spec, abstract):
     shape = (spec.plan.batch_size, 8, 8, 1)
     batch = {
-        "image": jax.ShapeDtypeStruct(shape, "uint8"),
-        "label": jax.ShapeDtypeStruct(shape[:1], "int32"),
+        "example": jax.ShapeDtypeStruct(shape, "uint8"),
+        "condition": jax.ShapeDtypeStruct(shape[:1], "int32"),
     }
     return (
         jax.jit(make_train_step(spec), donate_argnums=0)

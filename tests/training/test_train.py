@@ -165,8 +165,8 @@ def step_parts():
     source = load_digits()
     batches = [
         {
-            "image": source.images[i * 16 : (i + 1) * 16],
-            "label": source.labels[i * 16 : (i + 1) * 16],
+            "example": source.images[i * 16 : (i + 1) * 16],
+            "condition": source.labels[i * 16 : (i + 1) * 16],
         }
         for i in range(6)
     ]
@@ -180,7 +180,7 @@ def step_parts():
 
 def poisoned(batch: dict) -> dict:
     """A batch that makes loss and gradients NaN."""
-    return batch | {"image": np.full(batch["image"].shape, np.nan, np.float32)}
+    return batch | {"example": np.full(batch["example"].shape, np.nan, np.float32)}
 
 
 def leaves(tree):
@@ -189,7 +189,7 @@ def leaves(tree):
 
 def test_non_finite_step_changes_nothing_but_counters(step_parts):
     _, step, make_state, batches = step_parts
-    as_float = [{**b, "image": b["image"].astype(np.float32)} for b in batches]
+    as_float = [{**b, "example": b["example"].astype(np.float32)} for b in batches]
     state, _ = step(make_state(), as_float[0])
     bad, metrics = step(state, poisoned(as_float[1]))
     for name in ("params", "ema_params", "opt_state"):
@@ -227,9 +227,9 @@ def poison_from(step: int, monkeypatch):
 
         def wrapped(state, batch):
             image = jax.numpy.where(
-                state.step >= step, jax.numpy.nan, batch["image"].astype(jax.numpy.float32)
+                state.step >= step, jax.numpy.nan, batch["example"].astype(jax.numpy.float32)
             )
-            return inner(state, batch | {"image": image})
+            return inner(state, batch | {"example": image})
 
         return wrapped
 
@@ -261,7 +261,7 @@ def test_target_encoder_carries_no_gradient(step_parts):
     graph, _ = split_model(spec.model)
     key = jax.random.key(0)
     examples = draw_examples(
-        spec, spec.tokenize(batches[0]["image"]), batches[0]["label"], key, key
+        spec, spec.tokenize(batches[0]["example"]), batches[0]["condition"], key, key
     )
     token_keys = jax.random.split(key, spec.plan.batch_size // spec.plan.chunk_size)
 
@@ -294,8 +294,8 @@ def test_gradients_of_parts_add_up_to_the_batch(variant, rate):
         spec = configuration.build(config).train
         rng = np.random.default_rng(0)
         batch = {
-            "image": rng.integers(0, 256, (128, 8, 8, 1), np.uint8),
-            "label": rng.integers(0, 10, 128, np.int32),
+            "example": rng.integers(0, 256, (128, 8, 8, 1), np.uint8),
+            "condition": rng.integers(0, 10, 128, np.int32),
         }
         state, metrics = jax.jit(make_train_step(spec))(init_state(spec), batch)
         results.append(
@@ -347,7 +347,7 @@ def test_without_jepa_there_is_no_head_and_no_target():
     assert "jepa_head" not in state.params
     source = load_digits()
     _, metrics = jax.jit(make_train_step(experiment.train))(
-        state, {"image": source.images[:16], "label": source.labels[:16]}
+        state, {"example": source.images[:16], "condition": source.labels[:16]}
     )
     assert "jepa_loss" not in metrics and float(metrics["loss"]) == float(metrics["token_loss"])
 
