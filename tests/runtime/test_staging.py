@@ -200,7 +200,7 @@ def test_npz_file_in_a_bucket_is_a_source(bucket, tmp_path):
     ]
     places = ["--config.data.source=npz", "--config.data.path=gs://bucket/data/mine.npz"]
     config = load_config("digits", *places, *(f"--config.data.{flag}" for flag in flags))
-    source = open_data(config, build(config).modality)
+    source = open_data(config.data, build(config).modality)
     np.testing.assert_array_equal(source.images[..., 0], arrays["images"])
 
 

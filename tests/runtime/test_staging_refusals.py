@@ -36,7 +36,7 @@ def test_cache_of_another_config_is_not_copied(bucket, tmp_path):
         DataError,
         match=f"{URL} was made for another config; it needs --config.data.latent_scale=0.25",
     ):
-        open_data(config, build(config).modality)
+        open_data(config.data, build(config).modality)
     assert downloaded(bucket) == []
 
 
