@@ -68,7 +68,7 @@ def prepare(values: flags.FlagValues, experiment: Experiment) -> None:
     """Encode a data set into a latent cache."""
     from djepa_jax.data.prepare_latents import run_prepare
 
-    run_prepare(experiment, values.workdir, values.measure_scale)
+    run_prepare(experiment, values.workdir, values.measure_scale, values.shard)
 
 
 def benchmark(values: flags.FlagValues, experiment: Experiment) -> None:
@@ -118,6 +118,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "source": "import: a .pth or .safetensors file, or an export folder.",
         "license": "export: licence of the weights, for the model card.",
         "restore_from": "train: PATH@STEP, go on from that step.",
+        "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",
     }
@@ -152,7 +153,12 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Experiment | None]:
     """The flags' values, and the configuration, None without one (`config.flags.parse`)."""
     needs = lambda values: MODES[values.mode].needs  # noqa: E731
     values, experiment = parse_flags(argv, define_flags, usage(), needs)
-    only = {"restore_from": "train", "latents_only": "sample", "measure_scale": "prepare"}
+    only = {
+        "restore_from": "train",
+        "latents_only": "sample",
+        "measure_scale": "prepare",
+        "shard": "prepare",
+    }
     for name, mode in only.items():
         if values[name].value and values.mode != mode:
             raise UsageError(f"--{name} is for --mode={mode}; leave it out of {values.mode}.")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from djepa_jax.config.experiment import ConfigError
+from djepa_jax.config.convert import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.data.latent_cache import DTYPES, LatentCache
 from djepa_jax.data.records import Source

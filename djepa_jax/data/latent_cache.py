@@ -6,6 +6,7 @@ and counts, which is what makes an unfinished cache go on.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.class_names import IMAGENET, imagenet, resolve
 from djepa_jax.data.records import DataError, Source
 from djepa_jax.runtime.staging import local_copy
-from djepa_jax.runtime.storage import write_json
+from djepa_jax.runtime.storage import as_path, is_remote, write_json
 
 METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"
 FORMAT = 1
@@ -147,7 +148,13 @@ def read_metadata(folder: pathlib.Path) -> Metadata:
 
 def local_cache(path: str, staging: str) -> pathlib.Path:
     """The folder of a cache on a local disk; one in a bucket is copied, unless it was before."""
-    return local_copy(path, staging)
+    if not is_remote(path):
+        return local_copy(path, staging)
+    folder = as_path(path)
+    metadata, text = read_metadata(folder), (folder / METADATA_NAME).read_bytes()
+    files = [(f"{SHARDS_NAME}/{s.file}", s.bytes, f"sha256:{s.sha256}") for s in metadata.shards]
+    files.append((METADATA_NAME, len(text), f"sha256:{hashlib.sha256(text).hexdigest()}"))
+    return local_copy(path, staging, files=files)
 
 
 def check_shard(folder: pathlib.Path, shard: Shard, verify: bool) -> None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.data.device_cache import ResidentCache
 from djepa_jax.data.records import Source
@@ -78,16 +79,16 @@ def place_rows(
     return jax.make_array_from_callback((batch_size, *values.shape[1:]), place, part)
 
 
-def device_batches(config, source: Source, mesh, consumed: int) -> Iterator[dict]:
+def device_batches(experiment: Experiment, source: Source, mesh, consumed: int) -> Iterator[dict]:
     """The batches of a training from `consumed` examples on, split over the mesh; the same on any
     mesh.
     """
-    place, size = sharding.batch_sharding(mesh), config.batch_size
-    resident = ResidentCache(source, mesh) if config.data.device_resident else None
+    place, size, data = sharding.batch_sharding(mesh), experiment.batch_size, experiment.data
+    resident = ResidentCache(source, mesh) if data.device_resident else None
     examples = resident.rows if resident else source
-    stream = example_stream(examples, config.seed, config.data.random_flip)
+    stream = example_stream(examples, experiment.seed, data.random_flip)
     rows, queue = local_rows(place, size), collections.deque()
-    for batch in row_batches(stream, size, consumed, rows, config.data.num_threads):
+    for batch in row_batches(stream, size, consumed, rows, data.num_threads):
         batch = {name: place_rows(values, rows, place, size) for name, values in batch.items()}
         queue.append(resident.fetch(batch) if resident else batch)
         if len(queue) > PREFETCH:

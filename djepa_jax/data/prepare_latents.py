@@ -25,10 +25,10 @@ from tqdm import tqdm
 from djepa_jax import __version__
 from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.config import class_names
-from djepa_jax.config import experiment as configuration
-from djepa_jax.config.experiment import ConfigError
+from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
-from djepa_jax.core.modalities.image_pixels import ImagePixels
+from djepa_jax.core.modalities.image import ImagePixels
 from djepa_jax.core.models.autoencoder_kl import LOG_VARIANCE_RANGE
 from djepa_jax.data import latent_cache
 from djepa_jax.data.images import BrokenImage
@@ -36,8 +36,8 @@ from djepa_jax.data.latent_cache import DTYPES, SHARDS_NAME, Metadata, find_shar
 from djepa_jax.data.records import DataError, Source, check_broken
 from djepa_jax.data.sources import SingleClass, open_source
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
+from djepa_jax.runtime.progress import format_seconds
 from djepa_jax.runtime.storage import check_local, check_writable, write_json
-from djepa_jax.runtime.units import format_seconds
 
 AHEAD = 3  # batches of images that may wait, read, for the autoencoder
 PUBLISH = "prepare into a folder and copy it with gcloud storage cp -r CACHE gs://BUCKET/CACHE"
@@ -66,7 +66,7 @@ class Plan:
 
 
 def run_prepare(
-    config,
+    experiment: Experiment,
     folder: str,
     measure_scale: bool = False,
     shard: str = "",
@@ -74,27 +74,26 @@ def run_prepare(
 ) -> Metadata | None:
     """Make a latent cache in `folder`, or complete one; its metadata once it is complete.
 
-    With `measure_scale` these have the measured scale and shift instead of those of `config.data`.
+    With `measure_scale` these have the measured scale and shift instead of the configured ones.
     With a `shard` "i/n" only every n-th shard is made, from the i-th on.
     """
     check_local(folder, "--workdir", PUBLISH)
     share = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
     if share is None or int(share[1]) >= int(share[2]):
         raise ConfigError(f'--shard is "{shard}"; write i/n, with i from 0 to n - 1, such as 0/4.')
-    configuration.build(config)
-    images = ImagePixels(config.prepare.image_size, 3, 1)
-    source = open_source("prepare", config.prepare, config.data, images)
+    images = ImagePixels(experiment.prepare.image_size, 3, 1)
+    source = open_source("prepare", experiment.prepare, experiment.data, images)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
-    autoencoder = Autoencoder(config.autoencoder, mesh, config.data.staging)
-    plan = make_plan(config, source, autoencoder)
-    source = SingleClass(source) if config.data.unconditional else source
+    autoencoder = Autoencoder(experiment.autoencoder, mesh, experiment.data.staging)
+    plan = make_plan(experiment, source, autoencoder)
+    source = SingleClass(source) if experiment.data.unconditional else source
     check_writable(folder)
     path, names = pathlib.Path(folder), list(plan.shards())
     name = f"{LOCK_NAME}-{shard.replace('/', '-of-')}" if shard else LOCK_NAME
     with lock_workdir(folder, name):
-        claim(path, plan, config.prepare.path)
+        claim(path, plan, experiment.prepare.path)
         make_shards(
-            path, plan, names[int(share[1]) :: int(share[2])], source, autoencoder, config, say
+            path, plan, names[int(share[1]) :: int(share[2])], source, autoencoder, experiment, say
         )
         missing = [name for name in names if find_shard(path, name) is None]
         if missing:
@@ -103,30 +102,30 @@ def run_prepare(
                 "processes make them, or the same command without --shard"
             )
             return None
-        claim(path, plan, config.prepare.path)  # others may have begun at the same moment
-        return write_metadata(path, plan, config, source.class_names, measure_scale, say)
+        claim(path, plan, experiment.prepare.path)  # others may have begun at the same moment
+        return write_metadata(path, plan, experiment, source.class_names, measure_scale, say)
 
 
-def make_plan(config, source: Source, autoencoder: Autoencoder) -> Plan:
+def make_plan(experiment: Experiment, source: Source, autoencoder: Autoencoder) -> Plan:
     """What the cache will be made of; image size, autoencoder and latent size must agree."""
-    size, data = config.prepare.image_size, config.data
+    size, data = experiment.prepare.image_size, experiment.data
     stride, channels = autoencoder.config.stride, autoencoder.config.latent_channels
     if size != data.image_size * stride or data.channels != channels:
         raise ConfigError(
-            f"autoencoder {config.autoencoder.name} makes {size // stride} x {size // stride} x "
+            f"{experiment.autoencoder.name} makes {size // stride} x {size // stride} x "
             f"{channels} latents of {size} x {size} images; config.data has image_size "
             f"{data.image_size} and channels {data.channels}; set them, or prepare.image_size, to "
             "agree."
         )
     return Plan(
-        source=config.prepare.source,
+        source=experiment.prepare.source,
         contents=source.digest(),
         examples=len(source),
-        shard_size=config.prepare.shard_size,
+        shard_size=experiment.prepare.shard_size,
         image_size=size,
         num_classes=data.num_classes,
-        dtype=config.prepare.dtype,
-        autoencoder=config.autoencoder.name,
+        dtype=experiment.prepare.dtype,
+        autoencoder=experiment.autoencoder.name,
         autoencoder_sha256=autoencoder.sha256,
     )
 
@@ -144,7 +143,8 @@ def claim(folder: pathlib.Path, plan: Plan, source_path: str) -> None:
     # Early versions told sources by their path.
     if "contents" not in found and found.pop("path", None) == source_path:
         found["contents"] = plan.contents
-    changed = configuration.differences(found, wanted)
+    keys = [key for key in wanted if found.get(key) != wanted[key]]
+    changed = [f"{key}: {found.get(key)} -> {wanted[key]}" for key in keys]
     if changed:
         raise DataError(
             f"{folder} holds a latent cache of something else (cache -> now): "
@@ -154,7 +154,7 @@ def claim(folder: pathlib.Path, plan: Plan, source_path: str) -> None:
 
 
 def make_shards(
-    folder: pathlib.Path, plan: Plan, own: list[str], source, autoencoder: Autoencoder, config, say
+    folder: pathlib.Path, plan: Plan, own: list[str], source, autoencoder, experiment, say
 ) -> None:
     """Make those of this process's `own` shards that are not finished; threads read ahead."""
     missing = [name for name in own if find_shard(folder, name, verify=True) is None]
@@ -170,14 +170,14 @@ def make_shards(
         except BrokenImage as error:
             return source.key(number), None, str(error)
 
-    threads, stream = config.data.num_threads, grain.MapDataset.source(numbers).map(read)
+    threads, stream = experiment.data.num_threads, grain.MapDataset.source(numbers).map(read)
     options = grain.ReadOptions(threads, max(AHEAD * autoencoder.batch_size, threads))
     bar = tqdm(stream.to_iter_dataset(options), total=len(numbers), unit="image", disable=None)
     images, start, done, skipped = iter(bar), time.monotonic(), 0, {}
     for name, part in parts.items():
         records, contents = _encode(itertools.islice(images, len(part)), autoencoder, plan.dtype)
         skipped |= contents["skipped"]
-        check_broken(skipped, plan.examples, config.prepare.max_broken, "prepare.max_broken")
+        check_broken(skipped, plan.examples, experiment.prepare.max_broken, "prepare.max_broken")
         write_shard(folder / SHARDS_NAME / name, records, contents)
         done += len(part)
         left = format_seconds((time.monotonic() - start) / done * (len(numbers) - done))
@@ -218,15 +218,17 @@ def _encode(
 
 
 def write_metadata(
-    folder: pathlib.Path, plan: Plan, config, own_names, measure_scale: bool, say
+    folder: pathlib.Path, plan: Plan, experiment: Experiment, own_names, measure_scale: bool, say
 ) -> Metadata:
     """Write the metadata of a cache whose shards are all there, and say what to train it with."""
     shards = tuple(find_shard(folder, name) for name in plan.shards())
     skipped = {key: reason for shard in shards for key, reason in shard.skipped.items()}
-    check_broken(skipped, plan.examples, config.prepare.max_broken, "prepare.max_broken")
-    data, count = config.data, sum(shard.count for shard in shards)
+    check_broken(skipped, plan.examples, experiment.prepare.max_broken, "prepare.max_broken")
+    data, count = experiment.data, sum(shard.count for shard in shards)
     if not count:
-        raise DataError(f"none of the {plan.examples} images in {config.prepare.path} can be read.")
+        raise DataError(
+            f"none of the {plan.examples} images in {experiment.prepare.path} can be read."
+        )
     values = count * 2 * data.image_size**2 * data.channels
     mean = math.fsum(shard.sum for shard in shards) / values
     squares = math.fsum(shard.sum_of_squares for shard in shards) / values
@@ -253,7 +255,7 @@ def write_metadata(
         measured_std=std,
         source={
             "name": plan.source,
-            "path": config.prepare.path,
+            "path": experiment.prepare.path,
             "crop": "adm_center",
             "djepa_jax": __version__,
         },
@@ -266,6 +268,6 @@ def write_metadata(
     say(
         f"{count:,} images of {plan.num_classes} classes in {len(shards)} shards; {len(skipped)} "
         f"could not be read; latents have mean {mean:.4f} and standard deviation {std:.4f}; train "
-        f"with --config.data.latent_scale={scale!r} --config.data.latent_shift={shift!r}"
+        f"with --experiment.data.latent_scale={scale!r} --experiment.data.latent_shift={shift!r}"
     )
     return metadata

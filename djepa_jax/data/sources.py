@@ -2,10 +2,17 @@
 
 import numpy as np
 
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
 from djepa_jax.data.ilsvrc import open_ilsvrc
 from djepa_jax.data.image_folder import open_folder
-from djepa_jax.data.latent_cache import LatentCache, check_cache, local_cache, read_metadata
+from djepa_jax.data.latent_cache import (
+    LatentCache,
+    check_cache,
+    check_decoder,
+    local_cache,
+    read_metadata,
+)
 from djepa_jax.data.records import (
     ANY_CLASS,
     DataError,
@@ -81,8 +88,9 @@ def _open_images(name: str, path: str, where: str, data, num_classes: int, modal
     return ImageSource(records, shape, num_classes, *classes)
 
 
-def open_data(data, modality) -> Source:
+def open_data(experiment: Experiment) -> Source:
     """The source that `config.data` names, checked against all of it."""
+    data, modality = experiment.data, experiment.modality
     if data.source == "latents" and data.path:
         check_cache(read_metadata(as_path(data.path)), data)  # before a copy, which may take long
     source = open_source("data", data, data, modality)
@@ -96,6 +104,15 @@ def open_data(data, modality) -> Source:
             "--config.data.random_flip=False, or use a cache that --mode=prepare made."
         )
     return SingleClass(source) if data.unconditional else source
+
+
+def open_training_data(experiment: Experiment) -> tuple[Source, Experiment]:
+    """The data to train on, and the configuration with the autoencoder that made its latents."""
+    source = open_data(experiment)
+    if not experiment.modality.needs_decoder:
+        return source, experiment
+    settings, staging = experiment.autoencoder, experiment.data.staging
+    return source, experiment.decoded_by(check_decoder(source, settings, staging))
 
 
 class SingleClass(Source):
