@@ -183,6 +183,6 @@ def check_labels(labels: Sequence[int] | np.ndarray | None, num_classes: int, wh
     for label in () if labels is None else (int(np.min(labels)), int(np.max(labels))):
         if not 0 <= label < num_classes:
             raise DataError(
-                f"{what} of class {label}; labels must be at least 0 and below {num_classes}, which "
+                f"{what} of class {label}; labels must be at least 0 and below {num_classes}, as "
                 "data.num_classes or the names of the classes say."
             )
