@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+import types
 
 import pytest
 from buckets import WORKDIR
@@ -109,10 +110,17 @@ def test_a_lock_that_is_given_back_meanwhile_is_free(fast):
 
 
 @pytest.mark.parametrize("left", [{}, {"run/.lock": LEFT}])
-def test_of_several_that_come_at_once_one_gets_it(fast, left):
-    store = fast()
+def test_of_several_that_come_at_once_one_gets_it(fast, monkeypatch, left):
+    store, now, waiting, got, refusals = fast(stale=600), [0.0], set(), [], []
     store.objects.update(left)
-    got, refusals, done = [], [], threading.Event()
+
+    def sleep(seconds: float) -> None:
+        waiting.add(threading.get_ident())
+        time.sleep(0.02)
+
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(lock, "time", clock)
+    done = threading.Event()
 
     def come():
         try:
@@ -125,6 +133,8 @@ def test_of_several_that_come_at_once_one_gets_it(fast, left):
     threads = [threading.Thread(target=come) for _ in range(4)]
     for thread in threads:
         thread.start()
+    wait_until(lambda: len(waiting) == 4 or got)
+    now[0] = 601.0 if left else 0.0  # nobody has renewed what was left
     wait_until(lambda: len(got) + len(refusals) == 4)
     done.set()
     for thread in threads:
