@@ -9,7 +9,6 @@ from tiny import tiny_config
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.restore import find_model, placed_params
-from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 
 

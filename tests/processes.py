@@ -343,9 +343,7 @@ class Preparation:
         return self.process.exitcode
 
 
-def _prepare(
-    config: dict, folder: str, compiled: str, limit: int | None, shard: str, pipe
-) -> None:
+def _prepare(config: dict, folder: str, compiled: str, limit: int | None, shard: str, pipe) -> None:
     keep_compiled(compiled)
 
     def say(text: str) -> None:

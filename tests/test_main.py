@@ -239,6 +239,7 @@ def test_only_a_lost_process_is_told_as_one(text, monkeypatch, capsys, tmp_path)
     """Of several processes; whatever else is wrong comes with its traceback."""
 
     def fail(values, experiment):
+        """Fail."""
         raise jax.errors.JaxRuntimeError(text)
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)

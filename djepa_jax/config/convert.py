@@ -42,9 +42,10 @@ def closest(name: str, known: Collection[str]) -> str:
     inside = [key for key in known if group and key.rpartition(".")[0] == group]
 
     def likeness(other: str) -> float:
+        same_depth = other.count(".") == name.count(".")
         other = other.rpartition(".")[2]
         is_short_for = last == "".join(word[0] for word in other.split("_"))
-        return difflib.SequenceMatcher(None, last, other).ratio() + is_short_for
+        return difflib.SequenceMatcher(None, last, other).ratio() + is_short_for + same_depth / 100
 
     return max(sorted(inside or known), key=likeness)
 

@@ -144,6 +144,7 @@ def read_config(
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """A configuration with the values of some --config.KEY=VALUE words."""
     changes = dict(word.removeprefix("--config.").partition("=")[::2] for word in overrides)
+    convert_group(config.to_dict(), Experiment)  # a file's own faults come first
     with config.unlocked():
         _complete_options(config, changes.get("loss.name", config.loss.name))
     known = list(flatten(config.to_dict()))

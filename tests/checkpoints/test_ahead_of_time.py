@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_close
+from djepa_jax.checkpoints.stored import find_model
 from filled import save_model
 from flax import traverse_util
 from jax import export as jax_export
@@ -20,7 +21,6 @@ from tiny import tiny_config
 import djepa_jax
 from djepa_jax.checkpoints import stablehlo
 from djepa_jax.checkpoints.export import run_export
-from djepa_jax.checkpoints.stored import find_model
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.settings import Settings
 from djepa_jax.core import sharding

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import PARITY
+from djepa_jax.checkpoints.orbax_io import CheckpointError
+from djepa_jax.checkpoints.stored import find_model, weights_of
 from safetensors import safe_open
 from tiny import run, tiny_config
 
@@ -22,8 +24,6 @@ from djepa_jax.checkpoints import export as exporting
 from djepa_jax.checkpoints.convert.import_weights import run_import
 from djepa_jax.checkpoints.export import FORMATS, run_export
 from djepa_jax.checkpoints.model_card import read_provenance
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.checkpoints.stored import find_model, weights_of
 from djepa_jax.config.experiment import ConfigError, upgraded
 from djepa_jax.main import EXPORT_FORMATS
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARITY, VARIANTS, load_parity
+from djepa_jax.checkpoints.orbax_io import CheckpointError
 from flax import traverse_util
 from official_files import (
     as_torch,
@@ -29,7 +30,6 @@ from djepa_jax.checkpoints.convert.import_weights import read_tensors, run_impor
 from djepa_jax.checkpoints.convert.mismatch import MismatchError
 from djepa_jax.checkpoints.convert.official import from_official
 from djepa_jax.checkpoints.convert.tensor_files import SourceError, open_tensors
-from djepa_jax.checkpoints.orbax_io import CheckpointError
 from djepa_jax.config.experiment import build
 from djepa_jax.core.models.djepa import split_model
 

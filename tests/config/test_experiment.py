@@ -18,7 +18,7 @@ REFUSED = [
     ("mesh", (1, 2), "three"),
     ("compute_dtype", "float16", "bfloat16, float32"),
     ("model.size", "XL", "custom"),
-    ("model.width", 130, "num_heads, 2"),
+    ("model.width", 131, "num_heads, 2"),
     ("model.mlp_ratio", 1e-3, "hidden unit"),
     ("model.condition", "smell", "classes, nothing"),
     ("loss.name", "gan", "diffusion, flow_matching"),

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from caches import SHA, SHAPE, TOTAL, entries, write_cache
+from djepa_jax.core.modalities.patches import patchify
 from photos import opened, same, settings
 
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.modalities import MODALITIES
-from djepa_jax.core.modalities.patches import patchify
 from djepa_jax.data import latent_cache
 from djepa_jax.data.arrays import load_digits
 from djepa_jax.data.latent_cache import (

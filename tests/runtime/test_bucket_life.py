@@ -11,6 +11,9 @@ import socket
 import numpy as np
 import pytest
 from buckets import WORKDIR, refusal
+from djepa_jax.checkpoints.go_back import go_back
+from djepa_jax.checkpoints.orbax_io import DamagedError, read_meta
+from djepa_jax.checkpoints.stored import find_model
 from object_store import ObjectStore
 from PIL import Image
 from processes import Training
@@ -19,9 +22,6 @@ from workdirs import RUN, STEPS, arrays, assert_same_arrays, compiled
 
 import djepa_jax
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.go_back import go_back
-from djepa_jax.checkpoints.orbax_io import DamagedError, read_meta
-from djepa_jax.checkpoints.stored import find_model
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import PathError, as_path
 

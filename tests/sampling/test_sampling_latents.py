@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from caches import SHA, write_cache
+from djepa_jax.checkpoints.stored import find_model
 from filled import save_model
 from small_autoencoder import NAME, registered, write_weights
 from tiny import arrays_of, run, tiny_config
 
 import djepa_jax
-from djepa_jax.checkpoints.stored import find_model
-from djepa_jax.config import experiment as configuration
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.data.latent_cache import LatentCache
 from djepa_jax.data.records import DataError

@@ -14,7 +14,6 @@ from PIL import Image
 from tiny import CONFIG, CONFIGS, TINY, tiny_config
 
 from configs import digits
-from djepa_jax.config import experiment as configuration
 from djepa_jax.core import flops, sharding
 from djepa_jax.core.train_step import init_state
 from djepa_jax.data.arrays import load_npz

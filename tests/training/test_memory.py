@@ -7,13 +7,12 @@ import types
 
 import jax
 import pytest
+from djepa_jax.training.memory import MemoryPlan, describe, memory_plan
 from tiny import load_config, tiny_config
 
-from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import init_state, make_train_step
 from djepa_jax.training import memory
-from djepa_jax.training.memory import MemoryPlan, describe, memory_plan
 
 GIB = 2**30
 FACTOR = 2  # between the closed form and XLA's plan

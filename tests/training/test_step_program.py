@@ -6,9 +6,9 @@ import types
 
 import jax
 import pytest
+from djepa_jax.training.memory import memory_plan
 from tiny import load_config
 
-from djepa_jax.config.experiment import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import init_state
 from djepa_jax.training.compile_step import (
@@ -18,7 +18,6 @@ from djepa_jax.training.compile_step import (
     compile_to_fit,
     fits,
 )
-from djepa_jax.training.memory import memory_plan
 
 GIB = 2**30
 
