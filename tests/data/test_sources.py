@@ -133,20 +133,20 @@ def test_checksum_tells_what_is_there_and_not_where(tmp_path, kind):
     assert len({digest("a"), *others}) == 4
 
 
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        (["stray.jpg", ".hidden/x.jpg"], "holds no folders"),
-        (["a/x.jpg", "b/readme.txt"], 'hold no images .* such as "b"'),
-        (["train/a/x.jpg", "val/a/x.jpg"], "holds train, val"),
-        (["a/x.jpg", "b/x.jpg", "c/x.jpg", "d/x.jpg"], r"4 classes \(a, b, c.*num_classes=4"),
-        (None, "cannot be searched"),
-    ],
-)
-def test_unusable_folder_is_refused(tmp_path, files, words):
-    path = tmp_path / "no such" if files is None else write_files(tmp_path, *files)
-    with pytest.raises(DataError, match=rf'data\.path "{path}".*{words}|{words}'):
-        opened("folder", path)
+def test_unusable_folder_is_refused(tmp_path):
+    for number, (files, words) in enumerate(
+        (
+            (["stray.jpg", ".hidden/x.jpg"], "holds no folders"),
+            (["a/x.jpg", "b/readme.txt"], 'hold no images .* such as "b"'),
+            (["train/a/x.jpg", "val/a/x.jpg"], "holds train, val"),
+            (["a/x.jpg", "b/x.jpg", "c/x.jpg", "d/x.jpg"], r"4 classes \(a, b, c.*num_classes=4"),
+            ([], "cannot be searched"),
+        )
+    ):
+        path = write_files(tmp_path / str(number), *files)
+        with pytest.raises(DataError, match=words) as caught:
+            opened("folder", path)
+        assert f'data.path "{path}"' in str(caught.value)
 
 
 # storage that fails
@@ -255,18 +255,15 @@ def test_match_classes_by_wordnet_id_or_by_order():
     assert match_classes(SOME, records.ANY_CLASS, "imagenet", "") == (SOME, None)
 
 
-@pytest.mark.parametrize(
-    ("present", "num_classes", "names", "words"),
-    [
+def test_classes_that_are_not_those_of_the_config_are_refused():
+    for present, num_classes, names, words in (
         (NAMES, 1000, "imagenet", '"imagenet", but x holds the class "flower", .*num_classes=2 '),
         ((*SOME, "n99999999"), 1000, "imagenet", 'the class "n99999999"'),
         (NAMES, 3, "", r"2 classes \(flower, temple\), data.num_classes is 3; .*num_classes=2"),
         (SOME, 1, "", "3 classes .*, data.num_classes is 1"),
-    ],
-)
-def test_classes_that_are_not_those_of_the_config_are_refused(present, num_classes, names, words):
-    with pytest.raises(DataError, match=words):
-        match_classes(present, num_classes, names, "x")
+    ):
+        with pytest.raises(DataError, match=words):
+            match_classes(present, num_classes, names, "x")
 
 
 def test_without_classes_all_images_are_of_class_0(tmp_path):
@@ -277,9 +274,8 @@ def test_without_classes_all_images_are_of_class_0(tmp_path):
 # what cannot be opened
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "words"),
-    [
+def test_errors_name_the_setting_that_is_wrong():
+    for name, path, words in (
         ("folders", "x", 'source is "folders".*digits, .*folder.*ilsvrc'),
         ("latents", "", "path is empty.* latent cache.*mode=prepare"),
         ("folder", "", "path is empty.* folder of images per class"),
@@ -288,13 +284,11 @@ def test_without_classes_all_images_are_of_class_0(tmp_path):
         ("ilsvrc", "/no such/{", "path .*ILSVRC2012_img_train.tar"),
         ("tfds", "/no such/{", "path .*NAME"),
         ("tar", "gs://bucket/x", "path .* in a bucket.*--mode=prepare"),
-    ],
-)
-def test_errors_name_the_setting_that_is_wrong(name, path, words):
-    for group in ("data", "prepare"):
-        with pytest.raises(ValueError, match=words) as caught:
-            open_source(group, settings(name, path), settings(name), PIXELS)
-        assert f"{group}." in str(caught.value)
+    ):
+        for group in ("data", "prepare"):
+            with pytest.raises(ValueError, match=words) as caught:
+                open_source(group, settings(name, path), settings(name), PIXELS)
+            assert f"{group}." in str(caught.value), name
 
 
 def test_image_files_need_a_modality_of_pixels(tmp_path):
