@@ -4,10 +4,10 @@ import pathlib
 
 import jax
 import numpy as np
-from djepa_jax.config.settings import Settings
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.config import experiment as configuration
+from djepa_jax.config.settings import Settings
 from djepa_jax.core.models.djepa import split_model
 
 

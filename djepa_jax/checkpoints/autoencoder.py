@@ -22,8 +22,7 @@ FLAG = "--config.autoencoder.path"
 
 
 class Autoencoder:
-    """An autoencoder as `config.autoencoder` describes it. Encoding is float32, decoding in the
-    configured type.
+    """An autoencoder as `config.autoencoder` describes it; it encodes in float32.
 
     Attributes:
         config: shape of the networks.
@@ -76,11 +75,7 @@ def has_autoencoder(config) -> bool:
 
 
 def weights_file(settings, staging: str = "") -> pathlib.Path:
-    """The file that `config.autoencoder` names; one in a bucket is copied below `staging` first.
-
-    Raises:
-        ConfigError: none is named.
-    """
+    """The file that `config.autoencoder` names; one in a bucket is copied below `staging` first."""
     if not settings.path:
         raise ConfigError(f"{FLAG} is empty; name the weights (kl16.ckpt, or a .safetensors file).")
     return local_copy(settings.path, staging, FLAG.removeprefix("--"))
@@ -104,8 +99,8 @@ def check_sha256(settings, path: pathlib.Path) -> str:
 
 def weights_sha256(config) -> str:
     """As `check_sha256`, of the file that a config names."""
-    path = weights_file(config.autoencoder, config.data.staging)
-    return check_sha256(config.autoencoder, path)
+    settings = config.autoencoder
+    return check_sha256(settings, weights_file(settings, config.data.staging))
 
 
 def stored_sha256(stored: dict) -> str:
@@ -135,9 +130,7 @@ def read_autoencoder(path: pathlib.Path, name: str) -> dict:
 
 
 def make_encoder(name: str) -> Callable:
-    """The function (params, uint8 images `[B, H, W, 3]`) -> moments `[B, 2, h, w, 2c]` of image and
-    mirror image.
-    """
+    """(params, uint8 images `[B, H, W, 3]`) -> moments `[B, 2, h, w, 2c]` of image and mirror."""
     graph, _ = split_autoencoder(AUTOENCODERS[name])
 
     def encode(params, images):
@@ -149,7 +142,7 @@ def make_encoder(name: str) -> Callable:
 
 
 def make_decoder(name: str, dtype: str) -> Callable:
-    """The function (params, latents `[B, h, w, c]`) -> uint8 images `[B, H, W, 3]`."""
+    """(params, latents `[B, h, w, c]`) -> uint8 images `[B, H, W, 3]`."""
     graph, _ = split_autoencoder(AUTOENCODERS[name], jnp.dtype(dtype))
 
     def decode(params, latents):
