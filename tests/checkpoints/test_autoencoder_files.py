@@ -1,11 +1,19 @@
 """Files of autoencoders: names in every layout, what is passed over, and what is refused."""
 
-import jax
 import numpy as np
 import pytest
 import torch
+from official_files import assert_same
 from safetensors.numpy import save_file
-from small_autoencoder import NAME, SMALL, cache_config, registered, shapes_of, tensors
+from small_autoencoder import (
+    NAME,
+    SMALL,
+    cache_config,
+    registered,
+    shapes_of,
+    tensors,
+    write_weights,
+)
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder, read_autoencoder
 from djepa_jax.checkpoints.convert.autoencoder_kl import (
@@ -105,21 +113,18 @@ LOSS = {
     "loss.discriminator.main.0.weight": np.zeros((4, 3, 4, 4), np.float32),
 }
 COUNTER = {"loss.discriminator.main.3.num_batches_tracked": np.array(7)}
-# What a file may hold -> (ending, function that makes it of the tensors in latent-diffusion
-# layout).
-FILES = {
-    "latent diffusion": (".safetensors", lambda whole: whole),
-    "with training losses": (".safetensors", lambda whole: LOSS | whole | COUNTER),
-    "diffusers": (".safetensors", lambda whole: as_diffusers()),
-    "diffusers with convolutions": (".safetensors", lambda whole: as_diffusers(flat=False)),
-    "early diffusers": (".safetensors", lambda whole: as_diffusers(old=True)),
-    "early diffusers in PyTorch": (".bin", lambda whole: as_diffusers(old=True)),
-    "MAR": (".ckpt", lambda whole: {"model": whole}),
-    "Lightning": (
-        ".ckpt",
-        lambda whole: {"epoch": 3, "state_dict": whole | LOSS | COUNTER, "optimizer_states": []},
-    ),
-    "plain PyTorch": (".pt", lambda whole: whole),
+LAYOUTS = {  # what makes a file's tensors of those in latent-diffusion layout
+    "latent diffusion": lambda whole: whole,
+    "with training losses": lambda whole: LOSS | whole | COUNTER,
+    "diffusers": lambda whole: as_diffusers(),
+    "diffusers with convolutions": lambda whole: as_diffusers(flat=False),
+    "early diffusers": lambda whole: as_diffusers(old=True),
+}
+CONTAINERS = {
+    "plain PyTorch": lambda whole: whole,
+    "early diffusers": lambda whole: as_diffusers(old=True),
+    "MAR": lambda whole: {"model": whole},
+    "Lightning": lambda whole: {"epoch": 3, "state_dict": whole | LOSS | COUNTER, "states": []},
 }
 
 
@@ -130,23 +135,17 @@ def as_torch(tree):
     return torch.tensor(tree) if isinstance(tree, np.ndarray) else tree
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_every_layout_gives_the_same_parameters(tmp_path, kind):
-    ending, make = FILES[kind]
-    path, content = tmp_path / f"file{ending}", make(tensors())
-    save_file(content, path) if ending == ".safetensors" else torch.save(as_torch(content), path)
-    found, expected = read_autoencoder(path, NAME), from_tensors(tensors(), SMALL, "")
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_kernels_are_turned():
-    params, theirs = (
-        from_tensors(tensors(), SMALL, ""),
-        tensors()["encoder.conv_in.weight"],
-    )  # [out, in, k, k]
-    assert params["encoder"]["conv_in"]["kernel"][0, 2, 1, 5] == theirs[5, 1, 0, 2]
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
+def test_every_layout_gives_the_same_parameters(tmp_path, ending):
+    path, expected = tmp_path / f"file{ending}", from_tensors(tensors(), SMALL, "")
+    theirs = tensors()["encoder.conv_in.weight"]  # [out, in, k, k]
+    assert expected["encoder"]["conv_in"]["kernel"][0, 2, 1, 5] == theirs[5, 1, 0, 2]
+    for content in (LAYOUTS if ending == ".safetensors" else CONTAINERS).values():
+        if ending == ".safetensors":
+            save_file(content(tensors()), path)
+        else:
+            torch.save(as_torch(content(tensors())), path)
+        assert_same(read_autoencoder(path, NAME), expected)
 
 
 def test_what_does_not_fit_is_one_table(tmp_path):
@@ -167,15 +166,20 @@ def test_what_does_not_fit_is_one_table(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["", "no/such.ckpt", "a_folder", "text.ckpt"])
-def test_unusable_weights_are_named_by_their_flag(tmp_path, name):
+def test_unusable_weights_are_named_by_their_flag(tmp_path):
     (tmp_path / "a_folder").mkdir()
     (tmp_path / "text.ckpt").write_text("words")
-    config = cache_config(str(tmp_path / name) if name else "", "")
-    error, words = (
-        (SourceError, f'--config.autoencoder.path "{tmp_path}/{name}"')
-        if name
-        else (ConfigError, "is empty; name")
-    )
-    with pytest.raises(error, match=words):
-        Autoencoder(config.autoencoder, sharding.make_mesh((-1, 1, 1)))
+    mesh = sharding.make_mesh((-1, 1, 1))
+    with pytest.raises(ConfigError, match="config.autoencoder.path is empty; name"):
+        Autoencoder(cache_config("", "").autoencoder, mesh)
+    for name in ("no/such.ckpt", "a_folder", "text.ckpt"):
+        path = str(tmp_path / name)
+        with pytest.raises(SourceError, match=f'--config.autoencoder.path "{path}"'):
+            Autoencoder(cache_config(path, "").autoencoder, mesh)
+
+
+def test_weights_of_another_autoencoder_are_refused(tmp_path):
+    path = write_weights(tmp_path / "x.safetensors")
+    settings = cache_config(path, "", f"--config.autoencoder.sha256={'0' * 64}").autoencoder
+    with pytest.raises(ConfigError, match=f"{path}.* has sha256 .*wrong pictures"):
+        Autoencoder(settings, sharding.make_mesh((-1, 1, 1)))

@@ -208,7 +208,7 @@ def test_objects_of_other_classes_are_refused(tmp_path):
 def test_pytorch_with_an_unsafe_loader_is_refused(tmp_path, monkeypatch):
     torch.save({"w": torch.zeros(1)}, tmp_path / "a.pth")
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
-    assert re.search(r"runs no code, not 2.5.1\+cpu: .*torch>=2.6", refusal(tmp_path / "a.pth"))
+    assert "torch>=2.6" in refusal(tmp_path / "a.pth")
 
 
 def test_odd_moments_count_as_none(tmp_path):

@@ -143,14 +143,10 @@ def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
 def read_tensors(
     tensors: Tensors, metadata: dict, abstract: dict, where: str, model: ModelConfig | None = None
 ) -> dict:
-    """Parameters, as JAX arrays in the host's memory, of tensors that are found to fit.
+    """Parameters of the shapes in `abstract`, as JAX arrays in the host's memory, from tensors.
 
-    Args:
-        tensors: of a file.
-        metadata: the file's; says whether names and shapes are ours or the authors'.
-        abstract: shapes of our parameters.
-        where: names the file in messages.
-        model: with it, a message says what the authors' tensors look like.
+    The metadata of their file, which `where` names, say whether names and shapes are ours or the
+    authors'; of the latter, and with `model`, a table also names the config keys that would fit.
 
     Raises:
         MismatchError: a table of everything that does not fit.

@@ -4,8 +4,8 @@ PyTorch linears are `[out, in]`, ours `[in, out]`; the authors number their bloc
 a leading layer axis; the qkv projection is `[3 D, D]` there and `[D, 3, D]` here.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,21 +15,24 @@ from flax import traverse_util
 LAYER = "{i}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one array is written by the authors (`to_official`) and by us (`from_official`)."""
+class Layout(NamedTuple):
+    """The axes of an array as the authors keep it, and as we do; `sizes` of some of them."""
 
-    from_official: Callable[[np.ndarray], np.ndarray]
-    to_official: Callable[[np.ndarray], np.ndarray]
+    theirs: str
+    ours: str
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def from_official(self, x: np.ndarray) -> np.ndarray:
+        """Theirs -> ours."""
+        return rearrange(x, f"{self.theirs} -> {self.ours}", **dict(self.sizes))
+
+    def to_official(self, x: np.ndarray) -> np.ndarray:
+        """Ours -> theirs."""
+        return rearrange(x, f"{self.ours} -> {self.theirs}", **dict(self.sizes))
 
 
-SAME = Layout(lambda x: x, lambda x: x)
-LINEAR = Layout(np.transpose, np.transpose)
-
-
-def _leading_ones(count: int) -> Layout:
-    """An array that the authors keep behind `count` axes of length one."""
-    return Layout(lambda x: x.reshape(x.shape[count:]), lambda x: x.reshape((1,) * count + x.shape))
+SAME, LINEAR = Layout("...", "..."), Layout("o i", "i o")
+TOKEN, TOKENS = Layout("1 1 d", "d"), Layout("1 n d", "n d")
 
 
 def _linear(ours: str, theirs: str) -> dict:
@@ -40,15 +43,11 @@ def _linear(ours: str, theirs: str) -> dict:
 
 
 def _split(ours: str, theirs: str, parts: int) -> dict:
-    """A linear whose output is `parts` vectors: `[(parts out), in]` <-> `[in, parts, out]`."""
-    kernel = Layout(
-        lambda x: rearrange(x, "(p o) i -> i p o", p=parts),
-        lambda x: rearrange(x, "i p o -> (p o) i"),
-    )
-    bias = Layout(lambda x: x.reshape(parts, -1), np.ravel)
+    """A linear whose output is `parts` vectors."""
+    sizes = (("p", parts),)
     return {
-        f"{ours}/kernel": (f"{theirs}.weight", kernel),
-        f"{ours}/bias": (f"{theirs}.bias", bias),
+        f"{ours}/kernel": (f"{theirs}.weight", Layout("(p o) i", "i p o", sizes)),
+        f"{ours}/bias": (f"{theirs}.bias", Layout("(p o)", "p o", sizes)),
     }
 
 
@@ -76,14 +75,14 @@ def _stack(ours: str, blocks: str, norm: str) -> dict:
 OFFICIAL_NAMES: Mapping[str, tuple[str, Layout]] = {
     "context_encoder/class_embedding/table": ("class_emb.weight", SAME),
     "context_encoder/class_embedding/null": ("fake_latent", SAME),
-    "context_encoder/prefix_table": ("buffer", _leading_ones(1)),
+    "context_encoder/prefix_table": ("buffer", TOKENS),
     **_linear("context_encoder/input_proj", "z_proj"),
-    "context_encoder/positions": ("encoder_pos_embed_learned", _leading_ones(1)),
+    "context_encoder/positions": ("encoder_pos_embed_learned", TOKENS),
     **_norm("context_encoder/input_norm", "z_proj_ln"),
     **_stack("context_encoder", "encoder_blocks", "encoder_norm"),
     **_linear("predictor/input_proj", "decoder_embed"),
-    "predictor/mask_token": ("mask_token", _leading_ones(2)),
-    "predictor/positions": ("decoder_pos_embed_learned", _leading_ones(1)),
+    "predictor/mask_token": ("mask_token", TOKEN),
+    "predictor/positions": ("decoder_pos_embed_learned", TOKENS),
     **_stack("predictor", "decoder_blocks", "decoder_norm"),
     **_linear("jepa_head/up", "jepaloss.net.fc1"),
     **_norm("jepa_head/norm", "jepaloss.net.norm"),

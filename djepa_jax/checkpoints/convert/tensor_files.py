@@ -73,6 +73,8 @@ def open_tensors(path: pathlib.Path, flag: str = "--source") -> SourceFile:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
     except SourceError as error:
         raise SourceError(f"{where} {error}") from error
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # of torch, of safetensors, of the system
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         raise SourceError(
@@ -110,20 +112,15 @@ def _open_torch(path: pathlib.Path) -> SourceFile:
     content, size = _load_torch(path), path.stat().st_size
     if not isinstance(content, Mapping):
         raise SourceError(f"holds a {type(content).__name__}; a dict of tensors is needed.")
-    filled = {
-        name: value for name, value in content.items() if isinstance(value, Mapping) and value
-    }
+    filled = [name for name, value in content.items() if isinstance(value, Mapping) and value]
     trained = next((name for name in TRAINED if name in filled), None)
     average = next((name for name in AVERAGES if name in filled), trained)
     if average is None:
         return SourceFile({WHOLE: _torch_tensors(content, size)})
-    groups = {
-        name: _torch_tensors(value, size)
-        for name, value in filled.items()
-        if name in (average, trained)
-    }
+    names = [name for name in filled if name in (average, trained)]
+    groups = {name: _torch_tensors(content[name], size) for name in names}
     optimizer = next((name for name in OPTIMIZERS if trained and name in filled), None)
-    moments, step = _torch_moments(filled.get(optimizer), size)
+    moments, step = _torch_moments(content.get(optimizer), size)
     metadata = {"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {}
     used = {*groups, *metadata, optimizer if moments else None}
     unread = tuple(repr(name)[:60] for name in content if name not in used)
@@ -138,12 +135,10 @@ def _load_torch(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError:
-        version = "0.0"
-    else:
-        version = torch.__version__
-    if tuple(map(int, version.split(".")[:2])) < (2, 6):
+        torch = None
+    if torch is None or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise SourceError(
-            f"needs PyTorch 2.6 or later, whose loader runs no code, not {version}: "
+            "needs PyTorch 2.6 or later, whose loader runs no code: "
             'pip install "torch>=2.6" (or -e ".[import]"), or convert the file to .safetensors.'
         )
     mapped = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not
@@ -179,14 +174,10 @@ def _torch_tensors(content: Mapping, size: int) -> Tensors:
                 f"is not a checkpoint: {name!r} is not a dense tensor; a dict of tensors is "
                 f"needed, or one with {' or '.join(TRAINED)} and perhaps {' or '.join(AVERAGES)}."
             )
-        read = functools.partial(_read_torch, value)
         dtype = str(value.dtype).removeprefix("torch.")
+        read = functools.partial(lambda tensor: tensor.detach().float().numpy(), value)
         tensors[name] = StoredTensor(tuple(value.shape), dtype, read)
     return _checked(tensors)
-
-
-def _read_torch(tensor) -> np.ndarray:
-    return tensor.detach().float().numpy()
 
 
 def _torch_moments(optimizer: Mapping | None, size: int) -> tuple[Tensors | None, int]:
