@@ -61,8 +61,12 @@ def model_card(
     model: StoredModel, config: Settings, experiment: Experiment, form: str, provenance: Provenance
 ) -> str:
     """The card as Markdown; `config` says how a compiled sampler draws, `model` all the rest."""
-    trained, imported, metrics = model.config, provenance.imported, provenance.metrics
-    names, (_, abstract) = arguments(experiment.sample.guided), split_model(experiment.train.model)
+    trained = model.config
+    imported = provenance.imported
+    metrics = provenance.metrics
+    autoencoder = trained.autoencoder.sha256
+    _, abstract = split_model(experiment.train.model)
+    names = arguments(experiment.sample.guided)
     literals = {name: f"np.float32({config.sample[name]})" for name in names[4:]} | {"seed": "0"}
     values = {
         **{**trained, **trained.data, **trained.optimizer},
@@ -76,7 +80,7 @@ def model_card(
         "metrics": "not recorded",
         "evaluation": "None of these weights was recorded.",
         "licence": provenance.licence or "not stated",
-        "autoencoder": trained.autoencoder.sha256 or "unknown",
+        "autoencoder": f"sha256 `{autoencoder}`" if autoencoder else "not known, or not needed",
         "size": config.sample.batch_size,
         "sampler": SAMPLER_NAME,
         "arrays": ARRAYS_NAME,

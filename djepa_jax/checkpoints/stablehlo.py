@@ -30,7 +30,8 @@ def make_standalone(config, experiment: Experiment):
     scalars. The result is a dict: `tokens` `[B, N, C]` float32, and what the modality makes of
     them.
     """
-    generate, modality = make_sampler(experiment.sample), experiment.modality
+    generate = make_sampler(experiment.sample)
+    modality = experiment.modality
     sample = config.sample
     # of the guidance above 1, every step gets the share that it gets at scale 2
     share = cfg_scales(modality.num_tokens, sample.num_ar_steps, 2.0, sample.cfg_schedule) - 1
