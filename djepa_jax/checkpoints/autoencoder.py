@@ -30,10 +30,6 @@ class Autoencoder:
         config: shape of the networks.
         sha256: of the weight file.
         batch_size: images per call of a jitted function.
-
-    Raises:
-        ConfigError: no file is named, or its sha256 is not the one that is asked for.
-        SourceError, MismatchError: the file cannot be read, or is of another autoencoder.
     """
 
     def __init__(self, settings, mesh, staging: str = ""):
@@ -78,10 +74,8 @@ def weights_file(settings, staging: str = "") -> pathlib.Path:
 
 
 def check_sha256(settings, path: pathlib.Path) -> str:
-    """The sha256 of the weights in `path`; empty if there is no such file, which reading will say.
-
-    Raises:
-        ConfigError: it is not the one that `config.autoencoder` asks for.
+    """The sha256 of the weights in `path`, found to be the one that `config.autoencoder` asks for;
+    empty if there is no such file, which reading will say.
     """
     found = file_sha256(path) if path.is_file() else ""
     if found and settings.sha256 and found != settings.sha256:
@@ -100,11 +94,7 @@ def weights_sha256(experiment: Experiment) -> str:
 
 
 def read_autoencoder(path: pathlib.Path, name: str) -> dict:
-    """Parameters of the autoencoder called `name` in `AUTOENCODERS`, from a file in any layout.
-
-    Raises:
-        SourceError, MismatchError: the file cannot be read, or is of another autoencoder.
-    """
+    """Parameters of the autoencoder called `name` in `AUTOENCODERS`, from a file in any layout."""
     file = open_tensors(path, FLAG)
     return from_tensors(file.groups[file.average], AUTOENCODERS[name], f'{FLAG} "{path}"')
 

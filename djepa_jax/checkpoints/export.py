@@ -41,8 +41,8 @@ from djepa_jax.runtime.storage import check_local, check_writable, write_json
 FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
 # Places on this machine are nobody's business.
 PRIVATE = {"data.path": "", "data.staging": "", "prepare.path": "", "autoencoder.path": ""}
-# Patterns, as which Orbax takes the path that it writes to, and bytes that are no UTF-8.
-ORBAX_REFUSES = re.compile(r"[*?\[\\\ud800-\udfff]")
+NO_TEXT = r"\ud800-\udfff"  # bytes of a path that are no UTF-8
+PATTERNS = r"*?\[\\"  # as which Orbax takes the path that it writes to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_export(
     overwrite: bool = False,
     licence: str = "",
 ) -> pathlib.Path:
-    """Write an export folder; returns its path.
+    """Write the model in a workdir, one of its steps, or an export, into the folder `out`.
 
     Args:
         experiment: None for the configuration that is stored with the weights.
@@ -104,18 +104,14 @@ def run_export(
 
 
 def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
-    """The folder to write, found to be free, or an export that may be replaced.
-
-    Raises:
-        CheckpointError, PathError: it may not, or cannot, be written.
-    """
+    """The folder to write, found to be free, or an export that may be replaced."""
     check_local(out, "--out")
     target = pathlib.Path(os.path.expanduser(out)).resolve()  # what a link names, not the link
-    odd = ORBAX_REFUSES.search(str(target)) if form == ORBAX else None
+    odd = re.search(f"[{NO_TEXT}{PATTERNS if form == ORBAX else ''}]", str(target))
     if odd:
         raise CheckpointError(
-            f'--out "{target}" has {odd[0]!a} in it, with which Orbax cannot write; name another '
-            "folder, or another --format."
+            f'--out "{target}" has {odd[0]!a} in it, with which --format={form} cannot be written; '
+            "name another folder."
         )
     if target.exists() and not (overwrite and restore.is_export(target)):
         found = "exists and is no export" if overwrite else "exists"
@@ -140,7 +136,8 @@ def _write_weights(job: ExportJob, folder: pathlib.Path) -> None:
 
 def _describe(job: ExportJob, folder: pathlib.Path) -> None:
     """Write the card and the record, then the manifest of everything."""
-    model, experiment = job.model, job.experiment
+    model = job.model
+    experiment = job.experiment
     provenance = read_provenance(model.path, model.step, float(optax.tree.norm(job.params)))
     provenance = dataclasses.replace(provenance, licence=job.licence or provenance.licence)
     card = model_card(model, experiment, job.form, provenance)
@@ -165,11 +162,7 @@ def _describe(job: ExportJob, folder: pathlib.Path) -> None:
 
 
 def _check_readable(job: ExportJob, folder: pathlib.Path) -> None:
-    """Open a finished export as its reader will, and compare every array with the one in memory.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
+    """Open a finished export as its reader will, and compare every array with the one in memory."""
     compiled = job.form == STABLEHLO
     found = (
         stablehlo.open_sampler(folder)

@@ -60,11 +60,14 @@ def model_card(
     model: StoredModel, experiment: Experiment, form: str, provenance: Provenance
 ) -> str:
     """The card as Markdown; `experiment` says how a compiled sampler draws, `model` the rest."""
-    trained, imported, metrics = model.config, provenance.imported, provenance.metrics
-    names, (_, abstract) = arguments(experiment.sampler.guided), split_model(experiment.network)
-    literals = {name: f"np.float32({getattr(experiment.sample, name)})" for name in names[4:]} | {
-        "seed": "0"
-    }
+    trained = model.config
+    imported = provenance.imported
+    metrics = provenance.metrics
+    autoencoder = trained.autoencoder.sha256
+    _, abstract = split_model(experiment.network)
+    names = arguments(experiment.sampler.guided)
+    literals = {name: f"np.float32({getattr(experiment.sample, name)})" for name in names[4:]}
+    literals["seed"] = "0"
     values = {
         **vars(trained),
         **vars(trained.data),
@@ -80,7 +83,7 @@ def model_card(
         "metrics": "not recorded",
         "evaluation": "None of these weights was recorded.",
         "licence": provenance.licence or "not stated",
-        "autoencoder": trained.autoencoder.sha256 or "unknown",
+        "autoencoder": f"sha256 `{autoencoder}`" if autoencoder else "not known, or not needed",
         "size": experiment.sample.batch_size,
         "sampler": SAMPLER_NAME,
         "arrays": ARRAYS_NAME,

@@ -30,7 +30,8 @@ def make_standalone(experiment: Experiment):
     scalars. The result is a dict: `tokens` `[B, N, C]` float32, and what the modality makes of
     them.
     """
-    generate, modality = make_sampler(experiment.sampler), experiment.modality
+    generate = make_sampler(experiment.sampler)
+    modality = experiment.modality
     sample, num_tokens = experiment.sample, experiment.network.num_tokens
     # of the guidance above 1, every step gets the share that it gets at scale 2
     share = guidance_scales(num_tokens, sample.num_ar_steps, 2.0, sample.cfg_schedule) - 1

@@ -107,8 +107,8 @@ def test_average_and_trained_weights_are_kept_apart(gauss, tmp_path):
     content = {"model": as_torch(trained), "ema": as_torch(gauss.tensors), "scaler": {"scale": 1.0}}
     torch.save(content, tmp_path / "both.pth")
     report = run_import(config_of(gauss), str(tmp_path / "run"), str(tmp_path / "both.pth"))
-    assert report[1].startswith("moving average: ema of") and "not read: 'scaler'" in report
-    assert report[0].startswith("trained parameters: model of")
+    assert report[0].startswith("moving average: ema of") and "not read: 'scaler'" in report
+    assert report[1].startswith("trained parameters: model of")
     parts, step = read_workdir(tmp_path / "run", config_of(gauss))
     assert step == 0 and parts.keys() == {"params", "ema_params"}
     assert_same(parts["ema_params"], gauss.params)

@@ -65,11 +65,8 @@ def _name(path: str, layout: str, num_levels: int) -> str:
 def from_tensors(tensors: Mapping, config: AutoencoderConfig, where: str) -> dict:
     """Parameters of the autoencoder that `config` describes, from tensors in either layout.
 
-    The training losses of an original checkpoint (`loss.*`) are passed over. `where` names the file
-    in messages.
-
-    Raises:
-        MismatchError: a table of everything that does not fit.
+    The training losses of an original checkpoint (`loss.*`) are passed over; `where` names the file
+    in the table of what does not fit.
     """
     stored = {_modern(name): value for name, value in tensors.items() if name[:5] != "loss."}
     diffusers = any(name.startswith("encoder.down_blocks.") for name in stored)

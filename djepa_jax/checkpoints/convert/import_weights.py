@@ -15,15 +15,9 @@ from etils import epath
 from flax import traverse_util
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.convert import official
+from djepa_jax.checkpoints.convert import official, tensor_files
 from djepa_jax.checkpoints.convert.mismatch import check_shapes
-from djepa_jax.checkpoints.convert.tensor_files import (
-    MOMENTS,
-    SourceError,
-    SourceFile,
-    Tensors,
-    open_tensors,
-)
+from djepa_jax.checkpoints.convert.tensor_files import MOMENTS, SourceError, SourceFile, Tensors
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, file_sha256
 from djepa_jax.checkpoints.restore import (
     StoredModel,
@@ -43,6 +37,7 @@ from djepa_jax.runtime.storage import as_path, check_writable, write_json
 
 RECORD_NAME = "imported.json"
 LAYOUT = {"layout": "djepa_jax"}  # metadata of safetensors files with our names and shapes
+ROLES = {"ema_params": "moving average", "params": "trained parameters"}
 NO_MOMENTS = "optimiser: none; training starts it afresh, from step 0 with warm-up"
 
 
@@ -58,10 +53,8 @@ class ImportSource:
 
 
 def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
-    """Write a checkpoint of the weights in a file, or in an export, into a new workdir.
-
-    Returns:
-        lines that say what was read and written.
+    """Write a checkpoint of the weights in a file, or in an export, into a new workdir; returns
+    lines that say what was read and written.
 
     Raises:
         ConfigError: the configuration describes another model.
@@ -98,7 +91,8 @@ def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
 
 def _check_unused(workdir: epath.Path, config: dict) -> None:
     """Raise CheckpointError if a workdir holds more than the beginning of the same import."""
-    written, step = workdir / FILE_NAME, Checkpoints(workdir).step_to_resume()
+    step = Checkpoints(workdir).step_to_resume()
+    written = workdir / FILE_NAME
     same = not written.exists() or written.read_text("utf-8") == json.dumps(config, indent=2) + "\n"
     if step is not None or not same:
         held = written.name if step is None else f"checkpoint {step}"
@@ -115,28 +109,26 @@ def _read_export(path: pathlib.Path, model: StoredModel, experiment: Experiment)
 
 
 def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
-    file, where = open_tensors(path), f'--source "{path}"'
+    file = tensor_files.open_tensors(path)
+    where = f'--source "{path}"'
     _, abstract = split_model(experiment.network)
-    parts, report = {}, []
+    parts: dict = {}
+    report: list[str] = []
     for name, tensors in file.groups.items():
-        part, role = (
-            ("ema_params", "moving average")
-            if name == file.average
-            else ("params", "trained parameters")
-        )
+        part = "ema_params" if name == file.average else "params"
         parts[part] = read_tensors(tensors, file.metadata, abstract, where, experiment.network)
         dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
-        report.append(f"{role}: {name} of {path}, {len(tensors)} tensors in {dtypes}")
+        report.append(f"{ROLES[part]}: {name} of {path}, {len(tensors)} tensors in {dtypes}")
     if file.unread:
         report.append(f"not read: {', '.join(file.unread)}")
     try:
         opt_state = _opt_state(file, abstract, experiment, where)
     except SourceError as error:
         return ImportSource(path, parts, [*report, f"{NO_MOMENTS} ({error})"], 0, file.metadata)
-    zero, step = np.int32(0), np.int32(file.step)
-    parts |= {"step": step, "skipped_steps": zero, "bad_streak": zero, "opt_state": opt_state}
-    parts.setdefault("params", parts["ema_params"])
-    report.append(f"optimiser: its moments, from step {step}, where training goes on")
+    zero = np.int32(0)
+    parts |= {"step": np.int32(file.step), "skipped_steps": zero, "bad_streak": zero}
+    parts = {"params": parts["ema_params"]} | parts | {"opt_state": opt_state}
+    report.append(f"optimiser: its moments, from step {file.step}, where training goes on")
     return ImportSource(path, parts, report, file.step, file.metadata)
 
 
@@ -146,11 +138,7 @@ def read_tensors(
     """Parameters of the shapes in `abstract`, as JAX arrays in the host's memory, from tensors.
 
     The metadata of their file, which `where` names, say whether names and shapes are ours or the
-    authors'; of the latter, and with `model`, a table also names the config keys that would fit.
-
-    Raises:
-        MismatchError: a table of everything that does not fit.
-        SourceError: a value is not finite.
+    authors'. With `model`, the table of what does not fit names the config keys that would.
     """
 
     def place(value) -> jax.Array:
@@ -173,12 +161,8 @@ def read_tensors(
 
 
 def read_params(path: pathlib.Path, abstract: dict) -> dict:
-    """The parameters in a safetensors file, placed as `abstract` says.
-
-    Raises:
-        SourceError, MismatchError: the file is damaged, or of another model.
-    """
-    file = open_tensors(path, "the file")
+    """The parameters in a safetensors file, placed as `abstract` says."""
+    file = tensor_files.open_tensors(path, "the file")
     params = read_tensors(file.groups[file.average], file.metadata, abstract, f'"{path}"')
     return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), params, abstract)
 
@@ -186,9 +170,6 @@ def read_params(path: pathlib.Path, abstract: dict) -> dict:
 def _opt_state(file: SourceFile, abstract: dict, experiment: Experiment, where: str):
     """Our optimiser's state with the moments of a PyTorch Adam, which numbers parameters as the
     model orders them, perhaps with those that decay apart.
-
-    Raises:
-        SourceError: there are none, or they do not fit the parameters in any such order.
     """
     if file.moments is None:
         raise SourceError("the file has no state of Adam for its model")
@@ -196,7 +177,8 @@ def _opt_state(file: SourceFile, abstract: dict, experiment: Experiment, where: 
         lambda flag, leaf: np.broadcast_to(flag, leaf.shape), decay_mask(abstract), abstract
     )
     decays = {name: bool(flag.flat[0]) for name, flag in official.to_official(flags).items()}
-    model, moments = file.groups[file.trained], file.moments
+    model = file.groups[file.trained]
+    moments = file.moments
     found = {name: tensor.shape for name, tensor in moments.items()}
     for last in (None, True, False):  # which parameters come last, the decayed ones or the others
         order = sorted(model, key=lambda name, last=last: decays[name] is last)
@@ -206,19 +188,14 @@ def _opt_state(file: SourceFile, abstract: dict, experiment: Experiment, where: 
     else:
         raise SourceError("its parameters are numbered in an unknown way")
 
+    def read(moment: str) -> dict:
+        tensors = {name: moments[f"{n}/{moment}"] for n, name in enumerate(order)}
+        return read_tensors(tensors, file.metadata, abstract, where)
+
     def fill(node):
         if not isinstance(node, optax.ScaleByAdamState):
             return np.full(node.shape, file.step, node.dtype)  # a counter of a schedule
-        mu, nu = (
-            read_tensors(
-                {name: moments[f"{n}/{moment}"] for n, name in enumerate(order)},
-                file.metadata,
-                abstract,
-                where,
-            )
-            for moment in MOMENTS
-        )
-        return node._replace(count=np.int32(file.step), mu=mu, nu=nu)
+        return node._replace(count=np.int32(file.step), mu=read(MOMENTS[0]), nu=read(MOMENTS[1]))
 
     state = jax.eval_shape(lambda: init_state(experiment.train)).opt_state
     return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))

@@ -17,11 +17,9 @@ class MismatchError(UserError, ValueError):
 def check_shapes(
     found: Shapes, expected: Shapes, where: str, model: ModelConfig | None = None
 ) -> None:
-    """Compare the shapes in a file, which `where` names, with those that a model needs.
+    """Raise MismatchError unless a file, which `where` names, has the shapes that a model needs.
 
-    Raises:
-        MismatchError: a table of all missing, surplus and misshapen tensors; with `model`, also the
-            config keys that a file with the authors' names asks for.
+    With `model`, the message also says which config keys a file with the authors' names asks for.
     """
     names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
     if not names:

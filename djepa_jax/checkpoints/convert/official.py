@@ -106,7 +106,8 @@ def to_official(params: dict) -> dict[str, np.ndarray]:
     """Our parameters (a nested dict) under the authors' names."""
     tensors = {}
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
-        (name, layout), value = OFFICIAL_NAMES[path], np.asarray(value)
+        name, layout = OFFICIAL_NAMES[path]
+        value = np.asarray(value)
         if LAYER not in name:
             tensors[name] = layout.to_official(value)
             continue
@@ -126,7 +127,8 @@ def from_official(tensors: Mapping, abstract: dict, place: Callable = np.asarray
 
     Each is read when it is needed, and goes through `place` before the next one, the largest first.
     """
-    leaves, params = traverse_util.flatten_dict(abstract, sep="/"), {}
+    leaves = traverse_util.flatten_dict(abstract, sep="/")
+    params = {}
     for path, leaf in sorted(leaves.items(), key=lambda item: -item[1].size):
         name, layout = OFFICIAL_NAMES[path]
         if LAYER not in name:

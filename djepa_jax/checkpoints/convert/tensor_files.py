@@ -59,11 +59,7 @@ class SourceFile:
 
 
 def open_tensors(path: pathlib.Path, flag: str = "--source") -> SourceFile:
-    """Open the `.safetensors`, `.pth` or `.pt` file that `flag` names; no tensor is read yet.
-
-    Raises:
-        SourceError: it is missing, cut short, of another kind, or holds code.
-    """
+    """Open the `.safetensors`, `.pth` or `.pt` file that `flag` names; no tensor is read yet."""
     where = f'{flag} "{path}"'
     if not path.is_file() or path.suffix not in SUFFIXES:
         kind = "is a folder" if path.is_dir() else "does not exist"
@@ -86,7 +82,8 @@ def open_tensors(path: pathlib.Path, flag: str = "--source") -> SourceFile:
 def _open_safetensors(path: pathlib.Path) -> SourceFile:
     from safetensors import safe_open
 
-    file, tensors = safe_open(path, "np"), {}
+    file = safe_open(path, "np")
+    tensors = {}
     for name in file.keys():  # noqa: SIM118 (not a mapping)
         stored = file.get_slice(name)
         dtype = FLOATS.get(stored.get_dtype(), stored.get_dtype())
@@ -109,7 +106,8 @@ def _checked(tensors: Tensors) -> Tensors:
 
 
 def _open_torch(path: pathlib.Path) -> SourceFile:
-    content, size = _load_torch(path), path.stat().st_size
+    content = _load_torch(path)
+    size = path.stat().st_size
     if not isinstance(content, Mapping):
         raise SourceError(f"holds a {type(content).__name__}; a dict of tensors is needed.")
     filled = [name for name, value in content.items() if isinstance(value, Mapping) and value]
@@ -117,7 +115,7 @@ def _open_torch(path: pathlib.Path) -> SourceFile:
     average = next((name for name in AVERAGES if name in filled), trained)
     if average is None:
         return SourceFile({WHOLE: _torch_tensors(content, size)})
-    names = [name for name in filled if name in (average, trained)]
+    names = dict.fromkeys(name for name in (average, trained) if name)
     groups = {name: _torch_tensors(content[name], size) for name in names}
     optimizer = next((name for name in OPTIMIZERS if trained and name in filled), None)
     moments, step = _torch_moments(content.get(optimizer), size)
