@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import optax
 from etils import epath
+from tqdm import tqdm
 
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
@@ -16,7 +17,7 @@ from djepa_jax.data.sources import open_data
 from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import as_path, write_json
-from djepa_jax.sampling.generator import Generator, never
+from djepa_jax.sampling.generator import Generator, count_of, never
 
 FILE_NAME = "evaluation.json"
 
@@ -68,14 +69,14 @@ def evaluate(
     settings, metric = experiment.evaluation, open_metric(experiment, source)
     conditions = experiment.network.conditioner.in_turn(settings.count)
     start = 0
-    batches = generator.batches(
-        params, conditions, settings.seed, progress=True, should_stop=should_stop
-    )
-    for arrays in batches:
-        stop = start + len(next(iter(arrays.values())))
-        rows = slice(start, stop)
-        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
-        start = stop
+    batches = generator.batches(params, conditions, settings.seed, should_stop=should_stop)
+    with tqdm(total=settings.count, desc="evaluation", unit="sample", disable=None) as bar:
+        for arrays in batches:
+            stop = start + count_of(arrays)
+            rows = slice(start, stop)
+            metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
+            bar.update(stop - start)
+            start = stop
     of = identity(params, experiment, step) | {"evaluation": dataclasses.asdict(settings)}
     if not distributed.is_main_process():
         return {}

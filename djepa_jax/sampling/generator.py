@@ -1,8 +1,6 @@
 """From a trained model to arrays: batches of samples, and samples that grow step by step."""
 
-import contextlib
 import functools
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,10 +71,10 @@ class Generator:
         self.decodes = decode and experiment.has_decoder
 
     def images(
-        self, params, conditions, seed: int, progress: bool = False, should_stop=never
+        self, params, conditions, seed: int, should_stop: Callable[[], bool] = never
     ) -> dict[str, np.ndarray]:
         """All samples of `batches`, in memory."""
-        parts = list(self.batches(params, conditions, seed, 0, progress, should_stop))
+        parts = list(self.batches(params, conditions, seed, 0, should_stop))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def batches(
@@ -85,7 +83,6 @@ class Generator:
         conditions,
         seed: int,
         first: int = 0,
-        progress: bool = False,
         should_stop: Callable[[], bool] = never,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Samples from number `first` on, batch by batch, as `export` gives them.
@@ -95,22 +92,19 @@ class Generator:
             conditions: raw, one for each sample from number 0 on, such as labels `[n]`.
             seed: of everything random.
             first: number of the first sample.
-            progress: show a bar where a terminal is watching.
             should_stop: asked before every batch; several processes must be told the same.
 
         Raises:
             Stopped: it was asked to.
         """
         total, start = count_of(conditions), first
-        with progress_bar(total, first, progress) as bar:
-            while start < total:
-                if should_stop():
-                    raise Stopped
-                tokens = self._sample_batch(params, conditions, start, seed)  # [B, N, C]
-                count = min(len(tokens), total - start)
-                yield self.export(tokens, count)
-                start += count
-                bar.update(count)
+        while start < total:
+            if should_stop():
+                raise Stopped
+            tokens = self._sample_batch(params, conditions, start, seed)  # [B, N, C]
+            count = min(len(tokens), total - start)
+            yield self.export(tokens, count)
+            start += count
 
     def tokens(self, params, conditions, seed: int) -> np.ndarray:
         """One token map per condition: `[n, N, C]` float32."""
@@ -188,18 +182,6 @@ class Generator:
                 yield np.concatenate(tokens)[:total]
 
 
-def count_of(conditions) -> int:
-    """How many raw conditions there are."""
-    return len(jax.tree.leaves(conditions)[0])
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, first: int, show: bool) -> Iterator:
-    """A bar of samples, of which `first` are there; it shows where a terminal is watching."""
-    if not show:
-        yield types.SimpleNamespace(update=lambda count: None)
-        return
-    from tqdm import tqdm  # the command line's dependency, not the Python interface's
-
-    with tqdm(total=total, initial=first, desc="sampling", unit="sample", disable=None) as bar:
-        yield bar
+def count_of(arrays) -> int:
+    """How many conditions or samples there are in some arrays."""
+    return len(jax.tree.leaves(arrays)[0])

@@ -15,7 +15,6 @@ from djepa_jax.checkpoints.restore import find_model, placed_params
 from djepa_jax.config.class_names import find_class
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core import sharding
-from djepa_jax.core.bounds import MAX_SEED
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ModelConfig, split_model
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
@@ -23,7 +22,7 @@ from djepa_jax.sampling.generator import Generator, count_of
 
 Label = int | str | None
 # Settings of sampling that belong to a call and not to a model.
-OF_A_CALL = {"labels", "count", "seed", "batch_size"}
+OF_A_CALL = {"labels", "count", "seed", "batch_size", "noise_multiplicity"}
 
 
 def load(
@@ -113,7 +112,8 @@ class Model:
     ) -> dict[str, np.ndarray]:
         """As `sample`, but everything that the modality makes (`images` or `latents`)."""
         wanted = self._conditions(labels, conditions)
-        return self._generator(count_of(wanted), settings).images(self.params, wanted, _seed(seed))
+        generator = self._generator(count_of(wanted), seed, settings)
+        return generator.images(self.params, wanted, generator.experiment.sample.seed)
 
     def stream(
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
@@ -125,8 +125,8 @@ class Model:
         """
         self._check_pictures()
         wanted = self._conditions(labels, conditions)
-        generator = self._generator(count_of(wanted), settings)
-        steps = generator.stream(self.params, wanted, _seed(seed))
+        generator = self._generator(count_of(wanted), seed, settings)
+        steps = generator.stream(self.params, wanted, generator.experiment.sample.seed)
         preview = self.config.modality.preview
         return (preview(generator.export(tokens)) for tokens in steps)  # errors come at once
 
@@ -190,26 +190,19 @@ class Model:
             return jax.tree.map(np.asarray, self.config.network.conditioner.null(len(labels)))
         return np.asarray([self.find_label(label) for label in labels], np.int32)
 
-    def _generator(self, count: int, settings: dict) -> Generator:
-        sample = dataclasses.asdict(self.config.sample)
-        options = dataclasses.asdict(self.config.token_loss)
-        known = (sample.keys() | options.keys()) - OF_A_CALL - {"noise_multiplicity"}
+    def _generator(self, count: int, seed: int, settings: dict) -> Generator:
+        sample = {field.name for field in dataclasses.fields(SampleSettings)}
+        options = {field.name for field in dataclasses.fields(self.config.token_loss)}
+        known = (sample | options) - OF_A_CALL
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(
                 f"unknown setting {', '.join(unknown)}; there are {', '.join(sorted(known))}."
             )
         changes = {"sample.batch_size": self._batch_size(count)}
-        for name, value in settings.items():
-            in_sample = name in {field.name for field in dataclasses.fields(SampleSettings)}
-            stored = sample[name] if in_sample else options[name]
-            # One type, or temperature=1 would compile anew what 1.0 has compiled.
-            is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if isinstance(stored, float) and is_number:
-                value = float(value)
-            elif isinstance(value, np.integer):
-                value = int(value)
-            changes[f"sample.{name}" if in_sample else f"loss.options.{name}"] = value
+        for name, value in {"seed": seed, **settings}.items():
+            group = "sample" if name in sample else "loss.options"
+            changes[f"{group}.{name}"] = value.item() if isinstance(value, np.generic) else value
         config = self.config.updated(changes)
         decoder = self._autoencoder if config.has_decoder else None
         return Generator(config, self._mesh, decoder)
@@ -230,13 +223,6 @@ class Model:
                 "this model makes latents, not pictures; name its autoencoder in "
                 "load(..., autoencoder=PATH), or use sample_arrays."
             )
-
-
-def _seed(seed: int) -> int:
-    is_whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not is_whole or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed!r}; it must be a whole number between 0 and {MAX_SEED}.")
-    return int(seed)
 
 
 @functools.lru_cache(maxsize=8)

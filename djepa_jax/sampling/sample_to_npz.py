@@ -19,6 +19,7 @@ import fsspec
 import jax
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from djepa_jax import __version__
 from djepa_jax.checkpoints.checkpointer import CheckpointError
@@ -125,11 +126,14 @@ def write_samples(
         folder.mkdir(parents=True, exist_ok=True)
     with distributed.held_by_main(lock_workdir(folder, what=f'--out "{npz}"')):
         first = distributed.run_on_main(lambda: find_parts(folder, identity(generator, settings)))
-        batches = generator.batches(params, conditions, seed, first, progress=is_main)
-        for arrays in batches:
-            if is_main:
-                write_npz(folder / f"{first:08d}.npz", arrays)
-                first += len(next(iter(arrays.values())))
+        batches = generator.batches(params, conditions, seed, first)
+        watched = None if is_main else True  # None: where a terminal is watching
+        with tqdm(total=count_of(conditions), initial=first, unit="sample", disable=watched) as bar:
+            for arrays in batches:
+                if is_main:
+                    write_npz(folder / f"{first:08d}.npz", arrays)
+                first += count_of(arrays)
+                bar.update(count_of(arrays))
         if not is_main:
             return []
         parts = sorted(folder.glob("*.npz"))
@@ -180,7 +184,7 @@ def find_parts(folder: pathlib.Path, wanted: dict) -> int:
         return 0
     done = 0
     for part in parts:
-        done += len(next(iter(first_rows([part], 2**31).values())))
+        done += count_of(first_rows([part], 2**31))
     if done:
         print(f"{done:,} samples are in {folder}; going on from there", flush=True)
     return done
@@ -232,10 +236,9 @@ def save_each(
     titles, start = experiment.titles(conditions), 0
     for part in parts:
         arrays = first_rows([part], 2**31)
-        size = len(next(iter(arrays.values())))
-        for index in range(size):
+        for index in range(count_of(arrays)):
             title = "".join(c if c.isalnum() else "_" for c in titles[start + index])
             stem = folder / f"{start + index:06d}_{title}"
             experiment.modality.save(arrays, index, stem)
-        start += size
+        start += count_of(arrays)
     return [folder]

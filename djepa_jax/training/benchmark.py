@@ -13,14 +13,13 @@ FLOPs are those of one training step, or of one batch of samples, over all devic
    of a loop once, however often it runs.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import flax
 import jax
@@ -36,8 +35,6 @@ from djepa_jax.core.train_step import TrainStepConfig, init_state, make_train_st
 from djepa_jax.runtime.storage import check_writable
 from djepa_jax.training.benchmark_table import report
 from djepa_jax.training.compile_step import planned_bytes
-
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,32 +191,15 @@ def sample_flops(config: SamplerConfig, batch_size: int) -> dict[str, float]:
     return {"ideal": exact * batch_size, "padded": padded * batch_size}
 
 
-@contextlib.contextmanager
-def count_compilations() -> Iterator[list[str]]:
-    """A list that grows by a name for every program that XLA compiles inside the `with`."""
-    names: list[str] = []
-
-    def listen(event: str, seconds: float, **details) -> None:
-        if event == COMPILE_EVENT:
-            names.append(str(details.get("fun_name", "")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def measure(case: BenchmarkCase, mesh, timing: Timing) -> dict:
     """Compile and run: seconds, FLOPs, bytes, and what follows from them."""
-    with count_compilations() as compilations:
-        start = time.perf_counter()
-        traced = case.function.trace(*case.arguments)
-        lowered = traced.lower()
-        middle = time.perf_counter()
-        compiled = lowered.compile()  # calls of the function use this program
-        end = time.perf_counter()
-        seconds = time_calls(case, timing)
+    start = time.perf_counter()
+    traced = case.function.trace(*case.arguments)
+    lowered = traced.lower()
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    seconds = time_calls(case, compiled, timing)
     analysis = compiled.cost_analysis() or {}
     counts = case.flops | {"traced": flops.count_products(traced.jaxpr)}
     counts["compiled"] = analysis["flops"] * mesh.size if "flops" in analysis else None
@@ -230,7 +210,6 @@ def measure(case: BenchmarkCase, mesh, timing: Timing) -> dict:
         "calls_per_repeat": case.calls,
         "lower_seconds": middle - start,
         "compile_seconds": end - middle,
-        "programs_compiled": len(compilations),
         "flops": counts,
         "memory_bytes": {
             "device_peak": stats.get("peak_bytes_in_use"),
@@ -240,14 +219,14 @@ def measure(case: BenchmarkCase, mesh, timing: Timing) -> dict:
     }
 
 
-def time_calls(case: BenchmarkCase, timing: Timing) -> list[float]:
+def time_calls(case: BenchmarkCase, compiled: Callable, timing: Timing) -> list[float]:
     """Seconds per call, one figure a repeat."""
     arguments, seconds = case.arguments, []
     for repeat in range(-1, timing.repeats):  # the first one is the warm-up
         start, result = time.perf_counter(), None
         calls = case.calls if repeat >= 0 else timing.warmup
         for _ in range(calls):
-            result = case.function(*arguments)
+            result = compiled(*arguments)
             arguments = case.following(arguments, result)
         jax.block_until_ready(result)
         seconds.append((time.perf_counter() - start) / max(calls, 1))

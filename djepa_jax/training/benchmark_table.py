@@ -49,7 +49,6 @@ def part_rows(part: str, record: dict) -> list[tuple[str, str]]:
     return [
         (part, f"batch {record['batch_size']}"),
         ("compile", f"{compiled:.1f} s, after {lowered:.1f} s of tracing and lowering"),
-        ("programs compiled", str(record["programs_compiled"])),
         ("time", f"{ms['median']:.1f} ms a {unit} ({spread}); {per_image}"),
         ("images/s", f"{record['images_per_second']:.1f}"),
         ("memory a device", f"{planned} planned by XLA; peak of the process so far {peak}"),
