@@ -133,7 +133,7 @@ def read_metadata(folder: pathlib.Path) -> Metadata:
         what = "an unfinished" if (folder / SHARDS_NAME).is_dir() else "no"
         raise DataError(
             f'data.path is "{folder}", which holds {what} latent cache; make one with '
-            f"--mode=prepare --workdir={folder}."
+            "--mode=prepare, or copy it again."
         )
     try:
         values = json.loads(path.read_text("utf-8"))
@@ -211,9 +211,17 @@ class LatentCache(Source):
         return self.metadata.count
 
     def __getitem__(self, index: int) -> dict:
+        label, _, moments = self._read(index)
+        return {"example": moments[0], "mirror": moments[1], "condition": np.int32(label)}
+
+    def key(self, index: int) -> str:
+        """What an image is called."""
+        return self._read(index)[1]
+
+    def _read(self, index: int) -> tuple[int, str, np.ndarray]:
         metadata = self.metadata
         try:
-            label, _, moments = unpack(self._records[index], metadata.shape, DTYPES[metadata.dtype])
+            return unpack(self._records[index], metadata.shape, DTYPES[metadata.dtype])
         except (RuntimeError, ValueError, struct.error) as error:
             ends = np.cumsum([shard.count for shard in metadata.shards])
             shard = metadata.shards[int(np.searchsorted(ends, index, side="right"))]
@@ -222,7 +230,6 @@ class LatentCache(Source):
                 f"(its sha256 should be {shard.sha256}): {error}; remove that file and run "
                 "--mode=prepare again."
             ) from error
-        return {"example": moments[0], "mirror": moments[1], "condition": np.int32(label)}
 
 
 def check_cache(metadata: Metadata, data) -> None:
@@ -258,26 +265,32 @@ def check_cache(metadata: Metadata, data) -> None:
         )
 
 
-def check_decoder(source: Source, autoencoder, staging: str) -> str:
+def decoder_weights(autoencoder, staging: str) -> pathlib.Path | None:
+    """The local file of the autoencoder that makes pictures of samples; None if it has no path."""
+    if not autoencoder.path:
+        return None
+    file = local_copy(autoencoder.path, staging, "config.autoencoder.path")
+    if not file.is_file():
+        raise DataError(f"config.autoencoder.path is {autoencoder.path}, where there is no file.")
+    return file
+
+
+def latents_made_by(source: Source, autoencoder, weights: pathlib.Path | None) -> str:
     """The sha256 of the autoencoder that made a source's latents, "" where that is not known.
 
     Raises:
-        DataError: cache, weights and sha256 of `config.autoencoder` are not of the same one.
+        DataError: `weights`, which decode samples, or `config.autoencoder.sha256` are of another.
     """
-    cache = getattr(source, "source", source)  # inside of `SingleClass`
-    known = {"config.autoencoder.sha256": autoencoder.sha256}
+    cache, made_by = getattr(source, "source", source), autoencoder.sha256  # of `SingleClass`
     if isinstance(cache, LatentCache):
-        known["the latent cache"] = cache.metadata.autoencoder["sha256"]
-    made_by = list(known.values())[-1]
-    if autoencoder.path:
-        file = local_copy(autoencoder.path, staging, "config.autoencoder.path")
-        if not file.is_file():
-            raise DataError(f"config.autoencoder.path is {file}, where there is no file.")
-        known[f"config.autoencoder.path {file}"] = file_sha256(file) if made_by else ""
-    if len({*known.values()} - {""}) > 1:
-        raise DataError(
-            "the latents need the autoencoder that made them, by its sha256: "
-            f"{', '.join(f'{what} has {sha256}' for what, sha256 in known.items() if sha256)}; "
-            "name the file of that one, and leave config.autoencoder.sha256 empty."
-        )
+        made_by = cache.metadata.autoencoder["sha256"]
+    found = {"config.autoencoder.sha256": autoencoder.sha256}
+    if weights and made_by:
+        found[f"config.autoencoder.path {autoencoder.path}"] = file_sha256(weights)
+    for what, sha256 in found.items():
+        if sha256 not in ("", made_by):
+            raise DataError(
+                f"the latents were made with the autoencoder of sha256 {made_by}, {what} has "
+                f"{sha256}; name the file of that one, and leave config.autoencoder.sha256 empty."
+            )
     return made_by

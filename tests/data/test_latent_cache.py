@@ -24,8 +24,9 @@ from djepa_jax.data.latent_cache import (
     DTYPES,
     LatentCache,
     check_cache,
-    check_decoder,
+    decoder_weights,
     find_shard,
+    latents_made_by,
     pack,
     read_metadata,
     unpack,
@@ -68,8 +69,9 @@ def test_examples_come_back_in_any_order(tmp_path, dtype):
     assert len(source) == TOTAL and source.class_names == ("a", "b", "c")
     assert source.labels.tolist() == [0, 1, 2]
     for i in np.random.default_rng(0).permutation(2 * TOTAL) % TOTAL:
-        label, _, moments = expected[i]
+        label, key, moments = expected[i]
         item = source[int(i)]
+        assert source.key(int(i)) == key
         assert item.keys() == {"example", "mirror", "condition"}
         assert same(item["example"], moments[0]) and same(item["mirror"], moments[1])
         assert item["condition"] == label and item["condition"].dtype == np.int32
@@ -233,16 +235,18 @@ def test_only_the_autoencoder_of_the_cache_may_decode(cache, tmp_path):
     weights, source = tmp_path / "kl.ckpt", LatentCache(cache)
     autoencoder = settings("", str(weights), sha256="")
     with pytest.raises(DataError, match=f"autoencoder.path is {weights}, where there is no file"):
-        check_decoder(source, autoencoder, "")
+        decoder_weights(autoencoder, "")
     weights.write_text("another")
+    assert decoder_weights(autoencoder, "") == weights
     with pytest.raises(DataError, match=f"{SHA}.*{file_sha256(weights)}.*name the file"):
-        check_decoder(source, autoencoder, "")
-    assert check_decoder(load_digits(), autoencoder, "") == "", "nothing is known of its latents"
-    assert check_decoder(source, settings("", "", sha256=""), "") == SHA, "without pictures"
+        latents_made_by(source, autoencoder, weights)
+    assert latents_made_by(load_digits(), autoencoder, weights) == "", "nothing is known of it"
+    assert latents_made_by(source, autoencoder, None) == SHA, "without pictures"
+    assert decoder_weights(settings("", ""), "") is None
     metadata = json.loads((cache / "metadata.json").read_text())
     metadata["autoencoder"]["sha256"] = file_sha256(weights)
     (cache / "metadata.json").write_text(json.dumps(metadata))
-    assert check_decoder(LatentCache(cache), autoencoder, "") == file_sha256(weights)
+    assert latents_made_by(LatentCache(cache), autoencoder, weights) == file_sha256(weights)
 
 
 # moments as tokens
