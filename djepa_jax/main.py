@@ -79,6 +79,12 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string(
+        "shard",
+        "",
+        "prepare: i/n, make every n-th shard from the i-th on; the others are other processes'.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
         "license", "", "export: licence of the weights, for the model card.", flag_values=values
     )
     flags.DEFINE_string(
@@ -96,7 +102,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         )
     if values.latents_only and values.mode != "sample":
         raise UsageError(f"--latents_only is for --mode=sample; to {values.mode}, leave it out.")
-    if values.distributed != "none" and values.mode in ("import", "export"):
+    if values.distributed != "none" and values.mode in ("import", "export", "prepare"):
         raise UsageError(
             f"--mode={values.mode} is for one process; leave out --distributed "
             f"({rendezvous.VARIABLE})."
@@ -299,7 +305,7 @@ def run_preparing(values: flags.FlagValues) -> None:
     """Make a latent cache of a data set."""
     from djepa_jax.data.prepare_latents import run_prepare
 
-    run_prepare(values.config, values.workdir, values.measure_scale)
+    run_prepare(values.config, values.workdir, values.measure_scale, values.shard)
 
 
 # What each mode does, and the flags that it needs.

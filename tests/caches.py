@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from djepa_jax.data.latent_cache import DTYPES, Metadata, Shard, file_sha256, pack, write_shard
+from djepa_jax.data.latent_cache import DTYPES, Metadata, pack, write_shard
 from djepa_jax.runtime.storage import write_json
 
 SHAPE = (4, 4, 6)  # of the moments of one image: three channels of means, three of log-variances
@@ -29,11 +29,11 @@ def write_cache(folder: pathlib.Path, dtype: str = "bfloat16") -> pathlib.Path:
     for number, count in enumerate(COUNTS):
         chosen, rest = rest[:count], rest[count:]
         path = folder / "shards" / f"{number:05d}-of-00003.array_record"
-        write_shard(path, [pack(*entry) for entry in chosen])
         classes = {str(label): [entry[0] for entry in chosen].count(label) for label in range(3)}
-        shards.append(
-            Shard(path.name, count, path.stat().st_size, file_sha256(path), classes, {}, 0.0, 1.0)
-        )
+        contents = {"count": count, "class_counts": classes, "skipped": {}}
+        records = [pack(*entry) for entry in chosen]
+        shards.append(write_shard(path, records, contents | {"sum": 0.0, "sum_of_squares": 1.0}))
+        path.with_name(f"{path.name}.json").unlink()
     metadata = Metadata(
         format=1,
         count=TOTAL,

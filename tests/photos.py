@@ -1,17 +1,22 @@
-"""Image files made of the two photographs that scikit-learn ships, and folders and tar files of
-them.
+"""Image files made of the two photographs that scikit-learn ships, folders and tar files of them,
+and the settings that open them as a source.
 """
 
 import functools
 import io
 import pathlib
 import tarfile
+import types
 
 import numpy as np
 from PIL import Image
 
+from djepa_jax.core.modalities import MODALITIES
+from djepa_jax.data.sources import open_data
+
 NAMES = ("flower", "temple")  # classes, in the order of their labels
 PER_CLASS = 6
+PIXELS = MODALITIES["image_pixels"](32, 3, 4)
 
 
 @functools.cache
@@ -46,6 +51,14 @@ def labelled() -> tuple[tuple[str, bytes, int], ...]:
     )
 
 
+def with_broken(*broken: int) -> list[tuple[str, bytes, int]]:
+    """The labelled images, some of them cut in half."""
+    return [
+        (key, data[: len(data) // 2] if i in broken else data, label)
+        for i, (key, data, label) in enumerate(labelled())
+    ]
+
+
 def write_folder(root: pathlib.Path, images=None) -> str:
     """A folder per class."""
     for key, data, _ in images or labelled():
@@ -77,27 +90,28 @@ def write_shards(root: pathlib.Path, images=None, shards: int = 3) -> str:
     return str(root)
 
 
-def write_imagenet(
-    root: pathlib.Path, classes: tuple[str, ...], per_class: int = 5, validation: int = 5
-) -> dict[str, bytes]:
-    """The two tar files of ILSVRC 2012 with a few images; returns all images by their name."""
+def write_ilsvrc(root: pathlib.Path, images: dict[str, dict[str, bytes]]) -> str:
+    """The training archive of ILSVRC 2012 with some images of some WordNet ids, in a folder."""
     root.mkdir(parents=True, exist_ok=True)
-    images, inner = {}, {}
-    for number, wnid in enumerate(classes):
-        files = {
-            f"{wnid}_{i + 1}.JPEG": encode(crop(NAMES[number % 2], 10 * number + i))
-            for i in range(per_class)
-        }
-        inner[f"{wnid}.tar"] = pathlib.Path(write_tar(root / "inner.tar", files)).read_bytes()
-        images |= files
-    (root / "inner.tar").unlink(missing_ok=True)
-    write_tar(root / "ILSVRC2012_img_train.tar", inner)
-    files = {
-        f"ILSVRC2012_val_{i + 1:08d}.JPEG": encode(crop("temple", 50 + i))
-        for i in range(validation)
+    inner = {
+        f"{wnid}.tar": pathlib.Path(write_tar(root / "inner.tar", files)).read_bytes()
+        for wnid, files in images.items()
     }
-    write_tar(root / "ILSVRC2012_img_val.tar", files)
-    return images | files
+    write_tar(root / "ILSVRC2012_img_train.tar", inner)
+    return str(root)
+
+
+def settings(source: str, path="", num_classes: int = 2, **others) -> types.SimpleNamespace:
+    """What `config.data` is for a source."""
+    defaults = {"class_names": "", "unconditional": False, "random_flip": False}
+    defaults |= {"staging": "", "max_broken": 100}
+    values = {"source": source, "path": str(path), "num_classes": num_classes}
+    return types.SimpleNamespace(**defaults | values | others)
+
+
+def opened(source: str, path="", num_classes: int = 2, modality=PIXELS, **others):
+    """A source, as training opens it."""
+    return open_data(settings(source, path, num_classes, **others), modality)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -29,7 +29,7 @@ from djepa_jax.config.settings import Settings
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data import prepare_latents
 from djepa_jax.main import main
-from djepa_jax.runtime import lock, rendezvous
+from djepa_jax.runtime import lock
 from djepa_jax.training import compile_step, loop
 from djepa_jax.training.reporting import Reporter
 
@@ -306,7 +306,7 @@ class Preparation:
         compiled: folder of compiled programs.
         limit: bytes that a file may have once the first message was sent, as if the disk were full
             then.
-        share: port and index, if this is one of two processes that share the work.
+        shard: "i/n", if this is one of several processes that share the work.
     """
 
     def __init__(
@@ -315,11 +315,11 @@ class Preparation:
         folder: pathlib.Path,
         compiled: str,
         limit: int | None = None,
-        share: tuple | None = None,
+        shard: str = "",
     ):
         self._pipe, theirs = CONTEXT.Pipe(duplex=False)
         self.process = start(
-            _prepare, config.to_dict(), str(folder), compiled, limit, share, theirs
+            _prepare, config.to_dict(), str(folder), compiled, limit, shard, theirs
         )
         theirs.close()
 
@@ -343,16 +343,8 @@ class Preparation:
         return self.process.exitcode
 
 
-def _prepare(
-    config: dict, folder: str, compiled: str, limit: int | None, share: tuple | None, pipe
-) -> None:
+def _prepare(config: dict, folder: str, compiled: str, limit: int | None, shard: str, pipe) -> None:
     keep_compiled(compiled)
-    if share is not None:
-        port, index = share
-        rendezvous.start(
-            rendezvous.Rendezvous("explicit", f"127.0.0.1:{port}", 2, index, heartbeat=10),
-            saves=False,
-        )
 
     def say(text: str) -> None:
         pipe.send(text)
@@ -362,7 +354,7 @@ def _prepare(
 
     try:
         with registered():
-            prepare_latents.run_prepare(Settings(config), folder, say=say)
+            prepare_latents.run_prepare(Settings(config), folder, shard=shard, say=say)
         pipe.send("done")
     except (OSError, ValueError) as error:
         pipe.send(f"failed: {error}")

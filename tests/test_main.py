@@ -10,7 +10,7 @@ import pytest
 from tiny import CONFIG, TINY, load_config
 
 from djepa_jax import main as cli
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.runtime import errors
 from djepa_jax.runtime.lock import lock_workdir
 

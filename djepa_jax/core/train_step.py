@@ -189,7 +189,7 @@ def _statistics(predicted, target):
 
 
 def make_train_step(spec: TrainSpec) -> Callable:
-    """The pure update `(state, batch) -> (state, metrics)`; `batch` has `example` and `condition`."""
+    """The pure update `(state, batch) -> (state, metrics)`; `batch`: `example`, `condition`."""
     graph, _ = split_model(spec.model)
     optimizer = make_optimizer(spec.optimizer)
 

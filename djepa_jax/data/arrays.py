@@ -1,75 +1,81 @@
-"""Arrays in npz files, whose sizes are found to be true and affordable before any memory is taken
-for them.
-"""
+"""Sources in memory: digits of scikit-learn, arrays of an npz file, made-up examples."""
 
-import math
-import os
-import pathlib
-import zipfile
-from collections.abc import Sequence
-from typing import BinaryIO
-
+import jax.numpy as jnp
 import numpy as np
 
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+from djepa_jax.data.records import DataError, Source, checksum
 
 
-def read_npz(file: pathlib.Path, *groups: Sequence[str]) -> list[np.ndarray]:
-    """From each group of names the first array that is in an npz file.
+class ArraySource(Source):
+    """Examples `[n, ...]` with their labels `[n]`."""
 
-    Raises:
-        ValueError: an array is missing, holds Python objects, claims another size than it has, or
-            would not fit into the memory.
-        Exception: whatever zip, its compressors and numpy make of a damaged file.
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, np.asarray(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"example": self.images[index], "condition": np.int32(self.labels[index])}
+
+    def digest(self) -> str:
+        """A checksum of all images and labels."""
+        return checksum(self.images, self.labels)
+
+
+def load_digits() -> ArraySource:
+    """The 1,797 handwritten 8 x 8 digits of scikit-learn, 0..16 spread over 0..255."""
+    from sklearn import datasets  # a second of import that other sources do not need
+
+    digits = datasets.load_digits()
+    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # [1797, 8, 8, 1]
+    return ArraySource(images, digits.target)
+
+
+def load_npz(path: str, where: str) -> ArraySource:
+    """Arrays `images` (or `latents`) and `labels` of an npz file.
+
+    Images without a channel axis get one.
     """
-    with zipfile.ZipFile(file) as archive:
-        present = set(archive.namelist())
-        members = [
-            next((f"{name}.npy" for name in names if f"{name}.npy" in present), None)
-            for names in groups
-        ]
-        for names, member in zip(groups, members, strict=True):
-            if member is None:
-                raise ValueError(f"{names[-1]} is not in it")
-        check_memory(sum(archive.getinfo(member).file_size for member in members))
-        return [_read_member(archive, member) for member in members]
-
-
-def check_memory(wanted: int) -> None:
-    """Raise ValueError for more bytes than the machine has."""
-    if wanted > total_memory():
-        raise ValueError(f"unpacked it has {wanted:,} bytes, more than this machine's memory")
-
-
-def total_memory() -> float:
-    """Bytes of memory of this machine; infinite where it does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return math.inf
-
-
-def _read_member(archive: zipfile.ZipFile, member: str) -> np.ndarray:
-    """One array; no more is unpacked than the archive's index says."""
-    with archive.open(member) as stream:
-        _check_size(stream, member, archive.getinfo(member).file_size)
-    with archive.open(member) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
-
-
-def _check_size(stream: BinaryIO, member: str, size: int) -> None:
-    """Compare what an array's header claims with the bytes that there are. numpy would take the
-    memory at once.
-    """
-    version = np.lib.format.read_magic(stream)
-    if version not in HEADERS:
-        raise ValueError(f"{member} has the unknown version {version}")
-    shape, _, dtype = HEADERS[version](stream)
-    if dtype.hasobject:
-        raise ValueError(f"{member} holds Python objects, which are not loaded")
-    claimed = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or claimed != size - stream.tell():
-        raise ValueError(
-            f"{member} claims the shape {shape} of {dtype}, and has {size - stream.tell():,} "
-            "bytes for it"
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["latents" if "latents" in file else "images"], file["labels"]
+    except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
+        raise DataError(
+            f'{where} is no npz file with arrays "images" (or "latents") and "labels": {error}'
+        ) from error
+    fitting = images.ndim in (3, 4) and labels.ndim == 1 and labels.dtype.kind in "iu"
+    if not fitting or len(images) != len(labels) or not len(images):
+        raise DataError(
+            f"{where} holds {images.dtype} images of shape {images.shape} and {labels.dtype} "
+            f"labels of shape {labels.shape}; it needs images [n, H, W, C] and one whole number "
+            "per image as labels [n]."
         )
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
+        raise DataError(f"{where} holds values that are not finite; remove those examples.")
+    return ArraySource(images if images.ndim == 4 else images[..., None], labels)
+
+
+class Synthetic(Source):
+    """Noise around a value of the class, for trying a configuration without data.
+
+    Latents come as a cache has them: moments, of which training draws a sample, and those of a
+    mirror image.
+    """
+
+    def __init__(self, modality, num_classes: int, count: int = 512):
+        self._modality, self._num_classes = modality, num_classes
+        self.labels = np.arange(count) % num_classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        label = int(self.labels[index])
+        rng = np.random.default_rng(index)
+        values = rng.standard_normal(self._modality.example_shape) + np.sin(1 + label)
+        if self._modality.example_dtype == np.uint8:
+            pixels = np.clip(128 + 40 * values, 0, 255).astype(np.uint8)
+            return {"example": pixels, "condition": np.int32(label)}
+        moments = np.concatenate([values, np.full(values.shape, -2.0)], -1).astype(jnp.bfloat16)
+        return {"example": moments, "mirror": moments[:, ::-1], "condition": np.int32(label)}

@@ -1,80 +1,53 @@
-"""Encoded images of any kind -> upright RGB, and the centre crop that ImageNet results are measured
-with.
-"""
+"""Image files -> upright RGB, and the centre crop that ImageNet results are measured with."""
 
+import contextlib
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "PPM",
-    "TIFF",
-)  # no others: Pillow can be made to run programs for some
+from djepa_jax.runtime.errors import UserError
+
+# No others: Pillow can be made to run programs for some.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MAX_ASPECT = 64  # of the sides of an image; more is cut from the ends before anything is enlarged
 BITS_PER_SAMPLE = 258  # TIFF tag
-ORIENTATION = 0x0112  # EXIF tag
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 Image.init()  # fills Image.OPEN, the table of formats
 
 
-class BrokenImage(ValueError):
+class BrokenImage(UserError, ValueError):
     """Bytes that are not a whole image; the message says why."""
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode an image file into RGB, turned upright as its EXIF data says.
+    """An image file as RGB, turned upright as its EXIF data says.
 
     Transparent parts show white, 16-bit gray is scaled to 8 bits, an animation gives its first
-    frame.
-
-    Raises:
-        BrokenImage: not an image, cut off, of values with an unknown range, or of more than
-            `max_pixels` pixels; the last is found before anything is decoded.
+    frame. More than `max_pixels` pixels are found before anything is decoded.
     """
     try:
         image = _open(data)
         if image.width * image.height > max_pixels:
-            raise BrokenImage(
-                f"it has {image.width} x {image.height} pixels, the limit is {max_pixels} in all"
-            )
-        image.load()
-        return _turn_upright(_to_rgb(image), image)
+            size = f"{image.width} x {image.height} pixels"
+            raise BrokenImage(f"it has {size}, the limit is {max_pixels} in all")
+        image.load()  # which turns TIFF files upright
+        with contextlib.suppress(Exception):  # damaged EXIF data; the pixels are whole
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
     except BrokenImage:
         raise
-    except (
-        Exception
-    ) as error:  # damaged files make Pillow's readers fail in ways that nobody has listed
+    except Exception as error:  # damaged files make Pillow fail in ways that nobody has listed
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header.
-
-    Not `Image.open`, which judges the size by a limit of its own, with a warning that cannot be
-    caught in threads.
-    """
+    """Read the header. `Image.open` would judge the size by a limit of its own."""
     for name in FORMATS:
         factory, accepts = Image.OPEN[name]
         if accepts(data[:16]) is True:
             return factory(io.BytesIO(data), "")
-    raise BrokenImage(
-        f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file" if data else "it is empty"
-    )
+    raise BrokenImage(f"it is not a file of {', '.join(FORMATS)}" if data else "it is empty")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -93,59 +66,30 @@ def _wide_gray_to_rgb(image: Image.Image) -> Image.Image:
     bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
     top = 2**bits - 1
     if bits > 16 or values.min() < 0 or values.max() > top:
-        raise BrokenImage(
-            "it holds whole numbers of more than 16 bits or with a sign, whose range is not known"
-        )
+        raise BrokenImage("it holds more than 16 bits or signed values, whose range is not known")
     gray = ((values * 255 + top // 2) // top).astype(np.uint8)
     if "transparency" in image.info:
         gray[values == image.info["transparency"]] = 255
     return Image.fromarray(gray).convert("RGB")
 
 
-def _turn_upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
-    try:
-        orientation = original.getexif().get(
-            ORIENTATION
-        )  # after loading, when TIFF files have been turned already
-    except Exception:  # the pixels are whole, whatever is wrong with the note on them
-        return rgb
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
-
-
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square of an RGB image, as ADM and its successors cut it: uint8 `[size, size, 3]`.
+def center_crop(image: Image.Image, size: int, channels: int = 3) -> np.ndarray:
+    """The middle square of an RGB image, as ADM cuts it: uint8 `[size, size, 3]`, or its luminance.
 
     Halved with a box filter while the short side is at least twice `size`, then resized to it with
     a bicubic filter. Small images are enlarged.
     """
-    image = _shorten(image)
+    # A line of pixels would be enlarged to more than the memory holds: its ends are cut off.
+    longest = MAX_ASPECT * min(image.size)
+    left, top = max(0, image.width - longest) // 2, max(0, image.height - longest) // 2
+    image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image)[top : top + size, left : left + size]
-
-
-def _shorten(image: Image.Image) -> Image.Image:
-    """Cut the ends off a strip: a line of pixels would be enlarged to more than the memory
-    holds.
-    """
-    longest = MAX_ASPECT * min(image.size)
-    left, top = max(0, image.width - longest) // 2, max(0, image.height - longest) // 2
-    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
-
-
-def to_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 RGB `[H, W, 3]` as it is, or its luminance `[H, W, 1]`.
-
-    Raises:
-        ValueError: another number of channels than 1 or 3.
-    """
-    if channels == 3:
-        return pixels
-    if channels != 1:
-        raise ValueError(f"images have 3 channels, or 1 as luminance, not {channels}.")
-    return np.array(Image.fromarray(pixels).convert("L"))[..., None]
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    if channels == 1:
+        return np.array(image.convert("L"))[..., None]
+    return np.array(image)

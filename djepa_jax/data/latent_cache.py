@@ -1,17 +1,16 @@
-"""The latent cache: moments of an autoencoder's posterior for every image and its mirror image, in
-array_record shards.
+"""The latent cache: moments of an autoencoder's posterior for every image and its mirror image.
 
-A cache is a folder with `metadata.json`, written last, and `shards/`. A shard holds a fixed range
-of the source's examples; beside it lies a small JSON file with its checksum and counts, which is
-what makes an unfinished cache go on.
+A cache is a folder with `metadata.json`, written last, and `shards/`. A shard is an array_record
+file of a fixed range of the source's examples; beside it lies a small JSON file with its checksum
+and counts, which is what makes an unfinished cache go on.
 """
 
 import dataclasses
-import errno
 import json
 import os
 import pathlib
 import struct
+import uuid
 from collections.abc import Sequence
 
 import grain
@@ -21,20 +20,21 @@ from array_record.python import array_record_module
 
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.class_names import IMAGENET, imagenet, resolve
-from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME
-from djepa_jax.data.records import DataError
+from djepa_jax.data.records import DataError, Source
+from djepa_jax.runtime.staging import local_copy
+from djepa_jax.runtime.storage import write_json
 
+METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"
 FORMAT = 1
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": np.float32}
 HEADER = struct.Struct("<iH")  # class, bytes of the key
 WRITER_OPTIONS = "group_size:1,uncompressed"  # moments are as good as noise
 VERIFIED_BYTES = 2**32  # larger caches are not read through when they are opened
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors that more space would mend
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished shard."""
+    """A finished shard; the sums are of posterior samples' expected values, over all latents."""
 
     file: str
     count: int
@@ -42,15 +42,12 @@ class Shard:
     sha256: str
     class_counts: dict[str, int]
     skipped: dict[str, str]  # key of every image that could not be read, and why
-    sum: (
-        float  # of posterior samples' expected values, over all latents of images and mirror images
-    )
+    sum: float
     sum_of_squares: float
 
     def __post_init__(self):
-        if self.count != sum(self.class_counts.values()) or not all(
-            map(str.isdecimal, self.class_counts)
-        ):
+        numbers = all(map(str.isdecimal, self.class_counts))
+        if self.count != sum(self.class_counts.values()) or not numbers:
             raise ValueError(f"the counts of {self.file} do not agree")
         if pathlib.PurePath(self.file).name != self.file:
             raise ValueError(f"{self.file} is not the name of a file")
@@ -77,6 +74,8 @@ class Metadata:
     shards: tuple[Shard, ...]
 
     def __post_init__(self):
+        if self.format != FORMAT:
+            raise ValueError(f"it has format {self.format}, this version reads {FORMAT}")
         count = sum(shard.count for shard in self.shards)
         if self.count != count or self.dtype not in DTYPES or "sha256" not in self.autoencoder:
             raise ValueError("its counts do not agree, or its type or autoencoder is unknown")
@@ -101,121 +100,105 @@ def unpack(record: bytes, shape: Sequence[int], dtype) -> tuple[int, str, np.nda
     return label, record[HEADER.size : start].decode(errors="surrogateescape"), moments
 
 
-def write_shard(path: pathlib.Path, records: Sequence[bytes]) -> None:
-    """Write records under a temporary name, read them back, and give the file its name.
-
-    Raises:
-        OSError: the file could not be written whole, as when the disk is full.
-    """
-    temporary = path.with_name(path.name + ".unfinished")
-    temporary.unlink(missing_ok=True)
+def write_shard(path: pathlib.Path, records: list[bytes], contents: dict) -> Shard:
+    """Write records under a temporary name, read them back, name the file, and describe it."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
         writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         for record in records:
             writer.write(record)
         writer.close()
         reader = array_record_module.ArrayRecordReader(str(temporary))
-        whole = reader.num_records() == len(records) and all(
-            a == b for a, b in zip(reader.read_all(), records, strict=True)
-        )
-        reader.close()
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-    ) as error:  # what the library makes of failed system calls
-        number = next((number for number in FULL if os.strerror(number) in str(error)), errno.EIO)
-        raise OSError(number, f"{temporary} could not be written: {error}") from error
-    if not whole:
-        raise OSError(errno.EIO, f"{temporary} does not hold what was written to it")
-    temporary.replace(path)
-
-
-def read_shard_record(path: pathlib.Path) -> Shard | None:
-    """The finished shard whose JSON file is `path`, or None where there is none or it is
-    damaged.
-    """
-    try:
-        return Shard(**json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
+        if reader.read_all() != records:
+            raise OSError("it does not hold what was written to it")
+        size, sha256 = temporary.stat().st_size, file_sha256(temporary)
+        shard = Shard(file=path.name, bytes=size, sha256=sha256, **contents)
+        temporary.replace(path)
+        write_json(path.with_name(f"{path.name}.json"), dataclasses.asdict(shard))
+        return shard
+    except (OSError, RuntimeError, ValueError, IndexError) as error:  # of failed system calls
+        raise OSError(
+            f"shard {path} cannot be written ({error}); make room or repair the disk, and run the "
+            "same command again: finished shards are kept."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(folder: pathlib.Path) -> Metadata:
-    """What a cache holds.
-
-    Raises:
-        DataError: there is no complete cache, or it is of another format.
-    """
+    """What a complete cache holds."""
     path = folder / METADATA_NAME
     if not path.is_file():
-        state = (
-            "holds an unfinished latent cache"
-            if (folder / SHARDS_NAME).is_dir()
-            else "holds no latent cache"
-        )
+        what = "an unfinished" if (folder / SHARDS_NAME).is_dir() else "no"
         raise DataError(
-            f'data.path is "{folder}", which {state}; make one with --mode=prepare '
-            f"--workdir={folder}."
+            f'data.path is "{folder}", which holds {what} latent cache; make one with '
+            "--mode=prepare, or copy it again."
         )
     try:
         values = json.loads(path.read_text("utf-8"))
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        metadata = Metadata(shards=shards, **values | {"class_names": tuple(values["class_names"])})
+        return Metadata(shards=shards, **values | {"class_names": tuple(values["class_names"])})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        advice = "run --mode=prepare again, which only writes this file anew"
-        raise DataError(f"{path} cannot be read ({error}); {advice}.") from error
-    if metadata.format != FORMAT:
         raise DataError(
-            f"{path} has format {metadata.format}, this version reads {FORMAT}; prepare the data "
-            "again."
-        )
-    return metadata
+            f"{path} cannot be read ({error}); run --mode=prepare again, which only writes this "
+            "file anew."
+        ) from error
+
+
+def local_cache(path: str, staging: str) -> pathlib.Path:
+    """The folder of a cache on a local disk; one in a bucket is copied, unless it was before."""
+    return local_copy(path, staging)
 
 
 def check_shard(folder: pathlib.Path, shard: Shard, verify: bool) -> None:
     """Raise DataError if a shard is missing, cut, or (with `verify`) differs from its checksum."""
-    path = folder / SHARDS_NAME / shard.file
-    remedy = (
-        f"copy it again, or remove it and run --mode=prepare --workdir={folder} again, which "
-        "makes only what is missing"
-    )
+    path, wrong = folder / SHARDS_NAME / shard.file, None
     if not path.is_file():
-        raise DataError(f"shard {path} is missing; {remedy}.")
-    if path.stat().st_size != shard.bytes:
+        wrong = "is missing"
+    elif path.stat().st_size != shard.bytes:
+        wrong = f"has {path.stat().st_size} bytes instead of {shard.bytes}"
+    elif verify and file_sha256(path) != shard.sha256:
+        wrong = f"differs from its checksum, sha256 {shard.sha256}"
+    if wrong:
         raise DataError(
-            f"shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}; {remedy}."
+            f"shard {path} {wrong}; copy it again, or remove it and run --mode=prepare "
+            f"--workdir={folder} again, which makes only what is missing."
         )
-    if verify and file_sha256(path) != shard.sha256:
-        raise DataError(f"shard {path} differs from its checksum, sha256 {shard.sha256}; {remedy}.")
 
 
-class LatentCache:
-    """A complete cache as a source of examples.
+def find_shard(folder: pathlib.Path, name: str, verify: bool = False) -> Shard | None:
+    """The shard with this name of a file; None unless it is there and whole, as `check_shard`."""
+    try:
+        path = folder / SHARDS_NAME / f"{name}.json"
+        shard = Shard(**json.loads(path.read_text("utf-8")))
+        check_shard(folder, shard, verify)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return shard if shard.file == name else None
+
+
+class LatentCache(Source):
+    """A complete cache as a source.
 
     An item has `example`, the moments `[h, w, 2c]`, `mirror`, those of the mirror image, and
     `condition`, the class.
-
-    Raises:
-        DataError: the cache is unfinished or damaged.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str | os.PathLike):
         self.folder = pathlib.Path(path)
         self.metadata = read_metadata(self.folder)
-        verify = sum(shard.bytes for shard in self.metadata.shards) <= VERIFIED_BYTES
-        for shard in self.metadata.shards:
+        shards, self.class_names = self.metadata.shards, self.metadata.class_names
+        self.labels = np.array(sorted({int(label) for s in shards for label in s.class_counts}))
+        verify = sum(shard.bytes for shard in shards) <= VERIFIED_BYTES
+        for shard in shards:
             check_shard(self.folder, shard, verify)
-        paths = [str(self.folder / SHARDS_NAME / shard.file) for shard in self.metadata.shards]
+        paths = [str(self.folder / SHARDS_NAME / shard.file) for shard in shards]
         try:
             self._records = grain.sources.ArrayRecordDataSource(paths)
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # a damaged index; only the checksums tell in which shard
-            for shard in self.metadata.shards:
+        except (RuntimeError, ValueError) as error:  # a damaged index
+            for shard in shards:  # only the checksums tell in which shard
                 check_shard(self.folder, shard, verify=True)
-            raise DataError(f"{self.folder} cannot be opened: {error}") from error
+            raise DataError(f"{self.folder} cannot be opened: {error}; copy it again.") from error
 
     def __len__(self) -> int:
         return self.metadata.count
@@ -229,96 +212,78 @@ class LatentCache:
         return self._read(index)[1]
 
     def _read(self, index: int) -> tuple[int, str, np.ndarray]:
+        metadata = self.metadata
         try:
-            return unpack(self._records[index], self.metadata.shape, DTYPES[self.metadata.dtype])
+            return unpack(self._records[index], metadata.shape, DTYPES[metadata.dtype])
         except (RuntimeError, ValueError, struct.error) as error:
-            shard = self._shard_of(index)
+            ends = np.cumsum([shard.count for shard in metadata.shards])
+            shard = metadata.shards[int(np.searchsorted(ends, index, side="right"))]
             raise DataError(
-                f"example {index} in shard {self.folder / SHARDS_NAME / shard.file} cannot be "
-                "read (its sha256 should be "
-                f"{shard.sha256}): {error}; remove that file and run --mode=prepare again."
+                f"example {index} in shard {self.folder / SHARDS_NAME / shard.file} cannot be read "
+                f"(its sha256 should be {shard.sha256}): {error}; remove that file and run "
+                "--mode=prepare again."
             ) from error
-
-    def _shard_of(self, index: int) -> Shard:
-        ends = np.cumsum([shard.count for shard in self.metadata.shards])
-        return self.metadata.shards[int(np.searchsorted(ends, index, side="right"))]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The classes that occur, each once: what checks of ranges need."""
-        return np.array(
-            sorted({int(label) for shard in self.metadata.shards for label in shard.class_counts})
-        )
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names in the order of the labels."""
-        return self.metadata.class_names
 
 
 def check_cache(metadata: Metadata, data) -> None:
-    """Compare a cache with `config.data`.
-
-    Raises:
-        DataError: every value that differs, with the flag that would agree; or the names of its
-            classes.
-    """
-    pairs = {
-        "data.image_size": (metadata.latent_size, data.image_size),
-        "data.channels": (metadata.latent_channels, data.channels),
-        "data.num_classes": (
-            metadata.num_classes,
-            metadata.num_classes if data.unconditional else data.num_classes,
-        ),
-        "data.latent_scale": (metadata.scale, data.latent_scale),
-        "data.latent_shift": (metadata.shift, data.latent_shift),
+    """Raise DataError, naming the flags that would agree, if a cache is not for `config.data`."""
+    keys = {
+        "image_size": metadata.latent_size,
+        "channels": metadata.latent_channels,
+        "num_classes": data.num_classes if data.unconditional else metadata.num_classes,
+        "latent_scale": metadata.scale,
+        "latent_shift": metadata.shift,
     }
     wrong = [
-        f"--config.{key}={cache!r} (now {now!r})"
-        for key, (cache, now) in pairs.items()
-        if cache != now
+        f"--config.data.{key}={value!r} (now {getattr(data, key)!r})"
+        for key, value in keys.items()
+        if value != getattr(data, key)
     ]
     if wrong:
         raise DataError(
             f"the latent cache {data.path} was made for another config; it needs "
             f"{', '.join(wrong)}."
         )
-    if data.class_names and not data.unconditional:
-        _check_names(metadata.class_names, data)
-
-
-def _check_names(found: Sequence[str], data) -> None:
-    """Raise DataError unless a cache's classes have the names of `config.data`, or no names but
-    their numbers.
-    """
-    wanted = resolve(data.class_names, data.num_classes)
-    same = [wanted, resolve("", data.num_classes)]
+    names = resolve(data.class_names, data.num_classes)
+    fitting = [names, resolve("", data.num_classes)]  # or only numbers
     if data.class_names == IMAGENET:
-        same.append(tuple(wnid for wnid, _ in imagenet()))
-    if tuple(found) in same:
-        return
-    number = next(
-        number
-        for number, names in enumerate(zip(found, wanted, strict=True))
-        if names[0] != names[1]
-    )
-    raise DataError(
-        f"the latent cache {data.path} has other classes than data.class_names says: class "
-        f'{number} is "{found[number]}" in the '
-        f'cache and "{wanted[number]}" in the config; name a file with the names of the cache, or '
-        "write "
-        "--config.data.class_names= to call classes by their number."
-    )
-
-
-def check_autoencoder(metadata: Metadata, path: str, sha256: str) -> None:
-    """Raise DataError unless a cache was made with the autoencoder that is to decode samples, by
-    its sha256.
-    """
-    found = metadata.autoencoder["sha256"]
-    if found != sha256:
+        fitting.append(tuple(wnid for wnid, _ in imagenet()))
+    if data.class_names and not data.unconditional and metadata.class_names not in fitting:
+        pairs = set(zip(metadata.class_names, names, strict=True))
+        found, wanted = min(pair for pair in pairs if pair[0] != pair[1])
         raise DataError(
-            f"the latent cache was made with the autoencoder of sha256 {found}, "
-            f"config.autoencoder.path {path} has "
-            f"{sha256}; name the file that the cache was made with, or prepare the data again."
+            f'the latent cache {data.path} has a class "{found}", data.class_names calls it '
+            f'"{wanted}"; name a file with the names of the cache, or write '
+            "--config.data.class_names= to call classes by their number."
         )
+
+
+def decoder_weights(autoencoder, staging: str) -> pathlib.Path | None:
+    """The local file of the autoencoder that makes pictures of samples; None if it has no path."""
+    if not autoencoder.path:
+        return None
+    file = local_copy(autoencoder.path, staging, "config.autoencoder.path")
+    if not file.is_file():
+        raise DataError(f"config.autoencoder.path is {autoencoder.path}, where there is no file.")
+    return file
+
+
+def latents_made_by(source: Source, autoencoder, weights: pathlib.Path | None) -> str:
+    """The sha256 of the autoencoder that made a source's latents, "" where that is not known.
+
+    Raises:
+        DataError: `weights`, which decode samples, or `config.autoencoder.sha256` are of another.
+    """
+    cache, made_by = getattr(source, "source", source), autoencoder.sha256  # of `SingleClass`
+    if isinstance(cache, LatentCache):
+        made_by = cache.metadata.autoencoder["sha256"]
+    found = {"config.autoencoder.sha256": autoencoder.sha256}
+    if weights and made_by:
+        found[f"config.autoencoder.path {autoencoder.path}"] = file_sha256(weights)
+    for what, sha256 in found.items():
+        if sha256 not in ("", made_by):
+            raise DataError(
+                f"the latents were made with the autoencoder of sha256 {made_by}, {what} has "
+                f"{sha256}; name the file of that one, and leave config.autoencoder.sha256 empty."
+            )
+    return made_by

@@ -1,68 +1,38 @@
-"""From a source to batches, with Grain.
+"""From a source to batches on the devices, with Grain.
 
 The order of examples is a pure function of (seed, examples consumed): the whole stream is one
 sequence, every epoch of it a fresh permutation, and augmentation is drawn from the position in it.
 Batch n is the n-th piece of that sequence, on any number of processes; each of them reads the rows
-of it that its devices need.
+of it that its devices need, a few batches ahead.
 """
 
+import collections
 from collections.abc import Iterator
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from djepa_jax.data.sources import Source
+from djepa_jax.core import sharding
+from djepa_jax.data.device_cache import ResidentCache
+from djepa_jax.data.records import Source
 
-
-class RandomFlip(grain.transforms.RandomMap):
-    """Mirror every second image.
-
-    Latents cannot be mirrored: they must come with those of the mirror image, as `open_data` makes
-    sure.
-    """
-
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        """Take the mirror image with probability one half."""
-        if rng.random() >= 0.5:
-            return element
-        return {
-            **element,
-            "example": element["mirror"] if "mirror" in element else element["example"][:, ::-1],
-        }
-
-
-class DropMirror(grain.transforms.Map):
-    """Leave out the mirror image, once it was chosen or not."""
-
-    def map(self, element: dict) -> dict:
-        """Example and condition only."""
-        return {"example": element["example"], "condition": element["condition"]}
+PREFETCH = 2  # batches that wait on the device
 
 
 def example_stream(source: Source, seed: int, random_flip: bool = False) -> grain.MapDataset:
     """The endless sequence of training examples; `stream[i]` is the i-th one consumed."""
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    stream = stream.random_map(RandomFlip()) if random_flip else stream
-    return stream.map(DropMirror())
+    stream = stream.random_map(_flip) if random_flip else stream
+    return stream.map(lambda item: {name: item[name] for name in ("example", "condition")})
 
 
-class _Rows:
-    """Some rows of every batch of a stream, one after the other."""
-
-    def __init__(self, stream: grain.MapDataset, batch_size: int, consumed: int, rows: np.ndarray):
-        self._stream, self._batch_size, self._consumed, self._rows = (
-            stream,
-            batch_size,
-            consumed,
-            rows,
-        )
-
-    def __len__(self) -> int:
-        return (len(self._stream) - self._consumed) // self._batch_size * len(self._rows)
-
-    def __getitem__(self, index: int) -> dict:
-        batch, position = divmod(index, len(self._rows))
-        return self._stream[self._consumed + batch * self._batch_size + int(self._rows[position])]
+def _flip(item: dict, rng: np.random.Generator) -> dict:
+    """Mirror every second image; latents come with those of the mirror image."""
+    if rng.random() >= 0.5:
+        return item
+    return {**item, "example": item["mirror"] if "mirror" in item else item["example"][:, ::-1]}
 
 
 def row_batches(
@@ -72,33 +42,53 @@ def row_batches(
     rows: np.ndarray | None = None,
     num_threads: int = 2,
 ) -> Iterator[dict]:
-    """Some rows of every batch, after `consumed` examples of the stream.
+    """Some rows (or all) of every batch, as arrays, after `consumed` examples of the stream.
 
-    Args:
-        stream: from `example_stream`.
-        batch_size: of all processes together.
-        consumed: examples already used by all processes together.
-        rows: which rows of a batch this process needs; None for all.
-        num_threads: that read examples; their number changes nothing but the speed.
-
-    Yields:
-        dicts of arrays with leading axis `len(rows)`.
+    Batch size and examples are those of all processes together; the number of threads that read
+    changes nothing but the speed.
     """
     rows = np.arange(batch_size) if rows is None else rows
-    mine = grain.MapDataset.source(_Rows(stream, batch_size, consumed, rows))
+
+    def example(index: int) -> dict:
+        batch, position = divmod(index, len(rows))
+        return stream[consumed + batch * batch_size + int(rows[position])]
+
+    count = (len(stream) - consumed) // batch_size * len(rows)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * len(rows))
-    yield from mine.to_iter_dataset(options).batch(len(rows), drop_remainder=True)
+    examples = grain.MapDataset.range(count).map(example).to_iter_dataset(options)
+    yield from examples.batch(len(rows), drop_remainder=True)
 
 
-def read_in_order(source, num_threads: int, ahead: int) -> Iterator:
-    """All elements of a source, whatever they are, in their order.
+def local_rows(place: NamedSharding, batch_size: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices, ascending."""
+    slices = [index[0] for index in place.addressable_devices_indices_map((batch_size,)).values()]
+    return np.unique(np.concatenate([np.arange(*rows.indices(batch_size)) for rows in slices]))
 
-    Args:
-        source: has a length, and gives elements by index; must be readable from several threads.
-        num_threads: that read.
-        ahead: elements that they may have read before they are wanted, which bounds the memory.
+
+def place_rows(
+    values: np.ndarray, rows: np.ndarray, place: NamedSharding, batch_size: int
+) -> jax.Array:
+    """A batch `[B, ...]` of which this process has `values` for some `rows`, wherever its devices
+    are in the mesh.
     """
-    options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=max(ahead, num_threads)
-    )
-    yield from grain.MapDataset.source(source).to_iter_dataset(options)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return values[np.searchsorted(rows, np.arange(*index[0].indices(batch_size)))]
+
+    return jax.make_array_from_callback((batch_size, *values.shape[1:]), place, part)
+
+
+def device_batches(config, source: Source, mesh, consumed: int) -> Iterator[dict]:
+    """The batches of a training from `consumed` examples on, split over the mesh; the same on any
+    mesh.
+    """
+    place, size = sharding.batch_sharding(mesh), config.batch_size
+    resident = ResidentCache(source, mesh) if config.data.device_resident else None
+    examples = resident.rows if resident else source
+    stream = example_stream(examples, config.seed, config.data.random_flip)
+    rows, queue = local_rows(place, size), collections.deque()
+    for batch in row_batches(stream, size, consumed, rows, config.data.num_threads):
+        batch = {name: place_rows(values, rows, place, size) for name, values in batch.items()}
+        queue.append(resident.fetch(batch) if resident else batch)
+        if len(queue) > PREFETCH:
+            yield queue.popleft()

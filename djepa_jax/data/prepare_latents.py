@@ -3,18 +3,24 @@ interruption.
 
 Shards are independent: each covers a fixed range of the source and is written under a temporary
 name, read back and renamed; a small JSON file beside it then says that it is whole. A second run
-makes only what is missing. Several processes share the shards between them. `metadata.json` is
-written last. `shards.py` makes the shards.
+makes only what is missing. Several processes share the shards with `--shard=i/n`: process i makes
+every n-th one. Whoever finds all of them there writes `metadata.json`.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterator
 
+import grain
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from djepa_jax import __version__
 from djepa_jax.checkpoints.autoencoder import Autoencoder
@@ -23,130 +29,94 @@ from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities.image_pixels import ImagePixels
+from djepa_jax.core.models.autoencoder_kl import LOG_VARIANCE_RANGE
 from djepa_jax.data import latent_cache
-from djepa_jax.data.latent_cache import Metadata, Shard
-from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME
-from djepa_jax.data.records import ANY_CLASS, DataError, Robust
-from djepa_jax.data.shards import Plan, make_shards, too_many_broken
-from djepa_jax.data.sources import Unlabelled, open_source
-from djepa_jax.runtime import distributed
-from djepa_jax.runtime.lock import lock_workdir
-from djepa_jax.runtime.shares import Shares
-from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
+from djepa_jax.data.images import BrokenImage
+from djepa_jax.data.latent_cache import DTYPES, SHARDS_NAME, Metadata, find_shard, write_shard
+from djepa_jax.data.records import DataError, Source, check_broken
+from djepa_jax.data.sources import SingleClass, open_source
+from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
+from djepa_jax.runtime.storage import check_local, check_writable, write_json
+from djepa_jax.runtime.units import format_seconds
 
-PLAN_NAME = "plan.json"
-SOURCES = ("folder", "tar", "tfds", "npz")  # that hold images
-PUBLISH = (
-    "prepare into a local folder and copy it with gcloud storage cp -r CACHE gs://BUCKET/CACHE"
-)
+AHEAD = 3  # batches of images that may wait, read, for the autoencoder
+PUBLISH = "prepare into a folder and copy it with gcloud storage cp -r CACHE gs://BUCKET/CACHE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a cache is made of; the same command on an unfinished cache must have the same plan."""
+
+    source: str
+    contents: str  # checksum of what the source holds; where it lies does not matter
+    examples: int
+    shard_size: int
+    image_size: int
+    num_classes: int
+    dtype: str
+    autoencoder: str
+    autoencoder_sha256: str
+
+    def shards(self) -> dict[str, range]:
+        """The name of every shard, and which examples of the source go into it."""
+        starts = range(0, self.examples, self.shard_size)
+        names = [f"{i:05d}-of-{len(starts):05d}.array_record" for i in range(len(starts))]
+        parts = [range(self.examples)[start : start + self.shard_size] for start in starts]
+        return dict(zip(names, parts, strict=True))
 
 
 def run_prepare(
-    config, folder: str, measure_scale: bool = False, say: Callable[[str], None] = print
-) -> Metadata:
-    """Make a latent cache in `folder`, or complete one.
+    config,
+    folder: str,
+    measure_scale: bool = False,
+    shard: str = "",
+    say: Callable[[str], None] = print,
+) -> Metadata | None:
+    """Make a latent cache in `folder`, or complete one; its metadata once it is complete.
 
-    Args:
-        config: `data` describes the cache, `prepare` the images, `autoencoder` the network.
-        folder: of the cache.
-        measure_scale: put the measured scale and shift into the metadata instead of
-            `data.latent_scale` and `_shift`.
-        say: told how far it is.
-
-    Raises:
-        ConfigError: settings that cannot work.
-        DataError: unusable images, too many broken ones, or a cache with another plan in the
-            folder.
-        HostsError: several processes do not see the same folder or images, or another of them has
-            failed.
-        OSError: the disk is full, or cannot be written.
+    With `measure_scale` these have the measured scale and shift instead of those of `config.data`.
+    With a `shard` "i/n" only every n-th shard is made, from the i-th on.
     """
     check_local(folder, "--workdir", PUBLISH)
+    share = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    if share is None or int(share[1]) >= int(share[2]):
+        raise ConfigError(f'--shard is "{shard}"; write i/n, with i from 0 to n - 1, such as 0/4.')
     configuration.build(config)
-    source = open_raw(config)
+    images = ImagePixels(config.prepare.image_size, 3, 1)
+    source = open_source("prepare", config.prepare, config.data, images)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(config.autoencoder, mesh, config.data.staging)
     plan = make_plan(config, source, autoencoder)
-    distributed.on_main(lambda: check_writable(folder))
-    path = pathlib.Path(folder)
-    with distributed.held_by_main(lock_workdir(folder)):
-        distributed.check_shared(as_path(folder))
-        distributed.check_same(repr(plan), "the configuration, the images or the autoencoder")
-        distributed.on_main(lambda: _begin(path, plan, config.prepare.path))
-        with Shares(path) as shares:
-            make_shards(path, plan, source, autoencoder, config, shares, say)
-        distributed.on_main(lambda: _finish(path, plan, config, source, measure_scale, say))
-    metadata = latent_cache.read_metadata(path)
-    say(
-        f"{metadata.count:,} images of {metadata.num_classes} classes in {len(metadata.shards)} "
-        f"shards; {_describe(metadata)}"
-    )
-    return metadata
-
-
-class RawImages(ImagePixels):
-    """RGB images to encode."""
-
-    def check_example(self, example: np.ndarray) -> None:
-        """Raise DataError unless an example has this shape, uint8."""
-        if tuple(example.shape) != self.example_shape or example.dtype != self.example_dtype:
-            raise DataError(
-                f"prepare.path holds {example.dtype} examples of shape {tuple(example.shape)}; "
-                "with prepare.image_size "
-                f"{self.size} they must be uint8 of shape {self.example_shape}: crop them to "
-                "that, or set prepare.image_size."
-            )
-
-
-def open_raw(config):
-    """The images to encode, where a broken one is an error of its own.
-
-    Raises:
-        ConfigError: `prepare.source` holds no images.
-        ValueError: as `open_source`.
-    """
-    settings, data = config.prepare, config.data
-    if settings.source not in SOURCES:
-        raise ConfigError(
-            f'config.prepare.source is "{settings.source}"; it must be one of '
-            f"{', '.join(sorted(SOURCES))}."
+    source = SingleClass(source) if config.data.unconditional else source
+    check_writable(folder)
+    path, names = pathlib.Path(folder), list(plan.shards())
+    name = f"{LOCK_NAME}-{shard.replace('/', '-of-')}" if shard else LOCK_NAME
+    with lock_workdir(folder, name):
+        claim(path, plan, config.prepare.path)
+        make_shards(
+            path, plan, names[int(share[1]) :: int(share[2])], source, autoencoder, config, say
         )
-    source = open_source(
-        settings.source,
-        settings.path,
-        RawImages(settings.image_size, 3, 1),
-        ANY_CLASS if data.unconditional else data.num_classes,
-        class_names=data.class_names,
-        max_broken=settings.max_broken,
-        group="prepare",
-        staging=data.staging,
-    )
-    source = source.source if isinstance(source, Robust) else source
-    return Unlabelled(source) if data.unconditional else source
+        missing = [name for name in names if find_shard(path, name) is None]
+        if missing:
+            say(
+                f"{len(missing)} of {len(names)} shards are missing, such as {missing[0]}; other "
+                "processes make them, or the same command without --shard"
+            )
+            return None
+        claim(path, plan, config.prepare.path)  # others may have begun at the same moment
+        return write_metadata(path, plan, config, source.class_names, measure_scale, say)
 
 
-def make_plan(config, source, autoencoder: Autoencoder) -> Plan:
-    """What the cache will be made of.
-
-    Raises:
-        ConfigError: image size, autoencoder and latent size do not belong together.
-    """
-    size, stride = config.prepare.image_size, autoencoder.config.stride
-    if (
-        size != config.data.image_size * stride
-        or config.data.channels != autoencoder.config.latent_channels
-    ):
+def make_plan(config, source: Source, autoencoder: Autoencoder) -> Plan:
+    """What the cache will be made of; image size, autoencoder and latent size must agree."""
+    size, data = config.prepare.image_size, config.data
+    stride, channels = autoencoder.config.stride, autoencoder.config.latent_channels
+    if size != data.image_size * stride or data.channels != channels:
         raise ConfigError(
             f"autoencoder {config.autoencoder.name} makes {size // stride} x {size // stride} x "
-            f"{autoencoder.config.latent_channels} latents of {size} x {size} images; config.data "
-            "has image_size "
-            f"{config.data.image_size} and channels {config.data.channels}; set them, or "
-            "prepare.image_size, to agree."
-        )
-    if config.data.modality != "image_latents":
-        raise ConfigError(
-            f'config.data.modality is "{config.data.modality}"; a latent cache is for '
-            '"image_latents".'
+            f"{channels} latents of {size} x {size} images; config.data has image_size "
+            f"{data.image_size} and channels {data.channels}; set them, or prepare.image_size, to "
+            "agree."
         )
     return Plan(
         source=config.prepare.source,
@@ -154,80 +124,127 @@ def make_plan(config, source, autoencoder: Autoencoder) -> Plan:
         examples=len(source),
         shard_size=config.prepare.shard_size,
         image_size=size,
-        num_classes=config.data.num_classes,
+        num_classes=data.num_classes,
         dtype=config.prepare.dtype,
         autoencoder=config.autoencoder.name,
         autoencoder_sha256=autoencoder.sha256,
     )
 
 
-def _begin(folder: pathlib.Path, plan: Plan, source_path: str) -> None:
-    """Write the plan, or find the same one there.
-
-    Raises:
-        DataError: the folder holds a cache with another plan.
-    """
-    path, wanted = folder / PLAN_NAME, dataclasses.asdict(plan)
+def claim(folder: pathlib.Path, plan: Plan, source_path: str) -> None:
+    """Write the plan, or find the same one there; raises DataError if it is another."""
+    path, wanted = folder / "plan.json", dataclasses.asdict(plan)
+    (folder / SHARDS_NAME).mkdir(exist_ok=True)
     try:
+        if not path.exists():
+            write_json(path, wanted)
         found = dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        write_json(path, wanted)
-        found = wanted
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); name another --workdir.") from error
-    if (
-        "contents" not in found and found.pop("path", None) == source_path
-    ):  # of a version that told sources by their path
+    # Early versions told sources by their path.
+    if "contents" not in found and found.pop("path", None) == source_path:
         found["contents"] = plan.contents
     changed = configuration.differences(found, wanted)
     if changed:
-        lines = "\n  ".join(changed)
-        restore = ""
-        if found.get("contents", plan.contents) != plan.contents:
-            restore = (
-                "The images, their names or their classes have changed since: put back what was "
-                "there, or else: "
-            )
         raise DataError(
-            f"{folder} holds a latent cache of something else (cache -> now):\n  "
-            f"{lines}\n{restore}Name another --workdir."
+            f"{folder} holds a latent cache of something else (cache -> now): "
+            f"{'; '.join(changed)}. Undo what has changed (contents: the images, their names or "
+            "their classes), or name another --workdir."
         )
-    (folder / SHARDS_NAME).mkdir(exist_ok=True)
 
 
-def _finish(
-    folder: pathlib.Path,
-    plan: Plan,
-    config,
-    source,
-    measure_scale: bool,
-    say: Callable[[str], None],
+def make_shards(
+    folder: pathlib.Path, plan: Plan, own: list[str], source, autoencoder: Autoencoder, config, say
 ) -> None:
-    """Check that every shard is there and write `metadata.json`."""
-    shards = [plan.record(folder, index) for index in range(plan.num_shards)]
-    for index, shard in enumerate(shards):
-        if shard is None:
+    """Make those of this process's `own` shards that are not finished; threads read ahead."""
+    missing = [name for name in own if find_shard(folder, name, verify=True) is None]
+    if len(missing) < len(own):
+        say(f"{len(own) - len(missing)} of {len(own)} shards are finished already")
+    parts = {name: part for name, part in plan.shards().items() if name in missing}
+    numbers = [number for part in parts.values() for number in part]
+
+    def read(number: int) -> tuple[str, dict | None, str]:
+        """The key of an image and its example, or why there is none."""
+        try:
+            return source.key(number), source[number], ""
+        except BrokenImage as error:
+            return source.key(number), None, str(error)
+
+    threads, stream = config.data.num_threads, grain.MapDataset.source(numbers).map(read)
+    options = grain.ReadOptions(threads, max(AHEAD * autoencoder.batch_size, threads))
+    bar = tqdm(stream.to_iter_dataset(options), total=len(numbers), unit="image", disable=None)
+    images, start, done, skipped = iter(bar), time.monotonic(), 0, {}
+    for name, part in parts.items():
+        records, contents = _encode(itertools.islice(images, len(part)), autoencoder, plan.dtype)
+        skipped |= contents["skipped"]
+        check_broken(skipped, plan.examples, config.prepare.max_broken, "prepare.max_broken")
+        write_shard(folder / SHARDS_NAME / name, records, contents)
+        done += len(part)
+        left = format_seconds((time.monotonic() - start) / done * (len(numbers) - done))
+        say(f"shard {name} is finished; {done:,} of {len(numbers):,} images, {left} left")
+
+
+def _encode(
+    images: Iterator[tuple], autoencoder: Autoencoder, dtype: str
+) -> tuple[list[bytes], dict]:
+    """The records of a shard, and what its JSON file tells of them."""
+    records, labels, sums, squares, skipped = [], [], [], [], {}
+    while batch := list(itertools.islice(images, autoencoder.batch_size)):
+        skipped |= {key: reason for key, example, reason in batch if example is None}
+        whole = [(key, example) for key, example, _ in batch if example is not None]
+        if not whole:
+            continue
+        moments = autoencoder.encode(np.stack([example["example"] for _, example in whole]))
+        if not np.isfinite(moments).all():
             raise DataError(
-                f"shard {plan.shard_name(index)} of {folder} is missing; run the same command "
-                "again."
+                f"the autoencoder gives values that are not finite for {whole[0][0]} or an image "
+                "after it; is its weight file the right one?"
             )
-        latent_cache.check_shard(folder, shard, verify=False)
+        for (key, example), both in zip(whole, moments.astype(DTYPES[dtype]), strict=True):
+            labels.append(int(example["condition"]))
+            records.append(latent_cache.pack(labels[-1], key, both))
+        # Of x and of x squared, as samples of the posteriors have them on average.
+        mean, log_variance = np.split(moments.astype(np.float64), 2, axis=-1)
+        variance = np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE))
+        sums.append(float(mean.sum()))
+        squares.append(float((np.square(mean) + variance).sum()))
+    return records, {
+        "count": len(records),
+        "class_counts": {str(label): labels.count(label) for label in sorted({*labels})},
+        "skipped": skipped,
+        "sum": math.fsum(sums),
+        "sum_of_squares": math.fsum(squares),
+    }
+
+
+def write_metadata(
+    folder: pathlib.Path, plan: Plan, config, own_names, measure_scale: bool, say
+) -> Metadata:
+    """Write the metadata of a cache whose shards are all there, and say what to train it with."""
+    shards = tuple(find_shard(folder, name) for name in plan.shards())
     skipped = {key: reason for shard in shards for key, reason in shard.skipped.items()}
-    if len(skipped) > config.prepare.max_broken:  # which no process has seen alone
-        raise too_many_broken(skipped, f"of {plan.examples}", f"is {config.prepare.max_broken}")
-    count = sum(shard.count for shard in shards)
+    check_broken(skipped, plan.examples, config.prepare.max_broken, "prepare.max_broken")
+    data, count = config.data, sum(shard.count for shard in shards)
     if not count:
         raise DataError(f"none of the {plan.examples} images in {config.prepare.path} can be read.")
-    mean, std = measure(shards, count * 2 * config.data.image_size**2 * config.data.channels)
-    scale, shift = (1 / std, mean) if measure_scale else _scale(folder, config.data, say)
+    values = count * 2 * data.image_size**2 * data.channels
+    mean = math.fsum(shard.sum for shard in shards) / values
+    squares = math.fsum(shard.sum_of_squares for shard in shards) / values
+    std = math.sqrt(max(squares - mean**2, 1e-12))
+    scale, shift = (1 / std, mean) if measure_scale else (data.latent_scale, data.latent_shift)
+    with contextlib.suppress(DataError):  # a finished cache keeps its own, which trainings may use
+        if not measure_scale:
+            finished = latent_cache.read_metadata(folder)
+            scale, shift = finished.scale, finished.shift
+    names = class_names.resolve(data.class_names, data.num_classes)
     metadata = Metadata(
         format=latent_cache.FORMAT,
         count=count,
         num_classes=plan.num_classes,
-        class_names=_names(config, source),
+        class_names=names if data.class_names else own_names or names,
         image_size=plan.image_size,
-        latent_size=config.data.image_size,
-        latent_channels=config.data.channels,
+        latent_size=data.image_size,
+        latent_channels=data.channels,
         dtype=plan.dtype,
         autoencoder={"name": plan.autoencoder, "sha256": plan.autoencoder_sha256},
         scale=scale,
@@ -240,51 +257,15 @@ def _finish(
             "crop": "adm_center",
             "djepa_jax": __version__,
         },
-        shards=tuple(shards),
+        shards=shards,
     )
-    write_json(folder / METADATA_NAME, dataclasses.asdict(metadata))
-
-
-def measure(shards: list[Shard], values: int) -> tuple[float, float]:
-    """Mean and standard deviation of all latents, from the sums of the shards."""
-    mean = math.fsum(shard.sum for shard in shards) / values
-    return mean, math.sqrt(
-        max(math.fsum(shard.sum_of_squares for shard in shards) / values - mean**2, 1e-12)
+    write_json(folder / latent_cache.METADATA_NAME, dataclasses.asdict(metadata))
+    for path in (folder / SHARDS_NAME).iterdir():
+        if path.suffix in (".unfinished", ".tmp"):  # of processes that were killed
+            path.unlink(missing_ok=True)
+    say(
+        f"{count:,} images of {plan.num_classes} classes in {len(shards)} shards; {len(skipped)} "
+        f"could not be read; latents have mean {mean:.4f} and standard deviation {std:.4f}; train "
+        f"with --config.data.latent_scale={scale!r} --config.data.latent_shift={shift!r}"
     )
-
-
-def _scale(folder: pathlib.Path, data, say: Callable[[str], None]) -> tuple[float, float]:
-    """Scale and shift of the finished cache, which trainings may be using already, or else those of
-    the config.
-    """
-    given = (data.latent_scale, data.latent_shift)
-    try:
-        finished = latent_cache.read_metadata(folder)
-    except DataError:
-        return given
-    stored = (finished.scale, finished.shift)
-    if stored != given:
-        say(
-            f"the finished cache keeps its scale {stored[0]!r} and shift {stored[1]!r} (the "
-            f"config has {given[0]!r} and "
-            f"{given[1]!r}, which a run takes when {folder / METADATA_NAME} is removed)"
-        )
-    return stored
-
-
-def _names(config, source) -> tuple[str, ...]:
-    """The class names of the config, or the data's own where the config has none."""
-    own = getattr(source, "class_names", None)
-    if config.data.class_names == "" and own is not None:
-        return tuple(own)
-    return class_names.resolve(config.data.class_names, config.data.num_classes)
-
-
-def _describe(metadata: Metadata) -> str:
-    skipped = sum(len(shard.skipped) for shard in metadata.shards)
-    return (
-        f"{skipped} could not be read; latents have mean {metadata.measured_mean:.4f} and "
-        "standard deviation "
-        f"{metadata.measured_std:.4f}; train with --config.data.latent_scale={metadata.scale!r} "
-        f"--config.data.latent_shift={metadata.shift!r}"
-    )
+    return metadata

@@ -89,7 +89,7 @@ def run_evaluate(config, workdir: str) -> dict:
         raise configuration.ConfigError(
             'config.evaluation.kind is "none"; set it to "small_images" to evaluate.'
         )
-    source = open_data(config, experiment.modality)
+    source = open_data(config.data, experiment.modality)
     check_judgeable(source)
     mesh = sharding.make_mesh(config.mesh)
     params, step = load_ema(config, experiment, workdir, mesh)

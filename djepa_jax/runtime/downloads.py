@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 
 import fsspec
 
-from djepa_jax.data.layout import METADATA_NAME, SHARDS_NAME
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import PathError, bucket_reason
 from djepa_jax.runtime.units import format_bytes, format_seconds
 
+METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"  # of a latent cache
 UNFINISHED = ".unfinished"  # ends the name of a file that is not whole
 BLOCK_BYTES = 2**25  # of one request
 THREADS = 8  # files that are copied or compared at the same time

@@ -16,6 +16,10 @@ LOST = re.compile(
 )
 
 
+class UserError(Exception):
+    """Something that a person can mend; the text is one line that ends in the remedy."""
+
+
 def expected(error: Exception) -> str | None:
     """What to say of a failure that can happen to anybody; None of one that is a mistake in this
     program.

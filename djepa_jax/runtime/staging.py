@@ -22,9 +22,9 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from djepa_jax.data.layout import METADATA_NAME
 from djepa_jax.runtime.downloads import (
     BLOCK_BYTES,
+    METADATA_NAME,
     THREADS,
     Item,
     Plan,

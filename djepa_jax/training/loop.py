@@ -3,32 +3,29 @@
 import collections
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 from etils import epath
 
-from djepa_jax.checkpoints.autoencoder import check_sha256, with_autoencoder
+from djepa_jax.checkpoints.autoencoder import makes_latents, with_autoencoder
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.fingerprint import fingerprints
 from djepa_jax.checkpoints.go_back import go_back
-from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError, Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data.device_cache import table_bytes
-from djepa_jax.data.feed import device_batches
-from djepa_jax.data.latent_cache import LatentCache, check_autoencoder
-from djepa_jax.data.records import DataError
-from djepa_jax.data.sources import Source, open_data
+from djepa_jax.data.latent_cache import decoder_weights, latents_made_by
+from djepa_jax.data.loader import device_batches
+from djepa_jax.data.records import Source
+from djepa_jax.data.sources import open_data
 from djepa_jax.evaluation.metrics.small_images import check_judgeable
 from djepa_jax.runtime import distributed, metric_writer
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.profiling import ProfileWindow, debug_switches
-from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import as_path, check_writable
 from djepa_jax.runtime.units import format_seconds
 from djepa_jax.training.compile_step import StepProgram, announce_and_compile, compile_to_fit
@@ -82,12 +79,13 @@ def train(
             "devices that share a batch."
         )
     check_mesh(experiment, mesh)
-    decoder_weights(config)  # before the data, whose copying may take long
-    source = open_data(config, experiment.modality)
+    weights = None
+    if makes_latents(config):  # before the data, whose copying may take long
+        weights = decoder_weights(config.autoencoder, config.data.staging)
+    source = open_data(config.data, experiment.modality)
     if config.evaluation.kind != "none":
         check_judgeable(source)
-    check_decoder(config, source)
-    config = with_autoencoder(config, latents_made_by(config, source))
+    config = with_autoencoder(config, latents_made_by(source, config.autoencoder, weights))
     distributed.on_main(lambda: check_writable(workdir))
     with distributed.held_by_main(lock_workdir(workdir)), debug_switches(config.debug):
         distributed.check_shared(as_path(workdir))
@@ -118,56 +116,6 @@ def check_mesh(experiment: Experiment, mesh) -> None:
                     f"config.mesh splits model.{name} {size} over {parts} devices ({axis}); its "
                     f"{entry} entry must divide {size}."
                 )
-
-
-def decoder_weights(config) -> pathlib.Path | None:
-    """The local file of the autoencoder that makes pictures of samples; None if there are to be
-    none.
-
-    Raises:
-        DataError, PathError: the file is missing, or it lies in a bucket and cannot be copied.
-    """
-    path = config.autoencoder.path
-    if config.data.modality != "image_latents" or not path:
-        return None
-    file = local_copy(path, config.data.staging, "config.autoencoder.path")
-    if not file.is_file():
-        raise DataError(f"config.autoencoder.path is {path}, where there is no file.")
-    return file
-
-
-def check_decoder(config, source: Source) -> None:
-    """Make sure, before training, that the autoencoder of the sample grids is the one of the
-    latents.
-
-    Raises:
-        DataError, ConfigError: it is another one, or its file is missing.
-    """
-    weights = decoder_weights(config)
-    if weights is not None:
-        check_sha256(config.autoencoder, weights)
-    cache = getattr(source, "source", source)  # inside of `Unlabelled`
-    if weights is not None and isinstance(cache, LatentCache):
-        check_autoencoder(cache.metadata, config.autoencoder.path, file_sha256(weights))
-
-
-def latents_made_by(config, source: Source) -> str:
-    """The sha256 of the autoencoder that made a source's latents; what the config says, where the
-    source does not know.
-
-    Raises:
-        DataError: the config says another one.
-    """
-    cache, told = getattr(source, "source", source), config.autoencoder.sha256
-    if not isinstance(cache, LatentCache):
-        return told
-    found = cache.metadata.autoencoder["sha256"]
-    if told and told != found:
-        raise DataError(
-            f"config.autoencoder.sha256 is {told}, the latent cache was made with {found}; leave "
-            "it empty."
-        )
-    return found
 
 
 class _Run:

@@ -106,7 +106,7 @@ def test_variants_that_cannot_be_are_refused(variant, words):
 def test_a_variant_traces_from_its_examples_to_its_samples(variant):
     config = recipe(variant)
     experiment = configuration.build(config)
-    source = open_data(config, experiment.modality)
+    source = open_data(config.data, experiment.modality)
     examples = [source[index] for index in range(config.batch_size)]
     batch = {
         name: np.stack([example[name] for example in examples]) for name in ("example", "condition")
@@ -130,7 +130,7 @@ def test_a_variant_traces_from_its_examples_to_its_samples(variant):
 def test_debug_draws_the_posterior_as_with_a_cache():
     config = recipe("debug")
     experiment = configuration.build(config)
-    example = open_data(config, experiment.modality)[3]
+    example = open_data(config.data, experiment.modality)[3]
     assert example["example"].shape == example["mirror"].shape == (16, 16, 2 * 16)
     np.testing.assert_array_equal(example["mirror"][:, ::-1], example["example"])
     assert example["example"].dtype == config.prepare.dtype

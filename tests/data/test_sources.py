@@ -1,26 +1,39 @@
-"""Image files in folders as a source, and what all sources of image files share."""
+"""Image files as a source: folders, what all sources of image files share, and their classes."""
 
 import errno
 import os
 import pathlib
-import pickle
+import shutil
 
 import numpy as np
 import pytest
-from photos import NAMES, PER_CLASS, crop, encode, labelled, same, write_folder, write_shards
+from photos import (
+    NAMES,
+    PER_CLASS,
+    PIXELS,
+    crop,
+    encode,
+    labelled,
+    opened,
+    same,
+    settings,
+    with_broken,
+    write_folder,
+    write_shards,
+)
 from PIL import Image
 
+from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.data import records
-from djepa_jax.data.image_folder import open_folder
 from djepa_jax.data.images import center_crop, decode_image
 from djepa_jax.data.loader import example_stream, row_batches
-from djepa_jax.data.records import MAX_PIXELS, DataError, ImageSource, Robust
-from djepa_jax.data.sources import load_npz, open_source
+from djepa_jax.data.records import MAX_PIXELS, DataError, match_classes
+from djepa_jax.data.sources import open_source
 
-PIXELS = MODALITIES["image_pixels"](32, 3, 4)
-GRAY = MODALITIES["image_pixels"](16, 1, 4)
 COUNT = 2 * PER_CLASS
+SOME = ("n01443537", "n02099601", "n15075141")  # classes 1, 207 and 999 of ImageNet
+IDS = tuple(wnid for wnid, _ in imagenet())
 
 
 def expected(index: int, size: int = 32) -> np.ndarray:
@@ -36,118 +49,66 @@ def write(kind: str, root, images=None) -> str:
     return (write_folder if kind == "folder" else write_shards)(root, images)
 
 
-def with_broken(*broken: int) -> list[tuple[str, bytes, int]]:
-    """The labelled images, some of them cut in half."""
-    return [
-        (key, data[: len(data) // 2] if i in broken else data, label)
-        for i, (key, data, label) in enumerate(labelled())
-    ]
+def write_files(root: pathlib.Path, *names: str) -> str:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encode(crop("flower")))
+    return str(root)
 
 
 # images and labels
 
 
 def test_folder_gives_decoded_and_cropped_images(tmp_path):
-    source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
+    source = opened("folder", write_folder(tmp_path))
     assert len(source) == COUNT and source.class_names == NAMES
-    for i in range(COUNT):
-        assert same(source[i]["example"], expected(i))
-        assert (
-            source[i]["condition"] == labelled()[i][2] and source[i]["condition"].dtype == np.int32
-        )
-        assert source.key(i) == labelled()[i][0] + ".jpg"
+    for i in np.random.default_rng(0).permutation(2 * COUNT) % COUNT:
+        item = source[int(i)]
+        assert same(item["example"], expected(i)) and item["condition"] == labelled()[i][2]
+        assert item["condition"].dtype == np.int32
+        assert source.source.key(i) == labelled()[i][0] + ".jpg"
     assert source.labels.tolist() == [0] * PER_CLASS + [1] * PER_CLASS
+    assert same(source[-1]["example"], expected(COUNT - 1)) and len(list(source)) == COUNT
 
 
 def test_folder_and_tar_give_identical_images(tmp_path):
-    folder = open_source("folder", write_folder(tmp_path / "folder"), PIXELS, num_classes=2)
-    tar = open_source("tar", write_shards(tmp_path / "tar"), PIXELS, num_classes=2)
+    folder = opened("folder", write_folder(tmp_path / "folder")).source
+    tar = opened("tar", write_shards(tmp_path / "tar")).source
     by_key = {tar.key(i).partition(":")[2]: i for i in range(len(tar))}
     assert len(folder) == len(tar) == len(by_key) == COUNT
     for i in range(COUNT):
         twin = tar[by_key[folder.key(i)]]
-        assert (
-            same(twin["example"], folder[i]["example"])
-            and twin["condition"] == folder[i]["condition"]
-        )
-        assert tar.labels[by_key[folder.key(i)]] == folder.labels[i]
+        assert same(twin["example"], folder[i]["example"])
+        assert twin["condition"] == folder[i]["condition"] == tar.labels[by_key[folder.key(i)]]
 
 
 def test_channels_follow_the_modality(tmp_path, kind):
-    source = open_source(kind, write(kind, tmp_path), GRAY, num_classes=2)
-    assert source[0]["example"].shape == (16, 16, 1)
+    source = opened(kind, write(kind, tmp_path), modality=MODALITIES["image_pixels"](16, 1, 4))
     luminance = np.asarray(Image.fromarray(expected(0, 16)).convert("L"))
-    assert same(source[0]["example"][..., 0], luminance)
-
-
-def test_order_of_access_does_not_matter(tmp_path, kind):
-    source = open_source(kind, write(kind, tmp_path), PIXELS, num_classes=2)
-    whole = [source[i] for i in range(COUNT)]
-    assert len(list(source)) == COUNT  # iterating ends
-    for i in np.random.default_rng(0).permutation(3 * COUNT) % COUNT:
-        assert (
-            same(source[int(i)]["example"], whole[i]["example"])
-            and source[int(i)]["condition"] == whole[i]["condition"]
-        )
-
-
-def test_sources_pickle(tmp_path, kind):
-    images = with_broken(2)
-    source = open_source(kind, write(kind, tmp_path, images), PIXELS, num_classes=2)
-    first = [source[i] for i in range(COUNT)]
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy.broken == source.broken and len(copy.broken) == 1
-    assert all(
-        same(copy[i]["example"], first[i]["example"]) and copy.key(i) == source.key(i)
-        for i in range(COUNT)
-    )
+    assert same(source[0]["example"], luminance[..., None])
 
 
 def test_grain_reads_in_threads(tmp_path, kind):
-    source = open_source(kind, write(kind, tmp_path, with_broken(1, 8)), PIXELS, num_classes=2)
+    source = opened(kind, write(kind, tmp_path, with_broken(1, 8)))
     stream = example_stream(source, seed=3, random_flip=True)
     one_by_one = [stream[i] for i in range(8)]
     batches = row_batches(stream, 4, consumed=0)
     for start in (0, 4):
         batch = next(batches)
-        assert batch["example"].shape == (4, 32, 32, 3) and batch["example"].dtype == np.uint8
         for row in range(4):
             assert same(batch["example"][row], one_by_one[start + row]["example"])
             assert batch["condition"][row] == one_by_one[start + row]["condition"]
 
 
 def test_folder_finds_what_it_should(tmp_path):
-    picture = encode(crop("flower"))
-    for name in ("b/x.JPG", "b/deep/er/y.jpeg", "a/z.PNG", "A/q.webp", "a/10.jpg", "a/9.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(
-            encode(crop("temple"), "PNG") if name.endswith("PNG") else picture
-        )
-    for name in ("b/.hidden.jpg", "b/notes.txt", ".git/c.jpg", "b/.cache/d.jpg", "stray.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(picture)
+    write_files(tmp_path, "b/x.JPG", "b/deep/er/y.jpeg", "A/q.webp", "a/10.jpg", "a/9.jpg")
+    write_files(tmp_path, "b/.hidden.jpg", "b/notes.txt", ".git/c.jpg", "b/.cache/d.jpg", "e.jpg")
     (tmp_path / "linked").symlink_to(tmp_path / "a")
-    source = open_source("folder", str(tmp_path), PIXELS, num_classes=4)
-    assert source.class_names == ("A", "a", "b", "linked") and source.labels.tolist() == [
-        0,
-        1,
-        1,
-        1,
-        2,
-        2,
-        3,
-        3,
-        3,
-    ]
-    assert [source.key(i) for i in range(6)] == [
-        "A/q.webp",
-        "a/10.jpg",
-        "a/9.jpg",
-        "a/z.PNG",
-        "b/deep/er/y.jpeg",
-        "b/x.JPG",
-    ]
-    assert source[5]["condition"] == 2
+    source = opened("folder", tmp_path, 4)
+    assert source.class_names == ("A", "a", "b", "linked")
+    assert source.labels.tolist() == [0, 1, 1, 2, 2, 3, 3]
+    keys = [source.source.key(i) for i in range(5)]
+    assert keys == ["A/q.webp", "a/10.jpg", "a/9.jpg", "b/deep/er/y.jpeg", "b/x.JPG"]
 
 
 def test_names_need_not_be_unicode(tmp_path):
@@ -155,48 +116,37 @@ def test_names_need_not_be_unicode(tmp_path):
     os.makedirs(folder)
     with open(folder + b"/\xff.jpg", "wb") as file:
         file.write(encode(crop("flower")))
-    source = pickle.loads(pickle.dumps(open_source("folder", str(tmp_path), PIXELS, num_classes=1)))
-    assert (
-        source[0]["example"].shape == (32, 32, 3)
-        and os.fsencode(source.key(0)) == b"caf\xe9/\xff.jpg"
-    )
-
-
-# what is there, wherever it lies
+    source = opened("folder", tmp_path, 1).source
+    assert source[0]["example"].shape == (32, 32, 3)
+    assert os.fsencode(source.key(0)) == b"caf\xe9/\xff.jpg" and len(source.digest()) == 64
 
 
 def test_checksum_tells_what_is_there_and_not_where(tmp_path, kind):
     def digest(name: str, images=None) -> str:
-        return open_source(
-            kind, write(kind, tmp_path / name, images), PIXELS, num_classes=2
-        ).source.digest()
+        return opened(kind, write(kind, tmp_path / name, images)).source.digest()
 
     images = labelled()
     renamed = [("flower/other", *images[0][1:]), *images[1:]]
     moved = [("temple/000x", images[0][1], 1), *images[1:]]
     assert digest("a") == digest("b/c")
-    assert (
-        len({digest("d"), digest("e", renamed), digest("f", moved), digest("g", images[:-1])}) == 4
-    )
-    if kind == "tar":
-        longer = [(images[0][0], images[0][1] + bytes(600), 0), *images[1:]]
-        assert digest("h", longer) != digest("a"), "sizes are known without reading"
+    others = {digest("d", renamed), digest("e", moved), digest("f", images[:-1])}
+    assert len({digest("a"), *others}) == 4
 
 
-def test_checksum_of_arrays_is_of_every_value(tmp_path):
-    images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.arange(3)
-    changed = images.copy()
-    changed[2, 3, 3] = 1
-    files = {
-        "a": (images, labels),
-        "b": (images, labels),
-        "c": (changed, labels),
-        "d": (images, labels[::-1]),
-    }
-    for name, arrays in files.items():
-        np.savez(tmp_path / f"{name}.npz", images=arrays[0], labels=arrays[1])
-    first, second, *others = (load_npz(str(tmp_path / f"{name}.npz")).digest() for name in "abcd")
-    assert first == second and len({first, *others}) == 3
+def test_unusable_folder_is_refused(tmp_path):
+    for number, (files, words) in enumerate(
+        (
+            (["stray.jpg", ".hidden/x.jpg"], "holds no folders"),
+            (["a/x.jpg", "b/readme.txt"], 'hold no images .* such as "b"'),
+            (["train/a/x.jpg", "val/a/x.jpg"], "holds train, val"),
+            (["a/x.jpg", "b/x.jpg", "c/x.jpg", "d/x.jpg"], r"4 classes \(a, b, c.*num_classes=4"),
+            ([], "cannot be searched"),
+        )
+    ):
+        path = write_files(tmp_path / str(number), *files)
+        with pytest.raises(DataError, match=words) as caught:
+            opened("folder", path)
+        assert f'data.path "{path}"' in str(caught.value)
 
 
 # storage that fails
@@ -204,12 +154,11 @@ def test_checksum_of_arrays_is_of_every_value(tmp_path):
 
 @pytest.fixture
 def storage(monkeypatch):
-    """Makes reading of some files fail for some attempts; counts the attempts."""
+    """Makes reading of some files fail for some attempts."""
     monkeypatch.setattr(records, "WAITS", (0, 0, 0))
-    read, failures, attempts = pathlib.Path.read_bytes, {}, []
+    read, failures = pathlib.Path.read_bytes, {}
 
     def read_bytes(path):
-        attempts.append(path.name)
         left, number = failures.get(path.name, (0, 0))
         if left:
             failures[path.name] = left - 1, number
@@ -217,46 +166,29 @@ def storage(monkeypatch):
         return read(path)
 
     monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
-    failures["attempts"] = attempts
     return failures
 
 
-def test_storage_that_recovers_costs_no_image(tmp_path, storage, caplog):
-    source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
+def test_storage_that_fails_is_asked_again_and_breaks_no_image(tmp_path, storage):
+    source = opened("folder", write_folder(tmp_path))
     storage["002.jpg"] = 3, errno.EIO
-    assert (
-        same(source[2]["example"], expected(2))
-        and source.broken == {}
-        and storage["attempts"].count("002.jpg") == 4
-    )
-    assert "flower/002.jpg cannot be read (Input/output error); trying again" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT, errno.EMFILE]
-)
-def test_storage_that_stays_away_is_an_error_and_no_broken_image(tmp_path, storage, number):
-    source = open_source("folder", write_folder(tmp_path), PIXELS, num_classes=2)
-    storage["002.jpg"] = 99, number
-    words = rf"flower/002.jpg cannot be read \({os.strerror(number)}\), after 4 attempts; .* same command again .* an empty file"
-    with pytest.raises(DataError, match=words):
-        source[2]
-    assert source.broken == {}
+    assert same(source[2]["example"], expected(2)) and source.broken == {}
+    for number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE):
+        storage["002.jpg"] = 99, number
+        words = rf"flower/002.jpg cannot be read \({os.strerror(number)}\).*4 attempts.*empty file"
+        with pytest.raises(DataError, match=words):
+            source[2]
     storage["002.jpg"] = 0, 0
     assert same(source[2]["example"], expected(2)), "nothing is remembered of it"
     (tmp_path / "flower" / "002.jpg").write_bytes(b"")  # the remedy
-    assert same(source[2]["example"], expected(3)) and source.broken == {
-        "flower/002.jpg": "it is empty"
-    }
+    assert same(source[2]["example"], expected(3))
+    assert source.broken == {"flower/002.jpg": "it is empty"}
 
 
 def test_a_disk_that_is_gone_breaks_no_image(tmp_path, storage):
-    source = open_source("folder", write_folder(tmp_path / "disk"), PIXELS, num_classes=2)
+    source = opened("folder", write_folder(tmp_path / "disk"))
     (tmp_path / "disk").rename(tmp_path / "elsewhere")
-    with pytest.raises(
-        DataError,
-        match=r"flower/002.jpg cannot be read \(No such file or directory\), after 4 attempts",
-    ):
+    with pytest.raises(DataError, match="flower/002.jpg cannot be read .No such file"):
         source[2]
     assert source.broken == {}
 
@@ -264,79 +196,114 @@ def test_a_disk_that_is_gone_breaks_no_image(tmp_path, storage):
 # broken images
 
 
-def test_broken_image_is_replaced_by_the_next(tmp_path, caplog):
-    source = open_source(
-        "folder", write_folder(tmp_path, with_broken(2, 3, COUNT - 1)), PIXELS, num_classes=2
-    )
-    assert source.broken == {}
-    for broken, stand_in in ((2, 4), (3, 4), (COUNT - 1, 0)):
+def test_broken_image_is_replaced_by_the_next(tmp_path):
+    source = opened("folder", write_folder(tmp_path, with_broken(0, 2, 3, COUNT - 1)))
+    for broken, stand_in in ((0, 1), (2, 4), (3, 4), (COUNT - 1, 1)):
         for _ in range(2):
-            assert same(source[broken]["example"], expected(stand_in))
-            assert source[broken]["condition"] == labelled()[stand_in][2]
-    assert list(source.broken) == ["flower/002.jpg", "flower/003.jpg", "temple/005.jpg"]
-    assert all("truncated" in reason for reason in source.broken.values())
-    assert (
-        caplog.text.count("skipping") == 3
-        and "skipping flower/003.jpg: it cannot be decoded" in caplog.text
-    )
+            item = source[broken]
+            assert same(item["example"], expected(stand_in))
+            assert item["condition"] == labelled()[stand_in][2]
+    names = ["flower/000.jpg", "flower/002.jpg", "flower/003.jpg", "temple/005.jpg"]
+    assert sorted(source.broken) == names
+    assert all("truncated" in reason.lower() for reason in source.broken.values())
 
 
-def test_broken_image_at_the_start_does_not_stop_opening(tmp_path, kind):
-    source = open_source(kind, write(kind, tmp_path, with_broken(0)), PIXELS, num_classes=2)
-    assert len(source.broken) == 1 and len(source) == COUNT
+def test_too_many_broken_images_are_an_error(tmp_path, kind):
+    path = write(kind, tmp_path, with_broken(*range(1, COUNT)))
+    source = opened(kind, path, max_broken=4)
+    first = next(i for i in range(COUNT) if source.source.key(i).endswith("flower/000.jpg"))
+    assert same(source[first]["example"], expected(0))
+    with pytest.raises(DataError, match="5 of 12 images .* 4 are allowed.*raise data.max_broken"):
+        source[(first + 1) % COUNT]
+    with pytest.raises(DataError, match="1 of 12 images"):
+        opened(kind, path, max_broken=0)[(first + 1) % COUNT]
 
 
-def test_too_many_broken_images_are_an_error(tmp_path):
-    folder = write_folder(tmp_path, with_broken(2, 3, 5, 7, 9))
-    source = open_source("folder", folder, PIXELS, num_classes=2, max_broken=4)
-    for i in (2, 3, 5, 7, 7):
-        assert source[i]["example"].shape == (32, 32, 3)
-    words = r"5 of 12 .* 4 are allowed: flower/002.jpg: .*; flower/005.jpg: .*; and 2 more. Repair .* or raise data.max_broken"
-    with pytest.raises(DataError, match=words):
-        source[9]
-    assert len(source.broken) == 5
-    with pytest.raises(DataError, match="1 of 12 images cannot be read, 0 are allowed"):
-        open_source("folder", folder, PIXELS, num_classes=2, max_broken=0)[2]
-
-
-def test_all_images_broken_is_an_error(tmp_path, kind):
-    path = write(kind, tmp_path, with_broken(*range(COUNT)))
-    with pytest.raises(DataError, match="12 of 12 images cannot be read"):
-        open_source(kind, path, PIXELS, num_classes=2)
-
-
-def test_image_of_too_many_pixels_is_broken(tmp_path, kind):
-    images = [*labelled(), ("temple/bomb", encode(crop("temple", width=400, height=300)), 1)]
-    source = open_source(
-        kind, write(kind, tmp_path, images), PIXELS, num_classes=2, max_pixels=100_000
-    )
-    assert len(list(source)) == COUNT + 1
-    ((key, reason),) = source.broken.items()
-    assert "temple/bomb" in key and "400 x 300 pixels, the limit is 100000" in reason
-
-
-def test_file_that_vanished_or_is_no_file_is_broken(tmp_path):
-    folder = write_folder(tmp_path)
+def test_what_is_no_file_of_an_image_is_broken(tmp_path, monkeypatch):
+    write_folder(tmp_path, [*labelled(), ("temple/bomb", encode(crop("temple", 0, 400, 300)), 1)])
+    monkeypatch.setattr(records, "MAX_PIXELS", 100_000)
     os.remove(tmp_path / "flower" / "001.jpg")
-    os.mkfifo(tmp_path / "flower" / "001.jpg")
-    source = open_source("folder", folder, PIXELS, num_classes=2)
+    os.mkfifo(tmp_path / "flower" / "001.jpg")  # reading it would wait for ever
+    os.truncate(tmp_path / "flower" / "003.jpg", 2**40)  # takes no space
+    source = opened("folder", tmp_path)
     os.remove(tmp_path / "temple" / "003.jpg")
-    assert same(source[1]["example"], expected(2)) and same(
-        source[PER_CLASS + 3]["example"], expected(PER_CLASS + 4)
-    )
-    assert list(source.broken.values()) == ["it is not a file", "there is no such file any more"]
+    assert same(source[1]["example"], expected(2)) and len(list(source)) == COUNT + 1
+    names = ["flower/001.jpg", "flower/003.jpg", "temple/003.jpg", "temple/bomb.jpg"]
+    assert sorted(source.broken) == names
+    assert "400 x 300 pixels" in source.broken["temple/bomb.jpg"]
 
 
-def test_huge_file_is_not_read(tmp_path):
-    folder = write_folder(tmp_path)
-    os.truncate(tmp_path / "flower" / "001.jpg", 2**40)  # takes no space
-    source = open_source("folder", folder, PIXELS, num_classes=2)
-    assert same(source[1]["example"], expected(2))
-    assert f"{2**40} bytes" in source.broken["flower/001.jpg"]
+# classes
 
 
-def test_index_beyond_the_end(tmp_path):
-    source = Robust(ImageSource(open_folder(write_folder(tmp_path)), (32, 32, 3), 2))
-    assert same(source[-1]["example"], source[COUNT - 1]["example"])
-    with pytest.raises(IndexError):
-        source[COUNT]
+def test_wordnet_ids_give_the_labels_of_imagenet_whichever_are_there(tmp_path):
+    images = [(f"{name}/0", labelled()[i][1], i) for i, name in enumerate(SOME)]
+    source = opened("folder", write_folder(tmp_path, images), 1000, class_names="imagenet")
+    assert source.labels.tolist() == [int(item["condition"]) for item in source] == [1, 207, 999]
+    assert source.class_names == IDS and source.source.key(1) == "n02099601/0.jpg"
+    assert source.source.digest() != opened("folder", tmp_path, 3).source.digest()
+    shutil.rmtree(tmp_path / SOME[0])
+    fewer = opened("folder", tmp_path, 1000, class_names="imagenet")
+    assert [int(item["condition"]) for item in fewer] == [207, 999], "no other class is shifted"
+
+
+def test_match_classes_by_wordnet_id_or_by_order():
+    names, numbers = match_classes(SOME[::-1], 1000, "imagenet", "it")
+    assert names == IDS and numbers.tolist() == [999, 207, 1]
+    assert match_classes(IDS, 1000, "imagenet", "it") == (IDS, None)
+    assert match_classes(NAMES, 2, ["a", "b"], "it") == (NAMES, None)
+    assert match_classes(SOME, records.ANY_CLASS, "imagenet", "") == (SOME, None)
+
+
+def test_classes_that_are_not_those_of_the_config_are_refused():
+    for present, num_classes, names, words in (
+        (NAMES, 1000, "imagenet", '"imagenet", but x holds the class "flower", .*num_classes=2 '),
+        ((*SOME, "n99999999"), 1000, "imagenet", 'the class "n99999999"'),
+        (NAMES, 3, "", r"2 classes \(flower, temple\), data.num_classes is 3; .*num_classes=2"),
+        (SOME, 1, "", "3 classes .*, data.num_classes is 1"),
+    ):
+        with pytest.raises(DataError, match=words):
+            match_classes(present, num_classes, names, "x")
+
+
+def test_without_classes_all_images_are_of_class_0(tmp_path):
+    source = opened("folder", write_folder(tmp_path), 1, unconditional=True, class_names="imagenet")
+    assert {int(item["condition"]) for item in source} == {0} and len(source) == COUNT
+
+
+# what cannot be opened
+
+
+def test_errors_name_the_setting_that_is_wrong():
+    for name, path, words in (
+        ("folders", "x", 'source is "folders".*digits, .*folder.*ilsvrc'),
+        ("latents", "", "path is empty.* latent cache.*mode=prepare"),
+        ("folder", "", "path is empty.* folder of images per class"),
+        ("npz", "/no such/{", "path .*npz file"),
+        ("tar", "/no such/{", "path .*tar files"),
+        ("ilsvrc", "/no such/{", "path .*ILSVRC2012_img_train.tar"),
+        ("tfds", "/no such/{", "path .*NAME"),
+        ("tar", "gs://bucket/x", "path .* in a bucket.*--mode=prepare"),
+    ):
+        for group in ("data", "prepare"):
+            with pytest.raises(ValueError, match=words) as caught:
+                open_source(group, settings(name, path), settings(name), PIXELS)
+            assert f"{group}." in str(caught.value), name
+
+
+def test_image_files_need_a_modality_of_pixels(tmp_path):
+    write_folder(tmp_path)
+    for modality in (
+        MODALITIES["image_latents"](4, 16, 1, 0.2),
+        MODALITIES["image_pixels"](32, 4, 4),
+    ):
+        with pytest.raises(DataError, match='"folder" gives square uint8 .*data.modality'):
+            opened("folder", tmp_path, modality=modality)
+
+
+def test_latents_without_mirror_images_are_not_mirrored(tmp_path):
+    np.savez(tmp_path / "x.npz", latents=np.zeros((3, 4, 4, 16), np.float32), labels=np.arange(3))
+    modality = MODALITIES["image_latents"](4, 16, 1, 0.2325)
+    with pytest.raises(DataError, match="data.random_flip is True.*x.npz.*random_flip=False"):
+        opened("npz", tmp_path / "x.npz", 3, modality, random_flip=True)
+    assert len(opened("npz", tmp_path / "x.npz", 3, modality)) == 3

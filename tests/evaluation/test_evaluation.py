@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from djepa_jax.data.sources import load_digits
+from djepa_jax.data.arrays import load_digits
 from djepa_jax.evaluation.metrics.small_images import evaluate_images, frechet_distance
 
 

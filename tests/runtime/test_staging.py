@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from caches import TOTAL, entries, write_cache
-from djepa_jax.config.experiment.experiment import build
 from object_store import ObjectStore
 from processes import Training
 from small_autoencoder import NAME, registered, write_weights
@@ -24,6 +23,7 @@ from workdirs import RUN, compiled
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.checkpoints.integrity import file_sha256
+from djepa_jax.config.experiment import build
 from djepa_jax.core import sharding
 from djepa_jax.data.latent_cache import LatentCache
 from djepa_jax.data.sources import SOURCES, open_data
@@ -200,7 +200,7 @@ def test_npz_file_in_a_bucket_is_a_source(bucket, tmp_path):
     ]
     places = ["--config.data.source=npz", "--config.data.path=gs://bucket/data/mine.npz"]
     config = load_config("digits", *places, *(f"--config.data.{flag}" for flag in flags))
-    source = open_data(config, build(config).modality)
+    source = open_data(config.data, build(config).modality)
     np.testing.assert_array_equal(source.images[..., 0], arrays["images"])
 
 

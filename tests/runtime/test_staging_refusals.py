@@ -12,11 +12,11 @@ import aiohttp
 import pytest
 from buckets import refusal
 from caches import SHA
-from djepa_jax.config.experiment.experiment import build
 from object_store import ObjectStore
 from staged import LATENTS, NAMES, URL, downloaded, files
 from tiny import CONFIG, load_config
 
+from djepa_jax.config.experiment import build
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import open_data
 from djepa_jax.runtime import downloads, staging
@@ -36,7 +36,7 @@ def test_cache_of_another_config_is_not_copied(bucket, tmp_path):
         DataError,
         match=f"{URL} was made for another config; it needs --config.data.latent_scale=0.25",
     ):
-        open_data(config, build(config).modality)
+        open_data(config.data, build(config).modality)
     assert downloaded(bucket) == []
 
 
@@ -86,11 +86,11 @@ def flipped(store: ObjectStore) -> bytes:
 BAD = {
     "no object": (
         lambda store: store.objects.clear(),
-        [f"data.path names {URL}", "no such object"],
+        [f'data.path is "{URL}"', "no latent cache", "copy it again"],
     ),
     "an unfinished cache": (
         lambda store: store.objects.pop("data/cache/metadata.json"),
-        [f"{URL}/metadata.json", "no such object"],
+        [f'data.path is "{URL}"', "an unfinished latent cache"],
     ),
     "a missing shard": (
         lambda store: change_shard(store, None),
@@ -120,7 +120,7 @@ BAD = {
     ),
     "a file": (
         lambda store: (store.objects.clear(), store.objects.update({"data/cache": b"1"})),
-        [f'"{URL}", which is a file', "name the folder of a latent cache"],
+        [f'data.path is "{URL}"', "no latent cache"],
     ),
 }
 

@@ -18,12 +18,12 @@ import djepa_jax
 from djepa_jax.checkpoints.stored import find_model
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError
-from djepa_jax.data.latent_cache import LatentCache
+from djepa_jax.data.arrays import load_digits
+from djepa_jax.data.latent_cache import LatentCache, decoder_weights, latents_made_by
 from djepa_jax.data.records import DataError
-from djepa_jax.data.sources import Unlabelled
+from djepa_jax.data.sources import SingleClass
 from djepa_jax.evaluation.evaluate import identity
 from djepa_jax.sampling.generator import Generator, check_same_model
-from djepa_jax.training.loop import check_decoder, latents_made_by
 
 LATENTS = (
     "--config.data.modality=image_latents",
@@ -204,35 +204,30 @@ def test_exports_and_imports_carry_the_autoencoder(latents, weights, tmp_path, f
 
 
 def test_training_takes_the_autoencoder_from_the_latent_cache(tmp_path):
-    cache, config = LatentCache(str(write_cache(tmp_path / "cache"))), tiny_config(*LATENTS)
-    for source in (cache, Unlabelled(cache)):
-        assert latents_made_by(config, source) == SHA
-    assert latents_made_by(config, ["latents from an npz file"]) == ""
-    config.autoencoder.sha256 = "cd" * 32
-    assert latents_made_by(config, ["latents from an npz file"]) == "cd" * 32, "the user may say it"
-    with pytest.raises(
-        DataError,
-        match=f"config.autoencoder.sha256 is {'cd' * 32}, the latent cache was made with {SHA}",
-    ):
-        latents_made_by(config, cache)
-
-
-def test_the_autoencoder_that_the_user_named_is_compared_before_training(weights):
-    config = tiny_config(
-        *LATENTS, f"--config.autoencoder.path={weights[0]}", f"--config.autoencoder.sha256={SHA}"
+    cache, settings = (
+        LatentCache(write_cache(tmp_path / "cache")),
+        tiny_config(*LATENTS).autoencoder,
     )
+    for source in (cache, SingleClass(cache)):
+        assert latents_made_by(source, settings, None) == SHA
+    assert latents_made_by(load_digits(), settings, None) == "", "nothing is known of it"
+    settings.sha256 = "cd" * 32
+    assert latents_made_by(load_digits(), settings, None) == "cd" * 32, "the user may say it"
     with pytest.raises(
-        ConfigError, match=f"has sha256 {sha256_of(weights[0])}, but the latents .* {SHA}"
+        DataError, match=f"made with .* {SHA}, .*autoencoder.sha256 has {'cd' * 32}"
     ):
-        check_decoder(config, ["latents from an npz file"])
+        latents_made_by(cache, settings, None)
 
 
-def test_an_unconditional_model_has_its_autoencoder_compared_too(tmp_path, weights):
-    cache = LatentCache(str(write_cache(tmp_path / "cache")))
-    with pytest.raises(DataError, match=f"made with the autoencoder of sha256 {SHA}"):
-        check_decoder(
-            tiny_config(*LATENTS, f"--config.autoencoder.path={weights[0]}"), Unlabelled(cache)
-        )
+def test_weights_of_another_autoencoder_are_refused_before_training(tmp_path, weights):
+    cache = LatentCache(write_cache(tmp_path / "cache"))
+    settings = tiny_config(*LATENTS, f"--config.autoencoder.path={weights[0]}").autoencoder
+    file = decoder_weights(settings, "")
+    for source in (cache, SingleClass(cache), load_digits()):
+        settings.sha256 = SHA if not hasattr(source, "metadata") else ""
+        words = f"sha256 {SHA}, config.autoencoder.path .* has {sha256_of(weights[0])}"
+        with pytest.raises(DataError, match=words):
+            latents_made_by(source, settings, file)
 
 
 def test_training_does_not_go_on_with_latents_of_another_autoencoder():

@@ -17,7 +17,7 @@ from configs import digits
 from djepa_jax.config import experiment as configuration
 from djepa_jax.core import flops, sharding
 from djepa_jax.core.train_step import init_state
-from djepa_jax.data.sources import load_npz
+from djepa_jax.data.arrays import load_npz
 from djepa_jax.training import benchmark, memory
 
 COUNTS = {"ideal", "padded", "traced", "unrolled", "compiled"}
@@ -193,6 +193,6 @@ def test_mnist_is_read_as_the_documentation_says(tmp_path, monkeypatch):
     )[1]
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    source = load_npz("mnist_train.npz")
+    source = load_npz("mnist_train.npz", "mnist_train.npz")
     np.testing.assert_array_equal(source.images[..., 0], images)
     assert source.labels.tolist() == [5, 0]

@@ -15,7 +15,7 @@ from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer
 from djepa_jax.core.train_step import TrainState, apply_update, init_state, make_train_step
-from djepa_jax.data.sources import load_digits
+from djepa_jax.data.arrays import load_digits
 from djepa_jax.training.loop import TrainingError, train
 
 STEPS = 20

@@ -65,10 +65,8 @@ class PatchedMaps:
         if tuple(example.shape) != self.example_shape or example.dtype != self.example_dtype:
             raise ValueError(
                 f"the data holds {example.dtype} examples of shape {tuple(example.shape)}, the "
-                "config expects "
-                f"{self.example_dtype} of shape {self.example_shape}; convert the data, or set "
-                "data.image_size and "
-                "data.channels to match."
+                f"config expects {self.example_dtype} of shape {self.example_shape}; convert the "
+                "data, or set image_size and channels to match."
             )
 
     def detokenize(self, tokens: jax.Array) -> jax.Array:
