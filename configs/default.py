@@ -98,7 +98,7 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     """What is learned from."""
     data = ConfigDict()
-    # digits, npz, folder, tar, tfds, synthetic, or latents: a cache that --mode=prepare made
+    # digits, npz, folder, tar, ilsvrc, tfds, synthetic, or latents: a cache that --mode=prepare made
     data.source = "latents"
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
     data.staging = (
@@ -128,7 +128,7 @@ def _data() -> ConfigDict:
 def _prepare() -> ConfigDict:
     """What --mode=prepare makes a latent cache of."""
     prepare = ConfigDict()
-    prepare.source = "folder"  # folder, tar, tfds or npz
+    prepare.source = "folder"  # folder, tar, ilsvrc, tfds or npz
     prepare.path = ""
     prepare.image_size = 256  # side after the crop
     prepare.shard_size = 4096  # images per file

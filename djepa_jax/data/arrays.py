@@ -33,10 +33,7 @@ def load_digits() -> ArraySource:
 
 
 def load_npz(path: str, where: str) -> ArraySource:
-    """Arrays `images` (or `latents`) and `labels` of an npz file.
-
-    Images without a channel axis get one.
-    """
+    """Arrays `images` (or `latents`) and `labels` of an npz file; a channel axis may be absent."""
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["latents" if "latents" in file else "images"], file["labels"]
@@ -57,15 +54,10 @@ def load_npz(path: str, where: str) -> ArraySource:
 
 
 class Synthetic(Source):
-    """Noise around a value of the class, for trying a configuration without data.
-
-    Latents come as a cache has them: moments, of which training draws a sample, and those of a
-    mirror image.
-    """
+    """Noise around a value of the class; latents come as moments, as a latent cache has them."""
 
     def __init__(self, modality, num_classes: int, count: int = 512):
-        self._modality, self._num_classes = modality, num_classes
-        self.labels = np.arange(count) % num_classes
+        self._modality, self.labels = modality, np.arange(count) % num_classes
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -25,11 +25,7 @@ READERS = 16  # threads that read records, when training starts
 
 
 class ResidentCache:
-    """The moments of a cache on the devices of a mesh.
-
-    Attributes:
-        rows: as the cache, with numbers of rows in the place of moments.
-    """
+    """A cache on the devices of a mesh; its `rows` have numbers of rows in place of moments."""
 
     def __init__(self, source: Source, mesh):
         if not isinstance(source, LatentCache):

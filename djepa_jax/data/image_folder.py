@@ -9,7 +9,6 @@ import numpy as np
 from djepa_jax.data.images import BrokenImage
 from djepa_jax.data.records import MAX_FILE_BYTES, DataError, checksum
 
-# in lower or upper case
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 

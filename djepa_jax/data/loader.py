@@ -68,9 +68,7 @@ def local_rows(place: NamedSharding, batch_size: int) -> np.ndarray:
 def place_rows(
     values: np.ndarray, rows: np.ndarray, place: NamedSharding, batch_size: int
 ) -> jax.Array:
-    """A batch `[B, ...]` of which this process has `values` for some `rows`, wherever its devices
-    are in the mesh.
-    """
+    """A batch `[B, ...]` of which this process has `values` for the `rows` of its devices."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         return values[np.searchsorted(rows, np.arange(*index[0].indices(batch_size)))]
@@ -79,9 +77,7 @@ def place_rows(
 
 
 def device_batches(config, source: Source, mesh, consumed: int) -> Iterator[dict]:
-    """The batches of a training from `consumed` examples on, split over the mesh; the same on any
-    mesh.
-    """
+    """The batches of a training from `consumed` examples on, the same on any mesh."""
     place, size = sharding.batch_sharding(mesh), config.batch_size
     resident = ResidentCache(source, mesh) if config.data.device_resident else None
     examples = resident.rows if resident else source

@@ -1,10 +1,8 @@
-"""The `--mode=prepare` command: encode a data set once into a latent cache, and go on after any
-interruption.
+"""The `--mode=prepare` command: encode a data set once into a latent cache.
 
-Shards are independent: each covers a fixed range of the source and is written under a temporary
-name, read back and renamed; a small JSON file beside it then says that it is whole. A second run
-makes only what is missing. Several processes share the shards with `--shard=i/n`: process i makes
-every n-th one. Whoever finds all of them there writes `metadata.json`.
+Shards are independent: each covers a fixed range of the source, and a small JSON file beside it,
+written last, says that it is whole. A second run makes only what is missing. Several processes
+share the shards with `--shard=i/n`. Whoever finds all of them there writes `metadata.json`.
 """
 
 import contextlib
@@ -15,7 +13,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import jax
@@ -43,35 +41,7 @@ AHEAD = 3  # batches of images that may wait, read, for the autoencoder
 PUBLISH = "prepare into a folder and copy it with gcloud storage cp -r CACHE gs://BUCKET/CACHE"
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a cache is made of; the same command on an unfinished cache must have the same plan."""
-
-    source: str
-    contents: str  # checksum of what the source holds; where it lies does not matter
-    examples: int
-    shard_size: int
-    image_size: int
-    num_classes: int
-    dtype: str
-    autoencoder: str
-    autoencoder_sha256: str
-
-    def shards(self) -> dict[str, range]:
-        """The name of every shard, and which examples of the source go into it."""
-        starts = range(0, self.examples, self.shard_size)
-        names = [f"{i:05d}-of-{len(starts):05d}.array_record" for i in range(len(starts))]
-        parts = [range(self.examples)[start : start + self.shard_size] for start in starts]
-        return dict(zip(names, parts, strict=True))
-
-
-def run_prepare(
-    config,
-    folder: str,
-    measure_scale: bool = False,
-    shard: str = "",
-    say: Callable[[str], None] = print,
-) -> Metadata | None:
+def run_prepare(config, folder: str, measure_scale=False, shard="", say=print) -> Metadata | None:
     """Make a latent cache in `folder`, or complete one; its metadata once it is complete.
 
     With `measure_scale` these have the measured scale and shift instead of those of `config.data`.
@@ -89,25 +59,40 @@ def run_prepare(
     plan = make_plan(config, source, autoencoder)
     source = SingleClass(source) if config.data.unconditional else source
     check_writable(folder)
-    path, names = pathlib.Path(folder), list(plan.shards())
+    path, parts = pathlib.Path(folder), shard_parts(plan["examples"], plan["shard_size"])
     name = f"{LOCK_NAME}-{shard.replace('/', '-of-')}" if shard else LOCK_NAME
     with lock_workdir(folder, name):
         claim(path, plan, config.prepare.path)
-        make_shards(
-            path, plan, names[int(share[1]) :: int(share[2])], source, autoencoder, config, say
-        )
-        missing = [name for name in names if find_shard(path, name) is None]
-        if missing:
+        own = list(parts)[int(share[1]) :: int(share[2])]
+        missing = [name for name in own if find_shard(path, name, verify=True) is None]
+        if len(missing) < len(own):
+            say(f"{len(own) - len(missing)} of {len(own)} shards are finished already")
+        wanted = {name: parts[name] for name in missing}
+        make_shards(path, wanted, source, autoencoder, config.prepare, config.data.num_threads, say)
+        shards = [find_shard(path, name) for name in parts]
+        if None in shards:
             say(
-                f"{len(missing)} of {len(names)} shards are missing, such as {missing[0]}; other "
-                "processes make them, or the same command without --shard"
+                f"{shards.count(None)} of {len(shards)} shards are missing; other processes make "
+                "them, or the same command without --shard"
             )
             return None
         claim(path, plan, config.prepare.path)  # others may have begun at the same moment
-        return write_metadata(path, plan, config, source.class_names, measure_scale, say)
+        metadata = make_metadata(path, plan, config, source.class_names, measure_scale, shards)
+        write_json(path / latent_cache.METADATA_NAME, dataclasses.asdict(metadata))
+        for leftover in (path / SHARDS_NAME).iterdir():
+            if leftover.suffix in (".unfinished", ".tmp"):  # of processes that were killed
+                leftover.unlink(missing_ok=True)
+    say(
+        f"{metadata.count:,} images of {metadata.num_classes} classes in {len(shards)} shards; "
+        f"{plan['examples'] - metadata.count} could not be read; latents have mean "
+        f"{metadata.measured_mean:.4f} and standard deviation {metadata.measured_std:.4f}; train "
+        f"with --config.data.latent_scale={metadata.scale!r} "
+        f"--config.data.latent_shift={metadata.shift!r}"
+    )
+    return metadata
 
 
-def make_plan(config, source: Source, autoencoder: Autoencoder) -> Plan:
+def make_plan(config, source: Source, autoencoder: Autoencoder) -> dict:
     """What the cache will be made of; image size, autoencoder and latent size must agree."""
     size, data = config.prepare.image_size, config.data
     stride, channels = autoencoder.config.stride, autoencoder.config.latent_channels
@@ -118,33 +103,39 @@ def make_plan(config, source: Source, autoencoder: Autoencoder) -> Plan:
             f"{data.image_size} and channels {data.channels}; set them, or prepare.image_size, to "
             "agree."
         )
-    return Plan(
-        source=config.prepare.source,
-        contents=source.digest(),
-        examples=len(source),
-        shard_size=config.prepare.shard_size,
-        image_size=size,
-        num_classes=data.num_classes,
-        dtype=config.prepare.dtype,
-        autoencoder=config.autoencoder.name,
-        autoencoder_sha256=autoencoder.sha256,
-    )
+    return {
+        "source": config.prepare.source,
+        "contents": source.digest(),  # of what it holds; where it lies does not matter
+        "examples": len(source),
+        "shard_size": config.prepare.shard_size,
+        "image_size": size,
+        "num_classes": data.num_classes,
+        "dtype": config.prepare.dtype,
+        "autoencoder": config.autoencoder.name,
+        "autoencoder_sha256": autoencoder.sha256,
+    }
 
 
-def claim(folder: pathlib.Path, plan: Plan, source_path: str) -> None:
+def shard_parts(examples: int, shard_size: int) -> dict[str, range]:
+    """The name of every shard, and which examples of the source go into it."""
+    parts = [range(examples)[start:][:shard_size] for start in range(0, examples, shard_size)]
+    return {f"{i:05d}-of-{len(parts):05d}.array_record": part for i, part in enumerate(parts)}
+
+
+def claim(folder: pathlib.Path, plan: dict, source_path: str) -> None:
     """Write the plan, or find the same one there; raises DataError if it is another."""
-    path, wanted = folder / "plan.json", dataclasses.asdict(plan)
+    path = folder / "plan.json"
     (folder / SHARDS_NAME).mkdir(exist_ok=True)
     try:
         if not path.exists():
-            write_json(path, wanted)
+            write_json(path, plan)
         found = dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); name another --workdir.") from error
     # Early versions told sources by their path.
     if "contents" not in found and found.pop("path", None) == source_path:
-        found["contents"] = plan.contents
-    changed = configuration.differences(found, wanted)
+        found["contents"] = plan["contents"]
+    changed = configuration.differences(found, plan)
     if changed:
         raise DataError(
             f"{folder} holds a latent cache of something else (cache -> now): "
@@ -154,13 +145,9 @@ def claim(folder: pathlib.Path, plan: Plan, source_path: str) -> None:
 
 
 def make_shards(
-    folder: pathlib.Path, plan: Plan, own: list[str], source, autoencoder: Autoencoder, config, say
+    folder: pathlib.Path, parts: dict, source: Source, autoencoder, prepare, num_threads: int, say
 ) -> None:
-    """Make those of this process's `own` shards that are not finished; threads read ahead."""
-    missing = [name for name in own if find_shard(folder, name, verify=True) is None]
-    if len(missing) < len(own):
-        say(f"{len(own) - len(missing)} of {len(own)} shards are finished already")
-    parts = {name: part for name, part in plan.shards().items() if name in missing}
+    """Make some shards; threads read images ahead, in order."""
     numbers = [number for part in parts.values() for number in part]
 
     def read(number: int) -> tuple[str, dict | None, str]:
@@ -170,14 +157,14 @@ def make_shards(
         except BrokenImage as error:
             return source.key(number), None, str(error)
 
-    threads, stream = config.data.num_threads, grain.MapDataset.source(numbers).map(read)
-    options = grain.ReadOptions(threads, max(AHEAD * autoencoder.batch_size, threads))
-    bar = tqdm(stream.to_iter_dataset(options), total=len(numbers), unit="image", disable=None)
-    images, start, done, skipped = iter(bar), time.monotonic(), 0, {}
+    options = grain.ReadOptions(num_threads, max(AHEAD * autoencoder.batch_size, num_threads))
+    stream = grain.MapDataset.source(numbers).map(read).to_iter_dataset(options)
+    images = iter(tqdm(stream, total=len(numbers), unit="image", disable=None))
+    start, done, skipped = time.monotonic(), 0, {}
     for name, part in parts.items():
-        records, contents = _encode(itertools.islice(images, len(part)), autoencoder, plan.dtype)
+        records, contents = _encode(itertools.islice(images, len(part)), autoencoder, prepare.dtype)
         skipped |= contents["skipped"]
-        check_broken(skipped, plan.examples, config.prepare.max_broken, "prepare.max_broken")
+        check_broken(skipped, len(source), prepare.max_broken, "prepare.max_broken")
         write_shard(folder / SHARDS_NAME / name, records, contents)
         done += len(part)
         left = format_seconds((time.monotonic() - start) / done * (len(numbers) - done))
@@ -217,16 +204,15 @@ def _encode(
     }
 
 
-def write_metadata(
-    folder: pathlib.Path, plan: Plan, config, own_names, measure_scale: bool, say
+def make_metadata(
+    folder: pathlib.Path, plan: dict, config, own_names, measure_scale: bool, shards: list
 ) -> Metadata:
-    """Write the metadata of a cache whose shards are all there, and say what to train it with."""
-    shards = tuple(find_shard(folder, name) for name in plan.shards())
+    """The metadata of a cache whose shards are all there."""
     skipped = {key: reason for shard in shards for key, reason in shard.skipped.items()}
-    check_broken(skipped, plan.examples, config.prepare.max_broken, "prepare.max_broken")
+    check_broken(skipped, plan["examples"], config.prepare.max_broken, "prepare.max_broken")
     data, count = config.data, sum(shard.count for shard in shards)
     if not count:
-        raise DataError(f"none of the {plan.examples} images in {config.prepare.path} can be read.")
+        raise DataError(f"none of the images in prepare.path {config.prepare.path} can be read.")
     values = count * 2 * data.image_size**2 * data.channels
     mean = math.fsum(shard.sum for shard in shards) / values
     squares = math.fsum(shard.sum_of_squares for shard in shards) / values
@@ -237,35 +223,21 @@ def write_metadata(
             finished = latent_cache.read_metadata(folder)
             scale, shift = finished.scale, finished.shift
     names = class_names.resolve(data.class_names, data.num_classes)
-    metadata = Metadata(
+    origin = {"name": plan["source"], "path": config.prepare.path, "crop": "adm_center"}
+    return Metadata(
         format=latent_cache.FORMAT,
         count=count,
-        num_classes=plan.num_classes,
+        num_classes=plan["num_classes"],
         class_names=names if data.class_names else own_names or names,
-        image_size=plan.image_size,
+        image_size=plan["image_size"],
         latent_size=data.image_size,
         latent_channels=data.channels,
-        dtype=plan.dtype,
-        autoencoder={"name": plan.autoencoder, "sha256": plan.autoencoder_sha256},
+        dtype=plan["dtype"],
+        autoencoder={"name": plan["autoencoder"], "sha256": plan["autoencoder_sha256"]},
         scale=scale,
         shift=shift,
         measured_mean=mean,
         measured_std=std,
-        source={
-            "name": plan.source,
-            "path": config.prepare.path,
-            "crop": "adm_center",
-            "djepa_jax": __version__,
-        },
-        shards=shards,
+        source=origin | {"djepa_jax": __version__},
+        shards=tuple(shards),
     )
-    write_json(folder / latent_cache.METADATA_NAME, dataclasses.asdict(metadata))
-    for path in (folder / SHARDS_NAME).iterdir():
-        if path.suffix in (".unfinished", ".tmp"):  # of processes that were killed
-            path.unlink(missing_ok=True)
-    say(
-        f"{count:,} images of {plan.num_classes} classes in {len(shards)} shards; {len(skipped)} "
-        f"could not be read; latents have mean {mean:.4f} and standard deviation {std:.4f}; train "
-        f"with --config.data.latent_scale={scale!r} --config.data.latent_shift={shift!r}"
-    )
-    return metadata

@@ -48,23 +48,22 @@ class ImageSource(Source):
     """Decodes and crops encoded images; a broken one raises BrokenImage.
 
     Args:
-        records: a length and (image file, label) by index, or an OSError where storage fails;
-            `labels` `[n]` and `class_names`, or None where they are not known; what an image is
-            called (`key`); a checksum of what is there, wherever it lies (`digest`); and what to do
-            about an image that stays unreadable (`remedy`).
+        records: (image file, label) by index, raising OSError where storage fails; `labels` `[n]`
+            and `class_names`, or None; the `key` of an image; a `digest` of what is there, wherever
+            it lies; and the `remedy` for what stays unreadable.
         shape: `(size, size, channels)` of an example, with 1 or 3 channels.
-        num_classes: labels of the records must be below.
-        class_names: in the order of the labels here.
-        numbers: `[k]`, for every class of the records its label here; None where that is the same.
+        num_classes: as `config.data` has it, or `ANY_CLASS`.
+        names: as `config.data.class_names`.
+        where: the images lie, for messages.
     """
 
-    def __init__(self, records, shape: Sequence[int], num_classes: int, class_names, numbers=None):
-        self.records, self.class_names, self.labels = records, class_names, records.labels
+    def __init__(self, records, shape: Sequence[int], num_classes: int, names, where: str):
+        self.class_names, numbers = match_classes(records.class_names, num_classes, names, where)
+        self.records, self.labels, self._numbers = records, records.labels, numbers
         self._size, _, self._channels = shape
-        self._num_classes, self._numbers = num_classes, numbers
-        if numbers is not None:
-            self._num_classes = len(numbers)
-            self.labels = None if records.labels is None else numbers[records.labels]
+        self._num_classes = num_classes if numbers is None else len(numbers)
+        if numbers is not None and records.labels is not None:
+            self.labels = numbers[records.labels]
 
     def __len__(self) -> int:
         return len(self.records)

@@ -13,7 +13,6 @@ from djepa_jax.data.records import (
     SkipBroken,
     Source,
     check_labels,
-    match_classes,
 )
 from djepa_jax.data.tfds import open_tfds
 from djepa_jax.data.webdataset import open_tars
@@ -21,15 +20,7 @@ from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import PathError, as_path, is_remote
 
 IMAGE_FILES = {"folder": open_folder, "tar": open_tars, "ilsvrc": open_ilsvrc, "tfds": open_tfds}
-PATHS = {  # what the path of a source names
-    "npz": "an npz file",
-    "latents": "a latent cache, which --mode=prepare makes of images,",
-    "folder": "a folder that holds a folder of images per class",
-    "tar": "tar files",
-    "ilsvrc": "ILSVRC2012_img_train.tar or its folder",
-    "tfds": "a data set that TensorFlow Datasets has prepared",
-}
-SOURCES = ("digits", "synthetic", *PATHS)
+SOURCES = ("digits", "synthetic", "npz", "latents", *IMAGE_FILES)
 
 
 def open_source(group: str, settings, data, modality) -> Source:
@@ -42,10 +33,10 @@ def open_source(group: str, settings, data, modality) -> Source:
     where = f'{group}.path "{path}"' if path else f'{group}.source "{name}"'
     if name not in SOURCES:
         raise DataError(f'{group}.source is "{name}"; it must be one of {", ".join(SOURCES)}.')
-    if name in PATHS and not path:
+    if not path and name not in ("digits", "synthetic"):
         raise DataError(
-            f'{group}.path is empty, and {group}.source is "{name}"; name {PATHS[name]} with '
-            f"--config.{group}.path=PATH."
+            f'{group}.path is empty, and {group}.source is "{name}"; name its data with '
+            f"--config.{group}.path=PATH (--mode=prepare makes the latents of images)."
         )
     num_classes = ANY_CLASS if data.unconditional else data.num_classes
     if name in IMAGE_FILES:
@@ -77,8 +68,7 @@ def _open_images(name: str, path: str, where: str, data, num_classes: int, modal
             'data.modality or data.channels, or data.source "npz".'
         )
     records = IMAGE_FILES[name](path, where)
-    classes = match_classes(records.class_names, num_classes, data.class_names, where)
-    return ImageSource(records, shape, num_classes, *classes)
+    return ImageSource(records, shape, num_classes, data.class_names, where)
 
 
 def open_data(data, modality) -> Source:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
@@ -34,12 +33,7 @@ class TarRecords:
 
     remedy = "copy its tar file again"
 
-    def __init__(
-        self,
-        files: Sequence[str],
-        images: Sequence[Sequence[tuple[Member, int]]],
-        class_names: tuple[str, ...] | None = None,
-    ):
+    def __init__(self, files: list[str], images: list[list[tuple[Member, int]]], class_names=None):
         self.files, self.class_names = files, class_names
         found = [pair for pairs in images for pair in pairs]
         # Arrays take memory as a million objects would not.
@@ -181,7 +175,7 @@ def _labelled_images(file: str) -> list[tuple[Member, int]]:
                 images.setdefault(key, []).append(member)
             elif suffix in LABELS:
                 text = os.pread(stream.fileno(), min(member.size, MAX_HEADER_BYTES), member.offset)
-                label = _read_label(text, suffix, f'"{member.name}" in "{file}"')
+                label = _read_label(text, f'"{member.name}" in "{file}"')
                 if label is not None and (suffix == "cls" or key not in labels):
                     labels[key] = label
     for key in images | labels:
@@ -193,15 +187,13 @@ def _labelled_images(file: str) -> list[tuple[Member, int]]:
     return [(member, labels[key]) for key, (member,) in images.items()]
 
 
-def _read_label(text: bytes, kind: str, where: str) -> int | None:
-    """The whole number in a .cls file, or at "label" of a .json file; None without a "label"."""
+def _read_label(text: bytes, where: str) -> int | None:
+    """The whole number that a .cls file is, and a .json file has as "label", or has none."""
     try:
-        label = int(text) if kind == "cls" else json.loads(text).get("label")
-        if label is None or (type(label) is int and abs(label) < 2**31):
+        value = json.loads(text)
+        label = value.get("label") if isinstance(value, dict) else value
+        if (type(label) is int and abs(label) < 2**31) or (label is None and value is not None):
             return label
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         pass
-    raise DataError(
-        f'{where} must be one whole number (.cls) or an object with one as "label" (.json), it '
-        f"starts with {text[:40]!r}."
-    )
+    raise DataError(f'{where} must be a whole number, or have one as "label", not {text[:40]!r}.')

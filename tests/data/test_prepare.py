@@ -324,7 +324,7 @@ def test_shares_make_the_same_cache_and_say_what_is_missing(config, cache, tmp_p
     lines, folder = [], tmp_path / "new"
     for share in ("2/4", "3/4", "0/4"):
         assert run_prepare(config, str(folder), shard=share, say=lines.append) is None
-    assert "1 of 3 shards are missing, such as 00001-of-00003" in lines[-1]
+    assert "1 of 3 shards are missing" in lines[-1]
     assert not (folder / "metadata.json").exists()
     with lock_workdir(folder, ".lock-0-of-4"):  # another process's share
         assert run_prepare(config, str(folder), shard="1/4").count == COUNT
@@ -414,7 +414,7 @@ def test_sources_that_do_not_fit_are_refused(config, tmp_path, source, words):
 
 def test_images_that_are_all_broken_are_an_error(config, tmp_path):
     config.prepare.path = write_folder(tmp_path / "broken", with_broken(*range(COUNT)))
-    with pytest.raises(DataError, match="none of the 12 images .* can be read"):
+    with pytest.raises(DataError, match="none of the images .* can be read"):
         run_prepare(config, str(tmp_path / "new"))
 
 

@@ -277,8 +277,8 @@ def test_without_classes_all_images_are_of_class_0(tmp_path):
 def test_errors_name_the_setting_that_is_wrong():
     for name, path, words in (
         ("folders", "x", 'source is "folders".*digits, .*folder.*ilsvrc'),
-        ("latents", "", "path is empty.* latent cache.*mode=prepare"),
-        ("folder", "", "path is empty.* folder of images per class"),
+        ("latents", "", "path is empty.*mode=prepare"),
+        ("folder", "", "path is empty.*--config"),
         ("npz", "/no such/{", "path .*npz file"),
         ("tar", "/no such/{", "path .*tar files"),
         ("ilsvrc", "/no such/{", "path .*ILSVRC2012_img_train.tar"),

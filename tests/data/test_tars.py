@@ -115,10 +115,10 @@ def test_labels_in_either_form_and_what_is_left_out(tmp_path):
 
 def test_unusable_members_are_named(tmp_path):
     for changes, words in (
-        ({"0.cls": b"one"}, '"0.cls" in .* one whole number'),
-        ({"0.cls": b"9" * 30}, "one whole number"),
-        ({"0.json": b'{"label": true}'}, "one whole number"),
-        ({"0.json": b"[" * 100_000}, "one whole number"),
+        ({"0.cls": b"one"}, '"0.cls" in .* a whole number'),
+        ({"0.cls": b"9" * 30}, "a whole number"),
+        ({"0.json": b'{"label": true}'}, "a whole number"),
+        ({"0.json": b"[" * 100_000}, "a whole number"),
         ({"1.jpg": PICTURE}, '"1" in .* label'),
         ({"1.cls": b"0"}, '"1" in .* image'),
         ({"0.png": PICTURE}, '"0" in .* one image'),
