@@ -98,7 +98,7 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     """What is learned from."""
     data = ConfigDict()
-    # digits, npz, folder, tar, ilsvrc, tfds, synthetic, or latents: a cache that --mode=prepare made
+    # digits, npz, folder, tar, ilsvrc, tfds, synthetic, or latents, which --mode=prepare makes
     data.source = "latents"
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
     data.staging = (
