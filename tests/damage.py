@@ -5,12 +5,11 @@ import random
 from collections.abc import Callable
 
 import jax
-from djepa_jax.sampling.sample_to_npz.generator import placed_params
 from tiny import tiny_config
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.stored import find_model
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.checkpoints.restore import find_model, placed_params
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 
 

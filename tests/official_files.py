@@ -12,8 +12,9 @@ from conftest import Parity
 from tiny import CONFIGS
 
 from djepa_jax import main as cli
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
+from djepa_jax.checkpoints.restore import restore_state
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import init_state
 
@@ -92,10 +93,9 @@ def read_workdir(workdir, flags: list[str], step: int | None = None) -> tuple[di
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
     checkpoints = Checkpoints(workdir)
-    meta = checkpoints.read_meta(step)
-    parts = checkpoints.restore(placed, meta)
-    checkpoints.close()
-    return parts, meta.step
+    folder = checkpoints.latest_folder() if step is None else checkpoints.folder(step)
+    meta = read_meta(folder)
+    return restore_state(folder, placed, meta), meta.step
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:

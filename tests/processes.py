@@ -169,8 +169,8 @@ def _trouble(
 
     def slow_poll(self):
         time.sleep(pace)
-        if full_from is not None and self._save is not None:
-            self._save.join()
+        if full_from is not None and self._saving is not None:
+            self._saving[1].exception()
         return poll(self)
 
     Checkpoints.save, Checkpoints.poll = limited_save, slow_poll

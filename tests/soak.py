@@ -269,7 +269,7 @@ def soak(
 def recorded(run: pathlib.Path) -> int:
     """The step that the workdir says was saved last."""
     try:
-        return json.loads((run / "last_saved.json").read_text())["step"]
+        return json.loads((run / "last_saved.json").read_text())["step"] or 0
     except OSError:
         return 0
 

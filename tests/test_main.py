@@ -10,7 +10,7 @@ import pytest
 from tiny import CONFIG, TINY, load_config
 
 from djepa_jax import main as cli
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.runtime import errors
 from djepa_jax.runtime.lock import lock_workdir
 
@@ -322,7 +322,7 @@ def test_lost_checkpoints_are_never_a_start_from_scratch(trained, tmp_path, caps
     shutil.rmtree(workdir / "checkpoints")
     assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 2
     assert (
-        "holds no checkpoint" in capsys.readouterr().err and not (workdir / "checkpoints").exists()
+        "none can be used" in capsys.readouterr().err and not (workdir / "checkpoints").exists()
     )
     (workdir / "checkpoints").touch()
     assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 2
@@ -391,7 +391,7 @@ def test_only_a_lost_process_is_told_as_one(text, monkeypatch, capsys, tmp_path)
     def fail(values):
         raise jax.errors.JaxRuntimeError(text)
 
-    monkeypatch.setattr(cli.hosts, "alone", lambda: False)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(
         cli, "_exit_status", lambda status: status
     )  # that of several processes ends this one

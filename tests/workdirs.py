@@ -9,7 +9,6 @@ import orbax.checkpoint as ocp
 from processes import Training
 from tiny import CONFIG, TINY
 
-from djepa_jax.checkpoints.orbax_io import stored_arrays
 from djepa_jax.core.optimizer import path_name
 
 STEPS, EVERY = 40, 20
@@ -39,10 +38,11 @@ def run(workdir: pathlib.Path, *arguments: str, **troubles) -> tuple[int, str]:
 def arrays(workdir: pathlib.Path, step: int = STEPS) -> dict[str, np.ndarray]:
     """Every array of a step, by path."""
     folder = workdir / "checkpoints" / str(step) / "state"
-    restore_args = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored_arrays(folder)
-    )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restore_args = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(folder).item_metadata.tree,
+        )
         tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=restore_args))
     return {
         path_name(path): np.asarray(leaf)

@@ -1,404 +1,296 @@
-"""The checkpoints of a workdir: saved in the background, read back, sealed with checksums, and
-found again.
+"""The checkpoints of a workdir: saved in the background, sealed, found again.
 
-A step counts when it has its manifest (`orbax_io` tells what is in a step). A step without one was
-not finished when its process ended. A step that is not as its manifest says is set aside, never
-removed, and the next older one is used.
+A step is a folder that Orbax writes: the item `state` (parameters, moving average, optimizer,
+counters; pure dicts and arrays) and the item `meta` (format, resolved configuration, examples
+consumed). Then a manifest with the sha256 of every file is added: only now the step counts, and
+older ones may go. A step that is not as its manifest says is moved to `quarantine/`, never
+removed, and the one before is used.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import os
-import threading
+import re
+import sys
 from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from djepa_jax.checkpoints.fingerprint import fingerprints
-from djepa_jax.checkpoints.integrity import (
-    MANIFEST_NAME,
-    ManifestError,
-    check_manifest,
-    move_folder,
-    write_manifest,
-)
-from djepa_jax.checkpoints.orbax_io import (
-    FORMAT,
-    CheckpointError,
-    DamagedError,
-    Meta,
-    hide_repetitions,
-    read_back,
-    read_meta,
-    restore_ema,
-    restore_state,
-    save_sparingly,
-)
+from djepa_jax.checkpoints import integrity
+from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, DamagedError
 from djepa_jax.core.train_step import TrainState
-from djepa_jax.runtime.storage import as_path, is_remote, write_json
+from djepa_jax.runtime.storage import as_path, write_json
 
-STEPS_NAME = "checkpoints"
-ASIDE_NAME = "set_aside"  # folder of a workdir for steps that are not to be used
-RECORD_NAME = (
-    "last_saved.json"  # names a step that was saved whole, so that lost checkpoints are noticed
+FORMAT = 2  # of steps; earlier versions wrote 1, at first without manifests
+STEPS_NAME, QUARANTINE_NAME = "checkpoints", "quarantine"
+RECORD_NAME = "last_saved.json"  # the step that was saved last, and the one that is being saved
+STEP_NAME = re.compile(r"0|[1-9][0-9]*")
+TEMPORARY_MARK = ".orbax-checkpoint-tmp"
+SAVE_SECONDS = 6 * 3600  # after which Orbax gives up; a slow bucket is no failure
+CHUNK_BYTES = 2**22  # of an import's arrays that are written at a time
+STATE_PARTS = tuple(field.name for field in dataclasses.fields(TrainState))
+
+# What Orbax logs, hundreds of lines after a full disk, it also raises.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.WARNING or "orbax" not in record.pathname
 )
-COMMIT_NAME = "commit_success.txt"  # what Orbax writes last into a step in a bucket
-STEP_NAMES = {
-    "state",
-    "meta",
-    "_CHECKPOINT_METADATA",
-    COMMIT_NAME,
-}  # what Orbax writes there at all
-SAVE_SECONDS = (
-    6 * 3600
-)  # that processes wait for each other in a save; the first one reads everything back meanwhile
-UNFINISHED_MARK = ".orbax-checkpoint-tmp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a step holds beside the arrays; `parts` are the fields of `TrainState` that it has."""
+
+    config: dict
+    step: int
+    examples: int
+    parts: tuple[str, ...] = STATE_PARTS
+    format: int = FORMAT
+
+
+def read_meta(folder: epath.Path) -> Meta:
+    """What the step in `folder` says of itself; DamagedError if it cannot be trusted."""
+    sealed = (folder / MANIFEST_NAME).exists()
+    with integrity.reading(folder):
+        if sealed:
+            integrity.check_manifest(folder, below="meta/")
+        stored = json.loads((folder / "meta" / "metadata").read_text())
+        number, fingerprints = stored["format"], stored.pop("fingerprints", None)
+        if number not in (1, FORMAT):
+            raise CheckpointError(
+                f"{folder} has format {number}, this version reads {FORMAT}; use a later one."
+            )
+        if not sealed and (number == FORMAT or fingerprints):  # which came with the manifests
+            raise DamagedError(f"{folder} has no {MANIFEST_NAME}; use another step.")
+        return Meta(**stored | {"parts": tuple(stored.get("parts", STATE_PARTS))})
+
+
+def check_step(folder: epath.Path) -> None:
+    """Raise DamagedError unless all files of the step in `folder` are what was written."""
+    read_meta(folder)
+    if (folder / MANIFEST_NAME).exists():  # which the first versions did not write
+        integrity.check_manifest(folder)
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
-
-    Args:
-        workdir: a folder, local or in a bucket.
-        keep: how many of the newest steps stay; older ones go when a newer one is sealed.
-    """
+    """The checkpoints of one workdir, local or in a bucket; the `keep` newest ones stay."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
         self.workdir = as_path(workdir)
         self.directory = self.workdir / STEPS_NAME
+        self._record = self.workdir / RECORD_NAME
         self._keep = keep
         self._writer: ocp.AsyncCheckpointer | None = None
-        self._save: _Save | None = None
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "save")
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
 
     def folder(self, step: int) -> epath.Path:
         """Where a step is."""
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
-        """All steps whose folders are there, whatever their state; ascending.
-
-        Raises:
-            CheckpointError: there is something else where the checkpoints should be.
-        """
-        if not self.directory.exists():
-            return []
-        if not self.directory.is_dir():
-            raise CheckpointError(
-                f"{self.directory} is not a folder; move it away, or choose another --workdir."
-            )
-        return sorted(
-            step
-            for path in self.directory.iterdir()
-            if (step := step_number(path.name)) is not None
-        )
+        """All steps whose folders are there, whatever their state; ascending."""
+        paths = self.directory.iterdir() if self.directory.exists() else []
+        return sorted(int(path.name) for path in paths if STEP_NAME.fullmatch(path.name))
 
     def latest_step(self) -> int | None:
-        """The newest step that is finished; None where there is none."""
-        return next((step for step in reversed(self.steps()) if self._finished(step)), None)
+        """The newest step that is not just being saved; None where there is none."""
+        return next((step for step in reversed(self.steps()) if self._is_finished(step)), None)
 
-    def _finished(self, step: int) -> bool:
-        return (self.folder(step) / MANIFEST_NAME).exists() or not self._cut_off(step)
-
-    def _cut_off(self, step: int) -> bool:
-        """Whether a step without a manifest is one of ours that was being saved; what is not known
-        to be so, is not.
-        """
-        folder, recorded = self.folder(step), self.recorded_step()
-        if recorded is not None and step <= recorded:
-            return False
-        if is_remote(folder) and not (folder / COMMIT_NAME).exists():
-            return {path.name for path in folder.iterdir()} <= STEP_NAMES
-        try:
-            return read_meta(folder).to_be_sealed
-        except CheckpointError:
-            return False
-
-    def recorded_step(self) -> int | None:
-        """The step that was last reported saved; None if none was. CheckpointError: the record does
-        not tell.
-        """
-        try:
-            step = json.loads((self.workdir / RECORD_NAME).read_text())["step"]
-            if type(step) is not int or step < 0:
-                raise ValueError(f"its step is {json.dumps(step)[:50]}, not a number")
-            return step
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.workdir / RECORD_NAME} cannot be read ({error}); remove it."
-            ) from error
-
-    # ------------------------------------------------------------------ saving
-
-    def save(self, state: TrainState, config: dict, examples: int) -> int:
-        """Start saving in the background, when the save before is over.
-
-        Raises:
-            CheckpointError: the step exists already, or this or the earlier save failed.
-        """
-        step = int(state.step)
-        self.wait()
-        if self.folder(step).exists():
-            raise CheckpointError(f"step {step} was not saved: {self.folder(step)} exists already.")
-        marks = fingerprints(state)
-        meta = dataclasses.asdict(Meta(FORMAT, config, step, examples, fingerprints=marks))
-        arrays = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
-        )
-        hide_repetitions()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._writer = self._writer or ocp.AsyncCheckpointer(
-                ocp.CompositeCheckpointHandler(), timeout_secs=SAVE_SECONDS
-            )
-            self._writer.save(self.folder(step), args=arguments)
-        except Exception as error:
-            raise self._failed(step, error) from error
-        self._save = _Save(step, lambda: self._finish(step, marks))
-        self._save.start()
-        return step
-
-    def poll(self) -> int | None:
-        """The step whose saving has ended well since the last call; None if none has. Never waits.
-
-        Raises:
-            CheckpointError: it failed.
-        """
-        return self.wait() if self._save is not None and not self._save.is_alive() else None
-
-    def wait(self) -> int | None:
-        """Wait for the save in progress; its step, or None if there is none.
-
-        Raises:
-            CheckpointError: it failed.
-        """
-        save, self._save = self._save, None
-        if save is None:
-            return None
-        save.join()
-        if save.error is not None:
-            raise self._failed(save.step, save.error) from save.error
-        return save.step
-
-    def _failed(self, step: int, error: BaseException) -> CheckpointError:
-        reason = (
-            (str(error) or type(error).__name__)
-            .splitlines()[0]
-            .partition(" [tensorstore_spec=")[0]
-            .rstrip(".")
-        )
-        return CheckpointError(
-            f"saving step {step} to {self.directory} failed: {reason}. Make room there, or mend "
-            "what it names, and run the "
-            "same command again: it goes on from the step that was saved before."
-        )
-
-    def _finish(self, step: int, marks: dict[str, int]) -> None:
-        """In the background: wait for Orbax, read the arrays back, seal, and only then let older
-        steps go.
-        """
-        self._writer.wait_until_finished()
-        if jax.process_index() == 0:
-            read_back(self.folder(step), marks)
-            self._seal(step)
-            self._remove_before(step)
-
-    def _remove_before(self, step: int) -> None:
-        """Remove all steps but the newest finished ones; also one whose removal was cut off."""
-        older = [old for old in self.steps() if old < step]
-        first_kept = ([old for old in older if self._finished(old)] + [step])[-self._keep :][0]
-        for old in [old for old in older if old < first_kept]:
-            self._remove(old)
-
-    def _seal(self, step: int) -> None:
-        try:
-            write_manifest(self.folder(step))
-        except BaseException:
-            (self.folder(step) / MANIFEST_NAME).unlink(missing_ok=True)
-            raise
-        write_json(self.workdir / RECORD_NAME, {"step": step})
-
-    def _remove(self, step: int) -> None:
-        """Delete a step; the manifest goes first, so that half a step never counts."""
-        (self.folder(step) / MANIFEST_NAME).unlink(missing_ok=True)
-        self.folder(step).rmtree()
-
-    def save_imported(self, parts: dict, config: dict, step: int, examples: int) -> epath.Path:
-        """Write and seal a step as `orbax_io.save_sparingly` does; returns its folder.
-
-        Raises:
-            CheckpointError: it failed.
-        """
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            save_sparingly(self.folder(step), parts, config, step, examples)
-            self._seal(step)
-        except Exception as error:
-            raise self._failed(step, error) from error
-        return self.folder(step)
-
-    def close(self) -> None:
-        """Wait for pending work."""
-        try:
-            self.wait()
-        finally:
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                with contextlib.suppress(Exception):  # of a save that failed, which is told already
-                    writer.close()
-
-    # ------------------------------------------------------------------ finding and reading
-
-    def step_to_resume(self, say: Callable[[str], None] = print) -> int | None:
-        """The newest step that is as it was saved, or None in a workdir that never had one.
-
-        Newer ones that are damaged are set aside, unfinished ones are removed; `say` is told. Only
-        for whoever holds the workdir's lock.
-
-        Raises:
-            CheckpointError: steps were saved here and none can be used; nothing was changed.
-        """
-        unusable: dict[int, DamagedError] = {}
-        for step in reversed(self.steps()):
-            try:
-                self.check(step)
-                break
-            except DamagedError as error:
-                unusable[step] = error
-        else:
-            step = None
-            self._check_nothing_lost(unusable)
-        for bad, error in unusable.items():
-            self._put_away(bad, error, say)
-        if unusable and step is None:
-            say("no step was saved whole before; training starts from scratch")
-        elif unusable:
-            write_json(
-                self.workdir / RECORD_NAME, {"step": step}
-            )  # those after it will be made, and saved, again
-        self._remove_leftovers(say)
-        return step
-
-    def check(self, step: int) -> None:
-        """As `check_step`."""
-        check_step(self.folder(step))
-
-    def _check_nothing_lost(self, unusable: dict[int, DamagedError]) -> None:
-        recorded = self.recorded_step()
-        if recorded is None and not any(self._finished(step) for step in unusable):
-            return
-        record = self.workdir / RECORD_NAME
-        if not unusable:
-            raise CheckpointError(
-                f"{self.directory} holds no checkpoint, though step {recorded} was saved there; "
-                "put it back, "
-                f"or remove {record} to start from scratch."
-            )
-        reasons = "\n  ".join(str(error) for error in unusable.values())
-        raise CheckpointError(
-            f"no step in {self.directory} can be used, and nothing was changed:\n  {reasons}\nPut "
-            "good copies back, name a step "
-            "elsewhere with --restore_from=PATH@STEP, or choose another --workdir."
-        )
-
-    def _put_away(self, step: int, error: DamagedError, say: Callable[[str], None]) -> None:
-        if not self._finished(step):
-            self.folder(step).rmtree()
-            say(f"step {step} was not finished when its process ended; removed")
-        else:
-            say(
-                f"WARNING: step {step} is damaged: {error}. It was moved to "
-                f"{self.set_aside(step)}; an older step is used."
-            )
-
-    def set_aside(self, step: int) -> epath.Path:
-        """Move a step out of the way, to be looked at by people; returns where it is now."""
-        folder = self.workdir / ASIDE_NAME
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        name = next(
-            n
-            for n in (f"{step}" if i == 0 else f"{step}-{i}" for i in range(10**6))
-            if n not in taken
-        )
-        move_folder(self.folder(step), folder / name)
-        return folder / name
-
-    def _remove_leftovers(self, say: Callable[[str], None]) -> None:
-        """What a process that was killed in the middle of a save left behind."""
-        if not self.directory.exists():
-            return
-        for path in list(self.directory.iterdir()):
-            if UNFINISHED_MARK in path.name:
-                path.rmtree()
-                say(f"removed {path.name}, left by a save that was cut off")
-
-    def read_meta(self, step: int | None = None) -> Meta:
-        """The configuration and position stored with a step (the latest one by default).
-
-        Raises:
-            CheckpointError: there is no step, it cannot be read, or its format is another.
-        """
-        return read_meta(self.folder(self._existing(step)))
-
-    def restore(self, abstract: TrainState, meta: Meta) -> dict:
-        """The parts of a training state that a step holds, as `orbax_io.restore_state`."""
-        return restore_state(self.folder(meta.step), abstract, meta)
-
-    def restore_ema(self, abstract: dict, step: int | None = None) -> dict:
-        """The moving average of the parameters alone, as `orbax_io.restore_ema`."""
-        folder = self.folder(self._existing(step))
-        return restore_ema(folder, abstract, read_meta(folder))
-
-    def _existing(self, step: int | None) -> int:
-        step = self.latest_step() if step is None else step
+    def latest_folder(self) -> epath.Path:
+        """The folder of the latest step; CheckpointError where there is none."""
+        step = self.latest_step()
         if step is None:
             raise CheckpointError(
                 f"{self.directory} holds no checkpoint; train first, or correct --workdir."
             )
+        return self.folder(step)
+
+    def recorded(self) -> tuple[int | None, int | None]:
+        """The steps that were last reported saved, and last begun to be saved, if any."""
+        if not self._record.exists():
+            return None, None
+        with integrity.reading(self._record):
+            record = json.loads(self._record.read_text())
+            return record["step"], record.get("saving")
+
+    def _is_finished(self, step: int) -> bool:
+        return (self.folder(step) / MANIFEST_NAME).exists() or step != self.recorded()[1]
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, state: TrainState, config: dict, examples: int) -> int:
+        """Start saving a new step in the background, when the save before is over."""
+        self.wait()
+        step = int(state.step)
+        arrays = ocp.args.StandardSave({name: getattr(state, name) for name in STATE_PARTS})
+        with self._errors_of(step):
+            self._begin(step)
+            if self._writer is None:
+                sys.unraisablehook = _without_closed_loops
+                handler = ocp.CompositeCheckpointHandler()
+                self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_SECONDS)
+            items = _items(arrays, Meta(config, step, examples))
+            self._writer.save(self.folder(step), args=items)
+        self._saving = step, self._background.submit(self._finish, step)
         return step
 
+    def _begin(self, step: int) -> None:
+        if self.folder(step).exists():
+            raise FileExistsError(f"{self.folder(step)} exists already")
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self._record, {"step": self.recorded()[0], "saving": step})
 
-class _Save(threading.Thread):
-    """The part of a save that runs beside the training."""
+    def _finish(self, step: int) -> None:
+        """In the background: wait for Orbax, seal, and only then let older steps go."""
+        self._writer.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        self._seal(step)
+        older = [old for old in self.steps() if old < step]
+        kept = [*filter(self._is_finished, older), step][-self._keep :]
+        for old in older:
+            if old not in kept:
+                # The manifest goes first, so that half a step never counts.
+                (self.folder(old) / MANIFEST_NAME).unlink(missing_ok=True)
+                self.folder(old).rmtree()
 
-    def __init__(self, step: int, finish: Callable[[], None]):
-        super().__init__(name=f"save-{step}", daemon=True)
-        self.step, self.error, self._finish = step, None, finish
+    def _seal(self, step: int) -> None:
+        integrity.write_manifest(self.folder(step))
+        write_json(self._record, {"step": step})
 
-    def run(self) -> None:
-        """Finish, and keep what goes wrong for the main thread."""
+    def poll(self) -> int | None:
+        """As `wait` for a save that is over, well or not; None, at once, for any other."""
+        return self.wait() if self._saving is not None and self._saving[1].done() else None
+
+    def wait(self) -> int | None:
+        """Wait for the save in progress: its step, None if there is none; an error if it failed."""
+        if self._saving is None:
+            return None
+        (step, ended), self._saving = self._saving, None
+        with self._errors_of(step):
+            ended.result()
+        return step
+
+    close = wait  # for `contextlib.closing`
+
+    @contextlib.contextmanager
+    def _errors_of(self, step: int):
+        """Raise what goes wrong in a save as one line."""
         try:
-            self._finish()
-        except BaseException as error:
-            self.error = error
+            yield
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = reason.partition(" [tensorstore_spec=")[0].rstrip(".")
+            raise CheckpointError(
+                f"saving step {step} to {self.directory} failed: {reason}. Make room there, or "
+                "mend what it names, and run the same command again: it goes on from the step "
+                "that was saved before."
+            ) from error
+
+    def save_imported(self, parts: dict, config: dict, step: int, examples: int) -> epath.Path:
+        """Write and seal a step of some fields of `TrainState`, with little memory beside them."""
+        # One file per chunk: Orbax's common data files would be put together in memory.
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), parts)
+        gigabytes = (max(leaf.nbytes for leaf in jax.tree.leaves(parts)) + CHUNK_BYTES) / 1e9
+        limits = {"save_concurrent_gb": gigabytes, "save_device_host_concurrent_gb": gigabytes}
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.PyTreeCheckpointHandler(use_ocdbt=False, **limits),
+            meta=ocp.JsonCheckpointHandler(),
+        )
+        with self._errors_of(step), ocp.Checkpointer(handler) as writer:
+            self._begin(step)
+            arrays = ocp.args.PyTreeSave(parts, save_args=chunks)
+            items = _items(arrays, Meta(config, step, examples, tuple(parts)))
+            writer.save(self.folder(step), args=items)
+            self._seal(step)
+        return self.folder(step)
+
+    # ------------------------------------------------------------------ finding
+
+    def step_to_resume(self, say: Callable[[str], None] = print) -> int | None:
+        """The newest step that is as it was saved, or None in a workdir that never had one.
+
+        Newer ones that are damaged go to quarantine, unfinished ones are removed; `say` is told.
+        Only for whoever holds the workdir's lock.
+
+        Raises:
+            CheckpointError: steps were saved here and none can be used; nothing was changed.
+        """
+        step, unusable = None, {}
+        for candidate in reversed(self.steps()):
+            try:
+                check_step(self.folder(candidate))
+                step = candidate
+                break
+            except DamagedError as error:
+                unusable[candidate] = error
+        damaged = [bad for bad in unusable if self._is_finished(bad)]
+        if step is None and (damaged or self.recorded()[0] is not None):
+            reasons = " ".join(map(str, unusable.values())) or "it holds none."
+            raise CheckpointError(
+                f"steps were saved in {self.directory}, none can be used, and nothing was "
+                f"changed: {reasons} Put good copies back, name a step elsewhere with "
+                "--restore_from=PATH@STEP, or choose another --workdir."
+            )
+        for bad, error in unusable.items():
+            if bad in damaged:
+                place = self.quarantine(bad)
+                say(f"WARNING: step {bad} is damaged: {error} It was moved to {place}.")
+            else:
+                self.folder(bad).rmtree()
+                say(f"step {bad} was not finished when its process ended; removed")
+        if damaged:  # those after the step will be made, and saved, again
+            write_json(self._record, {"step": step})
+        for path in list(self.directory.iterdir()) if self.directory.exists() else []:
+            if TEMPORARY_MARK in path.name:
+                path.rmtree()
+                say(f"removed {path.name}, left by a save that was cut off")
+        return step
+
+    def adopt(self, folder: epath.Path, say: Callable[[str], None] = print) -> None:
+        """Make a step that was checked, of this workdir or of another, the newest of this one."""
+        step = int(folder.name)
+        if os.path.realpath(folder) != os.path.realpath(self.folder(step)):
+            unfinished = self.directory / f"adopting{TEMPORARY_MARK}"  # removed at the next start
+            unfinished.rmtree(missing_ok=True)
+            integrity.copy_folder(folder, unfinished)
+            check_step(unfinished)
+            if self.folder(step).exists():
+                self.quarantine(step)
+            integrity.move_folder(unfinished, self.folder(step))
+        newer = [number for number in self.steps() if number > step]
+        for path in list(self.workdir.iterdir()) if newer else []:
+            if path.suffix == ".jsonl":  # metrics: training will drop what is after the step
+                copy = self.workdir / QUARANTINE_NAME / f"{path.stem}-{newer[-1]}.jsonl"
+                copy.parent.mkdir(exist_ok=True)
+                path.copy(copy, overwrite=True)
+        for number in newer:
+            say(f"step {number} was moved to {self.quarantine(number)}")
+        write_json(self._record, {"step": step})
+        say(f"restored {folder}")
+
+    def quarantine(self, step: int) -> epath.Path:
+        """Move a step out of the way, to be looked at by people; returns where it is now."""
+        place, copies = self.workdir / QUARANTINE_NAME / str(step), 0
+        place.parent.mkdir(parents=True, exist_ok=True)
+        while place.exists():
+            copies += 1
+            place = place.with_name(f"{step}-{copies}")
+        integrity.move_folder(self.folder(step), place)
+        return place
 
 
-def step_number(name: str) -> int | None:
-    """The step whose folder has a name; None if it is no step's, such as "007", or digits that are
-    raised or Arabic.
-    """
-    return int(name) if name.isascii() and name.isdigit() and str(int(name)) == name else None
+def _without_closed_loops(unraisable, show=sys.unraisablehook) -> None:
+    """Leave out what TensorStore says of each of the writes that end after a save has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
 
 
-def check_step(folder: epath.Path) -> None:
-    """Compare a step's folder with its manifest; a step of an older version, which has none,
-    passes.
-
-    Raises:
-        DamagedError: it is damaged, or was never finished.
-        CheckpointError: its format is another.
-    """
-    try:
-        if (folder / MANIFEST_NAME).exists():
-            check_manifest(folder)
-        elif read_meta(folder).to_be_sealed:
-            raise DamagedError(f"{folder} has no {MANIFEST_NAME}")
-    except ManifestError as error:
-        raise DamagedError(str(error)) from error
-    read_meta(folder)
+def _items(state: ocp.args.CheckpointArgs, meta: Meta) -> ocp.args.Composite:
+    return ocp.args.Composite(state=state, meta=ocp.args.JsonSave(dataclasses.asdict(meta)))

@@ -13,6 +13,7 @@ import shutil
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from djepa_jax import __version__
@@ -20,29 +21,30 @@ from djepa_jax.checkpoints.autoencoder import stored_sha256, with_autoencoder
 from djepa_jax.checkpoints.convert.official import to_official
 from djepa_jax.checkpoints.convert.reading import LAYOUT
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
-from djepa_jax.checkpoints.integrity import write_manifest
+from djepa_jax.checkpoints.integrity import CheckpointError, write_manifest
 from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
-from djepa_jax.checkpoints.orbax_io import FORMAT, CheckpointError, save_arrays
-from djepa_jax.checkpoints.stablehlo import arguments, compile_sampler
-from djepa_jax.checkpoints.stored import (
+from djepa_jax.checkpoints.restore import (
     CARD_NAME,
     CONFIG_NAME,
+    EXPORT_FORMAT,
     KIND,
     OFFICIAL,
     ORBAX,
     PARAMS_NAME,
     SAFETENSORS,
+    TENSORS_NAME,
     StoredModel,
+    check_same_model,
     find_model,
     is_export,
-    tensor_file,
+    placed_params,
 )
+from djepa_jax.checkpoints.stablehlo import arguments, compile_sampler
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.settings import Settings
 from djepa_jax.core import sharding
 from djepa_jax.runtime.storage import check_local, check_writable, write_json
-from djepa_jax.sampling.generator import check_same_model, placed_params
 
 STABLEHLO = "stablehlo"
 # Places on this machine are nobody's business.
@@ -142,7 +144,7 @@ def _record(job: Job, form: str, provenance: Provenance) -> dict:
     }
     return {
         "kind": KIND,
-        "format": FORMAT,
+        "format": EXPORT_FORMAT,
         "djepa_jax": __version__,
         "weights": form,
         "step": job.model.step,
@@ -171,18 +173,19 @@ def _publish(unfinished: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _write_orbax(job: Job, folder: pathlib.Path) -> None:
-    save_arrays(folder / PARAMS_NAME, job.params)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(folder / PARAMS_NAME, args=ocp.args.PyTreeSave(job.params))
 
 
 def _write_safetensors(job: Job, folder: pathlib.Path) -> None:
     arrays = traverse_util.flatten_dict(job.params, sep="/")
     save_tensors(
-        tensor_file(folder), {path: np.asarray(value) for path, value in arrays.items()}, LAYOUT
+        folder / TENSORS_NAME, {path: np.asarray(value) for path, value in arrays.items()}, LAYOUT
     )
 
 
 def _write_official(job: Job, folder: pathlib.Path) -> None:
-    save_tensors(tensor_file(folder), to_official(job.params), {"format": "pt"})
+    save_tensors(folder / TENSORS_NAME, to_official(job.params), {"format": "pt"})
 
 
 def _write_stablehlo(job: Job, folder: pathlib.Path) -> None:

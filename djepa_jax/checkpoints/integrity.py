@@ -1,13 +1,11 @@
-"""Folders with the checksums of all their files in a file of their own: writing, comparing,
-copying, moving.
-"""
+"""Folders with a manifest, the sha256 of all their other files: write, check, copy, move."""
 
 import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -15,141 +13,102 @@ from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import is_remote, may_pass, write_bytes
 
 MANIFEST_NAME = "manifest.json"
-BLOCK_BYTES = 2**22
+REMEDY = "put a good copy back, or move it away"
 THREADS = 8  # files that are read at the same time
 
 
-class ManifestError(UserError, RuntimeError):
-    """A folder that is not as its manifest says; the message names the file."""
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint or export that is missing, damaged or of another kind."""
+
+
+class DamagedError(CheckpointError):
+    """A step or export that is not what was written."""
+
+
+@contextlib.contextmanager
+def reading(path: epath.Path) -> Iterator[None]:
+    """Tell what is missing or broken from storage that does not answer just now."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error) or 'no details').splitlines()[0]}"
+        if may_pass(error):
+            raise CheckpointError(
+                f"{path} cannot be read just now ({reason}); nothing was changed, run the same "
+                "command again."
+            ) from error
+        raise DamagedError(f"{path} cannot be read ({reason}); {REMEDY}.") from error
 
 
 def file_sha256(path: os.PathLike) -> str:
     """Hexadecimal sha256 of a file, on a disk or in a bucket."""
-    digest = hashlib.sha256()
     with epath.Path(path).open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    """Every file in a folder and in those below, in a fixed order, but for the folder's
-    manifest.
-    """
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from files_below(path)
-        elif path.name != MANIFEST_NAME:
-            yield path
-
-
-def describe_files(folder: epath.Path) -> dict[str, dict]:
-    """Bytes and sha256 of every file, by its name relative to the folder."""
-    paths = list(files_below(folder))
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        entries = list(
-            pool.map(lambda path: {"bytes": path.stat().length, "sha256": file_sha256(path)}, paths)
-        )
-    return {
-        path.relative_to(folder).as_posix(): entry
-        for path, entry in zip(paths, entries, strict=True)
-    }
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_manifest(folder: os.PathLike) -> None:
     """Write the manifest of everything that is in a folder now."""
     folder = epath.Path(folder)
-    write_bytes(folder / MANIFEST_NAME, _text(describe_files(folder)))
+    names = [path.relative_to(folder).as_posix() for path in _files_below(folder)]
+    files = _describe(folder, [name for name in names if name != MANIFEST_NAME])
+    write_bytes(folder / MANIFEST_NAME, _text(files))
+
+
+def check_manifest(folder: os.PathLike, below: str = "", but: str | None = None) -> None:
+    """Compare the files that a manifest lists with it: those whose names begin so, but for one.
+
+    Raises:
+        DamagedError: one of them, or the manifest, is missing or is not as it was written.
+        CheckpointError: storage does not answer, which says nothing about the files.
+    """
+    path = epath.Path(folder) / MANIFEST_NAME
+    with reading(path):
+        text = path.read_bytes()
+        files = {
+            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            for name, entry in json.loads(text)["files"].items()
+        }
+    if text != _text(files):  # white space counts, too, and an entry that is there twice
+        raise DamagedError(f"{path} is not as it was written; {REMEDY}.")
+    chosen = [name for name in files if name.startswith(below) and name != but]
+    for name, found in _describe(path.parent, chosen).items():
+        if found != files[name]:
+            raise DamagedError(f"{path.parent / name} differs from its checksum; {REMEDY}.")
+
+
+def _describe(folder: epath.Path, names: list[str]) -> dict[str, dict]:
+    def entry(name: str) -> dict:
+        path = folder / name
+        with reading(path):
+            return {"bytes": path.stat().length, "sha256": file_sha256(path)}
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(names, pool.map(entry, names), strict=True))
 
 
 def _text(files: dict[str, dict]) -> bytes:
     return (json.dumps({"files": files}, indent=2) + "\n").encode()
 
 
-def read_manifest(folder: os.PathLike) -> dict[str, tuple[int, str]]:
-    """Bytes and sha256 by file name.
-
-    Raises:
-        ManifestError: there is no manifest, or it cannot be read.
-    """
-    path = epath.Path(folder) / MANIFEST_NAME
-    try:
-        with _reading(path):
-            entries = json.loads(path.read_text())["files"]
-        return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ManifestError(f"{path} cannot be read ({error})") from error
+def _files_below(folder: epath.Path) -> list[epath.Path]:
+    paths = sorted(folder.iterdir())
+    return [file for path in paths for file in (_files_below(path) if path.is_dir() else [path])]
 
 
-def check_manifest(folder: os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Compare the files of a folder with its manifest: some of them by name, or all and the
-    manifest itself.
-
-    Raises:
-        ManifestError: a file is missing or differs, or there is no manifest.
-        OSError: storage does not answer, which says nothing about the files.
-    """
-    folder = epath.Path(folder)
-    entries = read_manifest(folder)
-    if names is None:
-        _check_text(folder / MANIFEST_NAME, entries)
-    try:
-        expected = {name: entries[name] for name in (entries if names is None else names)}
-    except KeyError as error:
-        raise ManifestError(
-            f"{folder / MANIFEST_NAME} cannot be read: it does not list {error}"
-        ) from error
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda name: _check_file(folder / name, *expected[name]), expected))
-
-
-def _check_text(path: epath.Path, entries: dict[str, tuple[int, str]]) -> None:
-    """Notice what changed in a manifest without changing what it says: white space, an entry that
-    is there twice.
-    """
-    if path.read_bytes() != _text(
-        {name: {"bytes": size, "sha256": digest} for name, (size, digest) in entries.items()}
-    ):
-        raise ManifestError(f"{path} is not as it was written")
-
-
-@contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[None]:
-    """Tell a file that is not there, or broken, from storage that does not answer just now."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise ManifestError(f"{path} is missing") from None
-    except OSError as error:
-        if may_pass(error):
-            raise OSError(
-                f"{path} cannot be read just now ({error}); nothing was changed, run the same "
-                "command again."
-            ) from error
-        raise ManifestError(f"{path} cannot be read ({error})") from error
-
-
-def _check_file(path: epath.Path, size: int, digest: str) -> None:
-    with _reading(path):
-        same = path.stat().length == size and file_sha256(path) == digest
-    if not same:
-        raise ManifestError(f"{path} differs from its checksum in {MANIFEST_NAME}")
+def copy_folder(source: epath.Path, target: epath.Path) -> None:
+    """Copy the files of a folder, its manifest last."""
+    for path in sorted(_files_below(source), key=lambda path: path.name == MANIFEST_NAME):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.copy(place)
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
     """Rename a folder; in a bucket, copy its objects and then delete them."""
-    if not is_remote(source):
+    if is_remote(source):
+        copy_folder(source, target)
+        source.rmtree()
+    else:
         source.rename(target)
-        return
-    copy_folder(source, target)
-    source.rmtree()
-
-
-def copy_folder(source: epath.Path, target: epath.Path) -> None:
-    """Copy a folder file by file, its manifest last."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
-        if path.is_dir():
-            copy_folder(path, target / path.name)
-        else:
-            path.copy(target / path.name)

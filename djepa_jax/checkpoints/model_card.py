@@ -7,8 +7,8 @@ import json
 import math
 import pathlib
 
+from djepa_jax.checkpoints.restore import is_export, read_record
 from djepa_jax.checkpoints.stablehlo import ARRAYS_NAME, SAMPLER_NAME, arguments
-from djepa_jax.checkpoints.stored import is_export, read_record
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.settings import Settings
 

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 
 from djepa_jax.checkpoints.autoencoder import makes_latents
+from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.data.sources import open_data
 from djepa_jax.evaluation.metrics.small_images import check_judgeable, evaluate_images
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import as_path, write_json
-from djepa_jax.sampling.generator import Generator, load_ema, never
+from djepa_jax.sampling.generator import Generator, never
 
 FILE_NAME = "evaluation.json"
 
@@ -92,5 +93,7 @@ def run_evaluate(config, workdir: str) -> dict:
     source = open_data(config, experiment.modality)
     check_judgeable(source)
     mesh = sharding.make_mesh(config.mesh)
-    params, step = load_ema(config, experiment, workdir, mesh)
-    return evaluate(config, Generator(config, experiment, mesh), params, source, step, workdir)
+    model = latest_model(config, workdir)
+    params = model.restore(placed_params(experiment, mesh))
+    generator = Generator(config, experiment, mesh)
+    return evaluate(config, generator, params, source, model.step, workdir)

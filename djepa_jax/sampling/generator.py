@@ -17,16 +17,11 @@ from etils import epath
 from djepa_jax.checkpoints.autoencoder import (
     Autoencoder,
     has_autoencoder,
-    makes_latents,
-    stored_sha256,
     weights_sha256,
 )
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.orbax_io import Meta
 from djepa_jax.config import experiment as configuration
-from djepa_jax.config.experiment import ConfigError, Experiment
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
-from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.sampler import SampleSpec, Segment, make_sampler, make_step, plan_segments
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
 from djepa_jax.runtime.storage import write_npz
@@ -260,61 +255,6 @@ def progress_bar(total: int, first: int, show: bool) -> Iterator:
 
     with tqdm(total=total, initial=first, desc="sampling", unit="sample", disable=None) as bar:
         yield bar
-
-
-def stored_meta(config, workdir) -> Meta:
-    """What the latest checkpoint says of itself, found to be of the model that a config describes.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: it is of another model.
-    """
-    meta = Checkpoints(workdir).read_meta()
-    check_same_model(meta.config, config)
-    return meta
-
-
-def load_ema(config, experiment: Experiment, workdir, mesh):
-    """Moving-average parameters of the latest checkpoint, placed on the mesh, and their step.
-
-    Raises:
-        CheckpointError, ConfigError: as `stored_meta`.
-    """
-    meta = stored_meta(config, workdir)
-    return Checkpoints(workdir).restore_ema(placed_params(experiment, mesh), meta.step), meta.step
-
-
-def placed_params(experiment: Experiment, mesh) -> dict:
-    """Shapes, dtypes and shardings of the parameters on a mesh."""
-    _, abstract = split_model(experiment.train.model)
-    shardings = sharding.state_shardings(abstract, mesh)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-
-
-def check_same_model(stored: dict, config) -> None:
-    """Raise ConfigError, with every difference, unless a checkpoint's model is the one the config
-    describes.
-    """
-    stored = configuration.upgraded(stored)
-    theirs, ours = stored_sha256(stored), config.autoencoder.sha256
-    if makes_latents(config) and theirs and ours and theirs != ours:
-        raise ConfigError(
-            f"the checkpoint's model learned latents of the autoencoder with sha256 {theirs}, the "
-            "config (or the latent cache it "
-            f"names) is for the one with sha256 {ours}; name the cache of that autoencoder, or "
-            "another --workdir."
-        )
-    changed = configuration.differences(
-        stored, configuration.resolved(config), configuration.MODEL_KEYS
-    )
-    if changed:
-        lines = "\n  ".join(changed)
-        raise ConfigError(
-            f"the checkpoint is of another model (stored -> config):\n  {lines}\nUse its config, "
-            "or another --workdir."
-        )
 
 
 def command_line(*extra: str) -> str:

@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder, has_autoencoder, weights_sha256
-from djepa_jax.checkpoints.stored import find_model
+from djepa_jax.checkpoints.restore import find_model, placed_params
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.class_names import find_class
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities.base import Modality
 from djepa_jax.core.models.djepa import ModelConfig, split_model
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
-from djepa_jax.sampling.generator import Generator, placed_params
+from djepa_jax.sampling.generator import Generator
 
 Label = int | str | None
 # What may replace a setting of each type, and how that is said.

@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import json
 
+import jax
 import numpy as np
+import optax
 from etils import epath
 
 from djepa_jax import __version__
@@ -19,9 +21,8 @@ from djepa_jax.checkpoints.autoencoder import (
     stored_sha256,
     with_autoencoder,
 )
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.fingerprint import fingerprints
-from djepa_jax.checkpoints.orbax_io import CheckpointError
+from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError
 from djepa_jax.core import sharding
@@ -31,9 +32,7 @@ from djepa_jax.sampling.generator import (
     Generator,
     npz_members,
     output_paths,
-    placed_params,
     save_grid,
-    stored_meta,
 )
 from djepa_jax.sampling.parts import Parts, write_large_npz
 
@@ -58,17 +57,17 @@ def run_sample(config, workdir: str, out: str, latents_only: bool = False) -> li
     """
     experiment = configuration.build(config)
     check_pictures(config, out, latents_only)
-    meta = stored_meta(config, workdir)
-    config = with_autoencoder(config, stored_sha256(meta.config))
+    model = latest_model(config, workdir)
+    config = with_autoencoder(config, stored_sha256(model.config))
     target = check_target(out, workdir)
     mesh = sharding.make_mesh(config.mesh)
     generator = Generator(config, experiment, mesh, decode=not latents_only)
     if generator.decodes:
         generator.autoencoder  # noqa: B018 (read now, so that one that cannot be used is refused before the work)
-    params = Checkpoints(workdir).restore_ema(placed_params(experiment, mesh), meta.step)
+    params = model.restore(placed_params(experiment, mesh))
     distributed.on_main(lambda: check_writable(target.parent, "--out"))
     settings = {
-        "step": meta.step,
+        "step": model.step,
         "model": dataclasses.asdict(experiment.train.model),
         "sample": config.sample.to_dict(),
     }
@@ -147,14 +146,13 @@ def write_samples(
 def identity_of(generator: Generator, params, settings: dict) -> dict:
     """Everything that samples depend on: equal values mean equal samples, up to rounding."""
     sample = {key: value for key, value in settings["sample"].items() if key not in OF_ONE_RUN}
-    marks = json.dumps(fingerprints(params))
     config = generator.config
     return settings | {
         "sample": sample,
         "labels": hashlib.sha256(
             np.asarray(generator.experiment.sample_labels, np.int32).tobytes()
         ).hexdigest(),
-        "weights": hashlib.sha256(marks.encode()).hexdigest(),
+        "weights": float(jax.jit(optax.tree.norm)(params)),
         "modality": dataclasses.asdict(generator.experiment.modality),
         "decoded": config.autoencoder.dtype if generator.decodes else "",
         "djepa_jax": __version__,

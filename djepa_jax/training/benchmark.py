@@ -40,7 +40,7 @@ import jaxlib
 import numpy as np
 from absl import flags
 
-from djepa_jax.checkpoints.orbax_io import CheckpointError
+from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError, Experiment
 from djepa_jax.core import flops, sharding

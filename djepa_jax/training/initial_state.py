@@ -5,17 +5,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.orbax_io import check_restorable, read_meta
+from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
+from djepa_jax.checkpoints.restore import check_same_model, restore_state
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, init_state
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import write_json
-from djepa_jax.sampling.generator import check_same_model
 
 
 class Start:
@@ -58,7 +56,8 @@ class Start:
             self._write_config()
             make = jax.jit(lambda: init_state(self._experiment.train), out_shardings=self.shardings)
             return make(), 0
-        meta = self._checkpoints.read_meta(step)
+        folder = self._checkpoints.folder(step)
+        meta = read_meta(folder)
         check_same_model(meta.config, config)
         for line in configuration.differences(
             configuration.upgraded(meta.config), configuration.resolved(config)
@@ -73,25 +72,13 @@ class Start:
             self.abstract,
             self.shardings,
         )
-        state = self._complete(self._checkpoints.restore(abstract, meta))
+        state = self._complete(restore_state(folder, abstract, meta))
         if step < config.num_steps:
             self._write_config()
             self._say(
                 f"going on from step {step} of {config.num_steps} ({self._checkpoints.directory})"
             )
         return state, meta.examples
-
-    def check_fits(self, folder: epath.Path) -> None:
-        """Make sure that training can go on from the step in a folder, which may be of another
-        workdir; reads no array.
-
-        Raises:
-            CheckpointError: it lacks arrays, or says too little about them.
-            ConfigError: it is of another model.
-        """
-        meta = read_meta(folder)
-        check_same_model(meta.config, self._config)
-        check_restorable(folder, self.abstract, meta)
 
     def _write_config(self) -> None:
         if distributed.is_main():

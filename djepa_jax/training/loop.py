@@ -12,9 +12,8 @@ from etils import epath
 
 from djepa_jax.checkpoints.autoencoder import check_sha256, with_autoencoder
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.fingerprint import fingerprints
-from djepa_jax.checkpoints.go_back import go_back
 from djepa_jax.checkpoints.integrity import file_sha256
+from djepa_jax.checkpoints.restore import go_back
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError, Experiment
 from djepa_jax.core import sharding
@@ -67,7 +66,7 @@ def train(
         config: an ml-collections config.
         workdir: folder of checkpoints, metrics and samples; local or gs://.
         should_stop: asked after every step (with the number of steps made); True saves and stops.
-        restore_from: PATH@STEP, a step to go on from instead (`restoring.go_back`).
+        restore_from: PATH@STEP, a step to go on from instead (`restore.go_back`).
 
     Raises:
         ConfigError, ValueError: a setting that cannot work; nothing was touched.
@@ -96,9 +95,9 @@ def train(
         distributed.check_same(same, "the configuration, the data or --restore_from")
         run = _Run(config, experiment, source, mesh, as_path(workdir))
         if restore_from:
-            keep, check_fits = config.keep_checkpoints, run.start.check_fits
+            abstract = run.start.abstract
             distributed.on_main(
-                lambda: go_back(workdir, restore_from, keep, check_fits, run.report.say)
+                lambda: go_back(run.checkpoints, restore_from, abstract, config, run.report.say)
             )
         return run.train(should_stop)
 
@@ -267,7 +266,6 @@ class _Run:
         )
         compiler = announce_and_compile if self.config.microbatches else compile_to_fit
         compiled = compiler(program, state, batch, say)
-        fingerprints(state)  # so that the first save has nothing to compile
         distributed.wait_for_all(
             "compiled"
         )  # one that is much later than the others at its first step counts as lost

@@ -12,8 +12,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_close
-from djepa_jax.config.experiment.settings import Settings
-from djepa_jax.sampling.sample_to_npz.generator import Generator, placed_params
 from flax import traverse_util
 from jax import export as jax_export
 from safetensors.numpy import save_file
@@ -22,11 +20,13 @@ from tiny import CONFIG, TINY, tiny_config
 import djepa_jax
 from djepa_jax.checkpoints import stablehlo
 from djepa_jax.checkpoints.convert.official import official_shapes
-from djepa_jax.checkpoints.stored import find_model
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.checkpoints.restore import find_model, placed_params
+from djepa_jax.config import experiment as configuration
+from djepa_jax.config.settings import Settings
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.main import main
+from djepa_jax.sampling.generator import Generator
 
 BATCH, SEED, TEMPERATURE = 4, 7, 0.8
 LABELS = (3, 7, 0, 9, 1, 10, 3, 2)  # two batches; 10 stands for no class

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from djepa_jax.config.experiment.experiment import ConfigError
 from safetensors.numpy import save_file
 from small_autoencoder import NAME, SMALL, cache_config, registered, shapes_of, tensors
 
@@ -17,6 +16,7 @@ from djepa_jax.checkpoints.convert.autoencoder import (
 )
 from djepa_jax.checkpoints.convert.mismatch import MismatchError
 from djepa_jax.checkpoints.convert.tensor_files import SourceError
+from djepa_jax.config.experiment import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import PARITY
-from djepa_jax.config.experiment.experiment import upgraded
 from safetensors import safe_open
 from tiny import CONFIG, TINY
 
 import djepa_jax
 from djepa_jax import main as cli
 from djepa_jax.checkpoints import export as exporting
-from djepa_jax.checkpoints.stored import find_model, weights_of
+from djepa_jax.checkpoints.restore import find_model, read_record
+from djepa_jax.config.experiment import upgraded
 from djepa_jax.main import main
 
 WEIGHTS = {"orbax": "params", "safetensors": "model.safetensors", "official": "model.safetensors"}
@@ -258,9 +258,11 @@ def test_export_is_replaced_only_with_overwrite(trained, old, capsys):
     assert [path.name for path in old.parent.iterdir()] == ["old"] and not (
         old / "surplus"
     ).exists()
-    assert weights_of(old) == "safetensors"
+    assert read_record(old)["weights"] == "safetensors"
     export(old, old, "official", "--overwrite")  # an export may take the place of its source
-    assert [path.name for path in old.parent.iterdir()] == ["old"] and weights_of(old) == "official"
+    assert [path.name for path in old.parent.iterdir()] == ["old"] and read_record(old)[
+        "weights"
+    ] == "official"
     assert_same_values(djepa_jax.load(old).params, djepa_jax.load(trained).params)
 
 
@@ -268,7 +270,7 @@ def test_link_to_an_export_is_followed(trained, old, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(old)
     export(trained, link, "safetensors", "--overwrite")
-    assert link.is_symlink() and weights_of(old) == "safetensors"
+    assert link.is_symlink() and read_record(old)["weights"] == "safetensors"
     assert {path.name for path in tmp_path.iterdir()} == {"link", "place"} and [
         p.name for p in old.parent.iterdir()
     ] == ["old"]
@@ -306,8 +308,8 @@ def test_unusable_source(workdir, exports, old, capsys, kind):
     source = {"missing": workdir / "typo", "sampler": exports["stablehlo"]}.get(kind, workdir)
     words = {
         "missing": "does not exist",
-        "empty": "no finished",
-        "damaged": "cannot be restored",
+        "empty": "holds no checkpoint",
+        "damaged": "differs from its checksum",
         "sampler": "compiled sampler",
     }
     for out, flag in ((old, "--overwrite"), (old.parent / "new", "--nooverwrite")):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARITY, VARIANTS, assert_close, load_parity
-from djepa_jax.sampling.sample_to_npz.generator import load_ema
 from flax import nnx
 from official_files import (
     as_torch,
@@ -31,8 +30,9 @@ from test_parity_forward import FORWARD, replay
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.convert.official import from_official
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.checkpoints.restore import latest_model, placed_params
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.masking import to_order, to_raster
 from djepa_jax.core.train_step import predict_features
@@ -87,7 +87,8 @@ def average_in(workdir, flags) -> dict:
     """The moving average as sampling loads it."""
     config = parse(["djepa_jax", f"--workdir={workdir}", *flags]).config
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    return load_ema(config, configuration.build(config), workdir, mesh)[0]
+    abstract = placed_params(configuration.build(config), mesh)
+    return latest_model(config, workdir).restore(abstract)
 
 
 @pytest.mark.parametrize(("variant", "container"), CASES)

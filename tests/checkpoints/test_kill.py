@@ -14,14 +14,12 @@ from processes import Training
 from workdirs import RUN, arrays, assert_same_arrays, compiled, run
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step
-from djepa_jax.checkpoints.integrity import MANIFEST_NAME
-from djepa_jax.checkpoints.orbax_io import CheckpointError
+from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError
 
 INTERVAL = 2  # steps between saves
 PACE = 0.02  # seconds that a step takes at least
 # Where a process is killed: while it starts; up to 0.4 s after it began to save; with arrays but no
-# manifest; when there
-# is one step too many, which is about to be removed.
+# manifest; when there is one step too many, which is about to be removed.
 PLACES = ("start", "save", "save", "seal", "removal")
 
 
@@ -90,6 +88,7 @@ def live(workdir: pathlib.Path, rng: random.Random, simple: bool) -> tuple[Life 
             deadline = min(deadline, time.monotonic() + (delay if place == "save" else 0))
         time.sleep(0.002)
     status, output = training.kill()
+    assert "damaged" not in output, "what a kill leaves is unfinished, and nothing else"
     if status == 0:
         return None, output
     assert status == -9, output
@@ -104,7 +103,7 @@ def live(workdir: pathlib.Path, rng: random.Random, simple: bool) -> tuple[Life 
 
 def check_reports(workdir: pathlib.Path, output: str, usable: int) -> None:
     """What was reported saved, is."""
-    recorded = Checkpoints(workdir).recorded_step()
+    recorded, _ = Checkpoints(workdir).recorded()
     assert recorded is None or recorded <= usable, "a step that cannot be used was recorded"
     if recorded is not None:
         check_step(Checkpoints(workdir).folder(recorded))

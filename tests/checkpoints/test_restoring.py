@@ -5,23 +5,23 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
-from djepa_jax.config.experiment.experiment import ConfigError
 from tiny import tiny_config
 from workdirs import EVERY, RUN, STEPS, arrays, assert_same_arrays, digest, run, steps_in
 
-from djepa_jax.checkpoints import go_back as restoring
+from djepa_jax.checkpoints import checkpointer, integrity
 from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step
-from djepa_jax.checkpoints.go_back import UNFINISHED, go_back
-from djepa_jax.checkpoints.integrity import MANIFEST_NAME, write_manifest
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.config.experiment import experiment as configuration
-from djepa_jax.core import sharding
+from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, write_manifest
+from djepa_jax.checkpoints.restore import go_back
+from djepa_jax.config import experiment as configuration
+from djepa_jax.config.experiment import ConfigError
+from djepa_jax.core.train_step import init_state
 from djepa_jax.main import main
-from djepa_jax.training.initial_state import Start
 
 BOTH = [str(EVERY), str(STEPS)]
+WIDER = "--config.model.width=32"
 
 
 @pytest.fixture
@@ -37,24 +37,19 @@ def workdir(saved_run, tmp_path) -> pathlib.Path:
 
 
 @functools.cache
-def start(*flags: str) -> Start:
-    """That of a training of the tiny model, perhaps with further flags."""
+def training(*flags: str) -> tuple:
+    """State and config of a training of the tiny model, perhaps with further flags."""
     config = tiny_config(*flags)
-    return Start(
-        config,
-        configuration.build(config),
-        sharding.make_mesh((-1, 1, 1)),
-        Checkpoints("unused"),
-        print,
-    )
+    return jax.eval_shape(lambda: init_state(configuration.build(config).train)), config
 
 
-def restore(workdir: pathlib.Path, restore_from: str, *flags: str) -> str:
-    """What is said by it, and by looking for the step to resume from."""
+def restored(workdir: pathlib.Path, restore_from: str, *flags: str) -> str:
+    """Go back, and look for the step to resume from: what was said."""
     workdir.mkdir(exist_ok=True)
     said = []
-    go_back(workdir, restore_from, 2, start(*flags).check_fits, said.append)
-    Checkpoints(workdir).step_to_resume(said.append)
+    checkpoints = Checkpoints(workdir)
+    go_back(checkpoints, restore_from, *training(*flags), said.append)
+    checkpoints.step_to_resume(said.append)
     return "\n".join(said)
 
 
@@ -64,58 +59,45 @@ def rename_step(workdir: pathlib.Path, old: int, new: int) -> None:
     (workdir / "last_saved.json").write_text(json.dumps({"step": new}))
 
 
-def set_aside(workdir: pathlib.Path) -> list[str]:
-    """Names of the steps that were set aside; beside them are copies of the metrics."""
-    folder = workdir / "set_aside"
-    return (
-        sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
-    )
+def in_quarantine(workdir: pathlib.Path) -> list[str]:
+    folder = workdir / "quarantine"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-@pytest.mark.parametrize(
-    ("number", "step"), [(f"@{EVERY}", EVERY), (f"@{STEPS}", STEPS), ("", STEPS)]
-)
+@pytest.mark.parametrize(("number", "step"), [(f"@{EVERY}", EVERY), ("", STEPS)])
 def test_a_new_workdir_begins_with_a_step_of_another(other, tmp_path, number, step):
     before, fresh = digest(other), tmp_path / "fresh"
-    assert f"restored step {step} of {other}" in restore(fresh, f"{other}{number}")
-    assert steps_in(fresh) == [str(step)] and Checkpoints(fresh).recorded_step() == step
+    assert f"restored {other}/checkpoints/{step}" in restored(fresh, f"{other}{number}")
+    assert steps_in(fresh) == [str(step)] and Checkpoints(fresh).recorded() == (step, None)
     assert digest(fresh / "checkpoints" / str(step)) == digest(other / "checkpoints" / str(step))
     assert digest(other) == before
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_a_workdir_goes_back_to_a_step_of_its_own(workdir, tmp_path, link):
+def test_a_workdir_goes_back_to_a_step_of_its_own(workdir, tmp_path):
+    """Under whatever name; the metrics of the steps that go are kept."""
     (tmp_path / "link").symlink_to(workdir)
     good = digest(workdir / "checkpoints" / str(EVERY))
-    said = restore(workdir, f"{tmp_path / 'link' if link else workdir}@{EVERY}")
-    assert f"step {STEPS} was set aside: {workdir / 'set_aside' / str(STEPS)}" in said
-    assert (
-        steps_in(workdir) == [str(EVERY)] and digest(workdir / "checkpoints" / str(EVERY)) == good
-    )
-    assert set_aside(workdir) == [str(STEPS)] and Checkpoints(workdir).recorded_step() == EVERY
+    metrics = (workdir / "metrics.jsonl").read_text()
+    said = restored(workdir, f"{tmp_path / 'link'}@{EVERY}")
+    assert f"step {STEPS} was moved to {workdir / 'quarantine' / str(STEPS)}" in said
+    assert steps_in(workdir) == [str(EVERY)]
+    assert digest(workdir / "checkpoints" / str(EVERY)) == good
+    assert in_quarantine(workdir) == [str(STEPS), f"metrics-{STEPS}.jsonl"]
+    assert (workdir / "quarantine" / f"metrics-{STEPS}.jsonl").read_text() == metrics
+    assert Checkpoints(workdir).recorded()[0] == EVERY
 
 
-def test_newer_steps_of_the_workdir_are_set_aside(workdir, other):
+def test_a_step_of_the_same_number_and_newer_ones_give_way(workdir, other):
     rename_step(workdir, STEPS, 70)
-    assert "step 70 was set aside" in restore(workdir, f"{other}@{STEPS}")
-    assert steps_in(workdir) == BOTH and set_aside(workdir) == ["70"]
-
-
-def test_a_step_of_the_same_number_gives_way(workdir, other):
-    """Unless it is the same one."""
-    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     rename_step(workdir, EVERY, STEPS)
     different = digest(workdir / "checkpoints" / str(STEPS))
-    restore(workdir, f"{other}@{STEPS}")
-    assert digest(workdir / "checkpoints") == {
-        name: value
-        for name, value in digest(other / "checkpoints").items()
-        if name.startswith(str(STEPS))
-    }
-    assert digest(workdir / "set_aside" / str(STEPS)) == different
-    (workdir / restoring.NOTE_NAME).unlink()
-    restore(workdir, f"{other}@{STEPS}")
-    assert set_aside(workdir) == [str(STEPS)]
+    restored(workdir, f"{other}@{STEPS}")
+    assert steps_in(workdir) == [str(STEPS)]
+    assert digest(workdir / "checkpoints" / str(STEPS)) == digest(
+        other / "checkpoints" / str(STEPS)
+    )
+    assert digest(workdir / "quarantine" / str(STEPS)) == different
+    assert in_quarantine(workdir) == [str(STEPS), "70", "metrics-70.jsonl"]
 
 
 def test_a_good_copy_takes_the_place_of_a_damaged_step(workdir, other):
@@ -123,30 +105,28 @@ def test_a_good_copy_takes_the_place_of_a_damaged_step(workdir, other):
         (workdir / "checkpoints" / step / "meta" / "metadata").unlink()
     with pytest.raises(CheckpointError, match="--restore_from=PATH@STEP"):
         Checkpoints(workdir).step_to_resume()
-    restore(workdir, f"{other}@{STEPS}")
+    restored(workdir, f"{other}@{STEPS}")
     check_step(workdir / "checkpoints" / str(STEPS))
-    assert set_aside(workdir) == [str(STEPS)]
+    assert in_quarantine(workdir) == [str(STEPS)]
 
 
 def test_the_same_command_again_goes_on(workdir, other):
     command = f"{other}@{EVERY}"
-    restore(workdir, command)
+    restored(workdir, command)
     shutil.copytree(other / "checkpoints" / str(STEPS), workdir / "checkpoints" / str(STEPS))
-    assert f"--restore_from={command} was done before; going on" in restore(workdir, command)
+    assert f"--restore_from={command} was done before" in restored(workdir, command)
     assert steps_in(workdir) == BOTH
-    assert f"restored step {EVERY}" in restore(workdir, f"{workdir}@{EVERY}"), (
-        "another command goes back again"
-    )
+    restored(workdir, f"{workdir}@{EVERY}")  # another command goes back again
     assert steps_in(workdir) == [str(EVERY)]
 
 
 BAD = {
-    "@7": "holds 20, 40; name one that is there",
-    "@newest": "is not PATH@STEP",
-    "@\N{SUPERSCRIPT TWO}": "is not PATH@STEP",
-    "/nothing@20": "checkpoints does not exist; name a workdir",
-    "/nothing": "checkpoints does not exist; name a workdir",
-    f"@{STEPS}": f"{STEPS}.*meta.*is missing",
+    "@7": "holds 20, 40; write PATH@STEP",
+    "@newest": "names no step",
+    "@\N{SUPERSCRIPT TWO}": "names no step",
+    "/nothing@20": "nothing/checkpoints holds none",
+    "/nothing": "nothing/checkpoints holds none",
+    f"@{STEPS}": f"{STEPS}.*meta.*cannot be read",
 }
 
 
@@ -155,128 +135,105 @@ def test_what_cannot_be_restored_changes_nothing(workdir, other, name):
     (other / "checkpoints" / str(STEPS) / "meta" / "metadata").unlink()
     before = digest(workdir)
     with pytest.raises(CheckpointError, match=BAD[name]):
-        restore(workdir, f"{other}{name}")
+        restored(workdir, f"{other}{name}")
     assert digest(workdir) == before
-
-
-WIDER = "--config.model.width=32"
-
-
-def change_meta(workdir: pathlib.Path, change) -> None:
-    """Change what the step `STEPS` says of itself, and seal it again."""
-    path = workdir / "checkpoints" / str(STEPS) / "meta" / "metadata"
-    meta = json.loads(path.read_text())
-    change(meta)
-    path.write_text(json.dumps(meta))
-    write_manifest(path.parents[1])
 
 
 def only_average(workdir: pathlib.Path) -> None:
     """Replace the step `STEPS` by one whose arrays are not those that its configuration needs."""
-    config = configuration.resolved(tiny_config())
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    Checkpoints(workdir).save_imported(
-        {"ema_params": {"w": np.ones(3, np.float32)}}, config, STEPS, 0
-    )
+    average = {"ema_params": {"w": np.ones(3, np.float32)}}
+    config = configuration.resolved(tiny_config())
+    Checkpoints(workdir).save_imported(average, config, STEPS, 0)
+
+
+def later_format(workdir: pathlib.Path) -> None:
+    path = workdir / "checkpoints" / str(STEPS) / "meta" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
+    write_manifest(path.parents[1])
 
 
 UNFIT = {
     "another model": (lambda other: None, "model.width: 16 -> 32"),
     "other arrays": (only_average, "has no array ema_params/"),
-    "a fingerprint is missing": (
-        lambda other: change_meta(other, lambda meta: meta["fingerprints"].pop("step")),
-        "has no fingerprint of the array step",
-    ),
-    "another format": (
-        lambda other: change_meta(other, lambda meta: meta.update(format=9)),
-        "has format 9",
-    ),
+    "another format": (later_format, "has format 9"),
 }
 
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("fault", UNFIT)
 def test_a_step_that_training_cannot_go_on_from_changes_nothing(workdir, other, fault, own):
-    """Neither of another workdir nor of its own; without --restore_from the same training goes
-    on.
-    """
+    """Neither of another workdir nor of its own; without the flag the same training goes on."""
     spoil, reason = UNFIT[fault]
     rename_step(workdir, EVERY, STEPS + 1)
     source = workdir if own else other
     spoil(source)
     before = digest(workdir)
     with pytest.raises((CheckpointError, ConfigError), match=reason):
-        restore(workdir, f"{source}@{STEPS}", *([WIDER] if fault == "another model" else []))
+        restored(workdir, f"{source}@{STEPS}", *([WIDER] if fault == "another model" else []))
     assert digest(workdir) == before
     assert Checkpoints(workdir).step_to_resume() == STEPS + 1
 
 
-def test_the_command_line_refuses_a_step_of_another_model_before_anything_is_moved(
-    workdir, other, capsys
-):
-    before = digest(workdir)
-    assert (
-        main(["djepa_jax", *RUN, WIDER, f"--workdir={workdir}", f"--restore_from={other}@{EVERY}"])
-        == 2
-    )
+def test_the_command_line_refuses_a_step_of_another_model(workdir, other, capsys):
+    before, command = digest(workdir), f"--restore_from={other}@{EVERY}"
+    assert main(["djepa_jax", *RUN, WIDER, f"--workdir={workdir}", command]) == 2
     error = capsys.readouterr().err
-    assert (
-        f'--restore_from "{other}@{EVERY}": the checkpoint is of another model' in error
-        and "16 -> 32" in error
-    )
-    assert digest(workdir) == before
-
-
-def test_metrics_of_the_steps_that_are_set_aside_are_kept(workdir):
-    metrics = (workdir / "metrics.jsonl").read_text()
-    restore(workdir, f"{workdir}@{EVERY}")
-    assert (workdir / "set_aside" / f"metrics-{STEPS}.jsonl").read_text() == metrics
+    assert f'--restore_from "{other}@{EVERY}": the checkpoint is of another model' in error
+    assert "16 -> 32" in error and digest(workdir) == before
 
 
 class Killed(BaseException):
     """As if the process ended here."""
 
 
-@pytest.mark.parametrize(
-    "place", ["copy_folder", "check_step", "move_folder", "set_aside", "write_json"]
-)
+# Where it is cut off: the owner and the name of the function that does not return.
+PLACES = [
+    (integrity, "copy_folder"),
+    (integrity, "move_folder"),
+    (Checkpoints, "quarantine"),
+    (checkpointer, "write_json"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=[name for _, name in PLACES])
 @pytest.mark.parametrize("again", [True, False])
 def test_one_that_was_cut_off_is_repeated(workdir, other, monkeypatch, place, again):
     """By the same command; without --restore_from the workdir can be used, too."""
     rename_step(workdir, STEPS, 70)
-    owner = Checkpoints if place == "set_aside" else restoring
-    function = getattr(owner, place)
+    owner, name = place
+    function = getattr(owner, name)
 
     def cut_off(*arguments):
-        if place == "copy_folder":
+        if name == "copy_folder":
             function(*arguments)
             next((arguments[1] / "state").iterdir()).unlink(missing_ok=True)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, place, cut_off)
-        restore(workdir, f"{other}@{STEPS}")
+        patch.setattr(owner, name, cut_off)
+        restored(workdir, f"{other}@{STEPS}")
     if again:
-        restore(workdir, f"{other}@{STEPS}")
-        assert steps_in(workdir) == BOTH and set_aside(workdir) == ["70"]
+        restored(workdir, f"{other}@{STEPS}")
+        assert steps_in(workdir) == BOTH and "70" in in_quarantine(workdir)
         assert digest(workdir / "checkpoints") == digest(other / "checkpoints")
         return
     assert Checkpoints(workdir).step_to_resume() in (STEPS, 70)
-    assert not (workdir / "checkpoints" / UNFINISHED).exists()
+    assert not any("tmp" in name for name in steps_in(workdir))
 
 
 def test_damage_while_copying_is_noticed(workdir, other, monkeypatch):
-    copy = restoring.copy_folder
+    copy = integrity.copy_folder
 
     def bad_copy(source, target):
         copy(source, target)
         (target / MANIFEST_NAME).write_bytes(b"{}")
 
     rename_step(workdir, STEPS, 70)
-    monkeypatch.setattr(restoring, "copy_folder", bad_copy)
+    monkeypatch.setattr(integrity, "copy_folder", bad_copy)
     with pytest.raises(CheckpointError, match="manifest.json cannot be read"):
-        restore(workdir, f"{other}@{STEPS}")
-    assert Checkpoints(workdir).step_to_resume() == 70 and set_aside(workdir) == []
+        restored(workdir, f"{other}@{STEPS}")
+    assert Checkpoints(workdir).step_to_resume() == 70 and in_quarantine(workdir) == []
 
 
 def test_training_goes_on_from_a_restored_step(saved_run, tmp_path):
@@ -285,13 +242,8 @@ def test_training_goes_on_from_a_restored_step(saved_run, tmp_path):
     status, output = run(fresh, command, "--config.num_steps=30")
     assert status == 0 and f"going on from step {EVERY} of 30" in output, output
     status, output = run(fresh, command)
-    assert (
-        status == 0
-        and "was done before" in output
-        and f"going on from step 30 of {STEPS}" in output
-    )
+    assert status == 0 and "was done before" in output
+    assert f"going on from step 30 of {STEPS}" in output
     assert_same_arrays(arrays(saved_run), arrays(fresh))
-    steps = [
-        json.loads(line)["step"] for line in (fresh / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == list(range(EVERY + 1, STEPS + 1))
+    lines = (fresh / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(EVERY + 1, STEPS + 1))

@@ -24,7 +24,7 @@ from djepa_jax.checkpoints.convert.tensor_files import (
     open_tensors,
     save_tensors,
 )
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.main import parse
 

@@ -8,13 +8,13 @@ import pathlib
 import sys
 
 import pytest
-from djepa_jax.config.experiment.experiment import ConfigError
 from tiny import CONFIG, load_config, tiny_config
 
 from djepa_jax import main as cli
-from djepa_jax.checkpoints.stored import KIND
-from djepa_jax.config.experiment import experiment as configuration
-from djepa_jax.config.experiment import json_config
+from djepa_jax.checkpoints.restore import KIND
+from djepa_jax.config import experiment as configuration
+from djepa_jax.config import json_config
+from djepa_jax.config.experiment import ConfigError
 from djepa_jax.training import benchmark
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

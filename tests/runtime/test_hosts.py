@@ -10,16 +10,14 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from conftest import assert_close
-from etils import epath
 from processes import Member, free_port
 from tiny import CONFIG, TINY
+from workdirs import arrays
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.orbax_io import restore_arrays, stored_arrays
 from djepa_jax.runtime.distributed import SAVED, STARTING
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.rendezvous import VARIABLE
@@ -79,20 +77,9 @@ def statuses(members: list[Member]) -> list[int | None]:
     return [member.status() for member in members]
 
 
-def final_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of the last checkpoint, by path."""
-    folder = epath.Path(workdir) / "checkpoints" / str(STEPS) / "state"
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), stored_arrays(folder)
-    )
-    restored = jax.tree_util.tree_leaves_with_path(restore_arrays(folder, wanted))
-    return {jax.tree_util.keystr(path): np.asarray(array) for path, array in restored}
-
-
 def assert_same_arrays(workdir: pathlib.Path, expected: pathlib.Path, tolerance: float = 0) -> None:
     """None differs by more than `tolerance`, nor by much of its own size where it is small."""
-    actual, expected = final_arrays(workdir), final_arrays(expected)
+    actual, expected = arrays(workdir, STEPS), arrays(expected, STEPS)
     assert actual.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_allclose(actual[path], array, rtol=0, atol=tolerance, err_msg=path)
@@ -258,7 +245,7 @@ def lose_one(start, workdir: pathlib.Path, which: int, **troubles) -> None:
     members = start(arguments(workdir), hold=EVERY + 1, gate=str(gate), **troubles)
     for member in members:
         member.wait_for(f"holding at {EVERY + 1}")
-    while Checkpoints(workdir).recorded_step() != EVERY:
+    while Checkpoints(workdir).recorded()[0] != EVERY:
         time.sleep(0.02)
     assert (
         f"process {which} = {socket.gethostname()}, pid {members[which].process.pid}\n"

@@ -15,15 +15,16 @@ from buckets import WORKDIR, refusal
 from object_store import ObjectStore
 from PIL import Image
 from processes import Training
-from tiny import CONFIGS
+from tiny import CONFIGS, tiny_config
 from workdirs import RUN, STEPS, arrays, assert_same_arrays, compiled
 
 import djepa_jax
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.go_back import go_back
-from djepa_jax.checkpoints.orbax_io import DamagedError, read_meta
-from djepa_jax.checkpoints.stored import find_model
+from djepa_jax.checkpoints.integrity import DamagedError
+from djepa_jax.checkpoints.restore import find_model, go_back
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core.optimizer import path_name
+from djepa_jax.core.train_step import init_state
 from djepa_jax.data.prepare_latents import PUBLISH
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import PathError, as_path
@@ -119,7 +120,7 @@ def test_refused_checkpoint_ends_the_run_with_one_line(life):
         line.startswith(f"error: saving step {REFUSED} to {WORKDIR}/checkpoints failed: ")
         and "run the same command again" in line
     )
-    assert json.loads(life.refused.objects["run/last_saved.json"]) == {"step": 10}
+    assert json.loads(life.refused.objects["run/last_saved.json"])["step"] == 10
     assert f"run/checkpoints/{REFUSED}/manifest.json" not in life.refused.objects
     assert "run/.lock" not in life.refused.objects
 
@@ -234,7 +235,7 @@ def cut_off(bucket: ObjectStore, *missing: str) -> None:
     """What a process leaves that is killed while it saves the newest step."""
     for name in missing:
         del bucket.objects[f"run/checkpoints/{NEWEST}/{name}"]
-    bucket.objects["run/last_saved.json"] = json.dumps({"step": OLDER}).encode()
+    bucket.objects["run/last_saved.json"] = json.dumps({"step": OLDER, "saving": NEWEST}).encode()
 
 
 @pytest.mark.parametrize("missing", [["manifest.json"], ["manifest.json", "commit_success.txt"]])
@@ -252,10 +253,11 @@ def test_step_that_is_not_sealed_never_counts(bucket, missing):
 @pytest.mark.parametrize(
     "missing", ["commit_success.txt", "state/commit_success.txt", "state/_METADATA"]
 )
-def test_sealed_step_that_lacks_a_file_is_set_aside(bucket, missing):
+def test_sealed_step_that_lacks_a_file_goes_to_quarantine(bucket, missing):
     del bucket.objects[f"run/checkpoints/{NEWEST}/{missing}"]
     step, said = resume()
-    assert step == OLDER and f"{missing} is missing" in said and steps_in(bucket.objects) == {OLDER}
+    assert step == OLDER and f"{missing} cannot be read (FileNotFoundError" in said
+    assert steps_in(bucket.objects) == {OLDER}
 
 
 def test_step_without_its_mark_is_not_loaded(bucket):
@@ -264,7 +266,7 @@ def test_step_without_its_mark_is_not_loaded(bucket):
         djepa_jax.load(WORKDIR)
 
 
-def test_flipped_byte_is_noticed_and_the_step_set_aside(bucket):
+def test_flipped_byte_is_noticed_and_the_step_goes_to_quarantine(bucket):
     folder = f"run/checkpoints/{NEWEST}/"
     name = max(
         (name for name in bucket.objects if name.startswith(folder + "state/")),
@@ -278,22 +280,25 @@ def test_flipped_byte_is_noticed_and_the_step_set_aside(bucket):
     assert step == OLDER and said.startswith(
         f"WARNING: step {NEWEST} is damaged: gs://bucket/{name} differs from its checksum"
     )
-    assert f"It was moved to {WORKDIR}/set_aside/{NEWEST}; an older step is used." in said
+    assert f"It was moved to {WORKDIR}/quarantine/{NEWEST}." in said
     assert (
         steps_in(bucket.objects) == {OLDER}
-        and below(bucket.objects, f"run/set_aside/{NEWEST}/") == damaged
+        and below(bucket.objects, f"run/quarantine/{NEWEST}/") == damaged
     )
     assert resume() == (OLDER, "")
 
 
 def test_step_of_another_workdir_in_the_bucket_can_be_restored_from(bucket):
     said = []
-    go_back("gs://bucket/new", f"{WORKDIR}@{OLDER}", 2, read_meta, said.append)
-    assert said == [f"restored step {OLDER} of {WORKDIR}"]
+    config = tiny_config()
+    abstract = jax.eval_shape(lambda: init_state(configuration.build(config).train))
+    checkpoints = Checkpoints("gs://bucket/new")
+    go_back(checkpoints, f"{WORKDIR}@{OLDER}", abstract, config, said.append)
+    assert said == [f"restored {WORKDIR}/checkpoints/{OLDER}"]
     assert below(bucket.objects, f"new/checkpoints/{OLDER}/") == below(
         bucket.objects, f"run/checkpoints/{OLDER}/"
     )
-    assert Checkpoints("gs://bucket/new").step_to_resume(said.append) == OLDER and len(said) == 1
+    assert checkpoints.step_to_resume(said.append) == OLDER and len(said) == 1
 
 
 # ---------------------------------------------------------------- what is for disks

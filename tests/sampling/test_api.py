@@ -13,8 +13,8 @@ from tiny import CONFIG, TINY, tiny_config
 
 import djepa_jax
 from djepa_jax.checkpoints.export import run_export
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.config import experiment as configuration
 from djepa_jax.core.masking import reveal_counts
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.main import main

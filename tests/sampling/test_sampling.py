@@ -10,17 +10,17 @@ import types
 import jax
 import numpy as np
 import pytest
-from djepa_jax.config.experiment.experiment import ConfigError
-from djepa_jax.sampling.sample_to_npz.generator import Generator, Stopped
-from djepa_jax.sampling.sample_to_npz.parts import Parts
 from filled import save_model
 from tiny import arrays_of, run, tiny_config
 
-from djepa_jax.checkpoints.stored import find_model
-from djepa_jax.config.experiment import experiment as configuration
+from djepa_jax.checkpoints.restore import find_model
+from djepa_jax.config import experiment as configuration
+from djepa_jax.config.experiment import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import init_params
-from djepa_jax.sampling.sample_to_npz import generator
+from djepa_jax.sampling import generator
+from djepa_jax.sampling.generator import Generator, Stopped
+from djepa_jax.sampling.parts import Parts
 from djepa_jax.training.loop import train
 from djepa_jax.training.reporting import Reporter
 

@@ -15,14 +15,14 @@ from small_autoencoder import NAME, registered, write_weights
 from tiny import arrays_of, run, tiny_config
 
 import djepa_jax
-from djepa_jax.checkpoints.stored import find_model
+from djepa_jax.checkpoints.restore import check_same_model, find_model
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import ConfigError
 from djepa_jax.data.latent_cache import LatentCache
 from djepa_jax.data.records import DataError
 from djepa_jax.data.sources import Unlabelled
 from djepa_jax.evaluation.evaluate import identity
-from djepa_jax.sampling.generator import Generator, check_same_model
+from djepa_jax.sampling.generator import Generator
 from djepa_jax.training.loop import check_decoder, latents_made_by
 
 LATENTS = (

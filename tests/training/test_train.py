@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.orbax_io import CheckpointError
+from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
+from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.checkpoints.restore import restore_state
 from djepa_jax.config import experiment as configuration
 from djepa_jax.core import sharding
 from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer
@@ -40,9 +41,8 @@ def final_arrays(workdir) -> dict[str, np.ndarray]:
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    checkpoints = Checkpoints(workdir)
-    state = TrainState(**checkpoints.restore(target, checkpoints.read_meta()))
-    checkpoints.close()
+    folder = Checkpoints(workdir).latest_folder()
+    state = TrainState(**restore_state(folder, target, read_meta(folder)))
     return {
         jax.tree_util.keystr(path): np.asarray(x)
         for path, x in jax.tree_util.tree_leaves_with_path(state)

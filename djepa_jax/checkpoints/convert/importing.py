@@ -27,15 +27,21 @@ from djepa_jax.checkpoints.convert.tensor_files import (
     Tensors,
     open_tensors,
 )
-from djepa_jax.checkpoints.integrity import MANIFEST_NAME, file_sha256
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.checkpoints.stored import (
+from djepa_jax.checkpoints.integrity import (
+    MANIFEST_NAME,
+    CheckpointError,
+    check_manifest,
+    file_sha256,
+)
+from djepa_jax.checkpoints.restore import (
+    CARD_NAME,
     ORBAX,
-    check_export,
+    TENSORS_NAME,
+    check_same_model,
     find_model,
     is_export,
-    tensor_file,
-    weights_of,
+    placed_params,
+    read_record,
 )
 from djepa_jax.config import experiment as configuration
 from djepa_jax.config.experiment import Experiment
@@ -45,7 +51,6 @@ from djepa_jax.core.optimizer import decay_mask
 from djepa_jax.core.train_step import init_state
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import as_path, check_writable, write_json
-from djepa_jax.sampling.generator import check_same_model, placed_params
 
 RECORD_NAME = "imported.json"
 NO_MOMENTS = "optimiser: none; training starts it afresh, from step 0 with warm-up"
@@ -116,10 +121,10 @@ def _check_unused(workdir: epath.Path, config: dict) -> None:
 def _find(config, experiment: Experiment, path: pathlib.Path) -> Found:
     """Open what `path` names, and check that it fits the model; reads no weights yet."""
     if is_export(path):
-        check_export(path)
+        check_manifest(path, but=CARD_NAME)
         model = find_model(path)
         check_same_model(model.config, config)
-    if is_export(path) and weights_of(path) == ORBAX:
+    if is_export(path) and read_record(path)["weights"] == ORBAX:
         mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
 
         def read():
@@ -130,7 +135,7 @@ def _find(config, experiment: Experiment, path: pathlib.Path) -> Found:
             )
 
         return Found(path / MANIFEST_NAME, read, {})
-    file = open_tensors(tensor_file(path) if is_export(path) else path)
+    file = open_tensors(path / TENSORS_NAME if is_export(path) else path)
     _, abstract = split_model(experiment.train.model)
     where = f'--source "{file.path}"'
     sets = {

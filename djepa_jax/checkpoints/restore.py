@@ -1,0 +1,229 @@
+"""From files to arrays: models in a workdir, in a step of one or in an export, and what fits."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from djepa_jax.checkpoints import integrity
+from djepa_jax.checkpoints.autoencoder import makes_latents, stored_sha256
+from djepa_jax.checkpoints.checkpointer import STEPS_NAME, Checkpoints, Meta, check_step, read_meta
+from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.config import experiment as configuration
+from djepa_jax.config.experiment import ConfigError, Experiment
+from djepa_jax.config.settings import Settings
+from djepa_jax.core import sharding
+from djepa_jax.core.models.djepa import split_model
+from djepa_jax.core.optimizer import path_name
+from djepa_jax.core.train_step import TrainState
+from djepa_jax.runtime.storage import as_path, write_json
+
+NOTE_NAME = "restored_from.json"
+KIND, EXPORT_FORMAT = "djepa_jax export", 1
+CONFIG_NAME, PARAMS_NAME, TENSORS_NAME = "config.json", "params", "model.safetensors"
+CARD_NAME = "README.md"  # for people to edit: loading does not check it
+# What `weights` of an export may be, besides a compiled sampler.
+ORBAX, SAFETENSORS, OFFICIAL = "orbax", "safetensors", "official"
+
+
+def restore_state(folder: epath.Path, abstract: TrainState, meta: Meta) -> dict:
+    """The parts of a training state in a step that was checked, by name."""
+    return restore_arrays(folder / "state", _parts(abstract, meta))
+
+
+def _parts(abstract: TrainState, meta: Meta) -> dict:
+    return {name: getattr(abstract, name) for name in meta.parts}
+
+
+def restore_arrays(folder: epath.Path, abstract: dict) -> dict:
+    """Part of the arrays that Orbax wrote; `abstract` gives shapes, dtypes and shardings."""
+    check_arrays(folder, abstract)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    arguments = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    with integrity.reading(folder), _reader() as reader:
+        return reader.restore(folder, args=arguments)
+
+
+def check_arrays(folder: epath.Path, abstract: dict) -> None:
+    """Raise CheckpointError unless arrays in `folder` have the shapes and types that are wanted.
+
+    Orbax would convert types, and cut or fill arrays, without a word.
+    """
+    with integrity.reading(folder), _reader() as reader:
+        found = _by_path(reader.metadata(folder).item_metadata.tree)
+    for path, leaf in _by_path(abstract).items():
+        if path not in found:
+            raise CheckpointError(f"{folder} has no array {path}, which the model needs.")
+        shape, dtype = found[path].shape, found[path].dtype
+        if (shape, dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(
+                f"{folder}: the array {path} has shape {shape} and type {dtype}, the model has "
+                f"shape {leaf.shape} and type {leaf.dtype}."
+            )
+
+
+def _reader() -> ocp.Checkpointer:
+    """Waits for no other process, so that one can read alone, beside the training."""
+    alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone)
+
+
+def _by_path(tree) -> dict:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def placed_params(experiment: Experiment, mesh) -> dict:
+    """Shapes, dtypes and shardings of the parameters on a mesh."""
+    _, abstract = split_model(experiment.train.model)
+    shardings = sharding.state_shardings(abstract, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """The moving average of a model's parameters on disk, and its configuration."""
+
+    path: epath.Path  # of the step, or of the export
+    config: Settings
+    step: int
+    restore: Callable[[dict], dict]  # checks all files; abstract parameters with shardings -> real
+
+
+def find_model(path: str | os.PathLike) -> StoredModel:
+    """Find out what `path` is and read its configuration; no array is read yet."""
+    path = as_path(path)
+    if is_export(path):
+        return _export(path)
+    if (path / "meta").is_dir() and (path / "state").is_dir():
+        return _step(path)
+    checkpoints = Checkpoints(path.parent if path.name == STEPS_NAME else path)
+    if checkpoints.directory.is_dir():
+        return _step(checkpoints.latest_folder())
+    found = "is no model" if path.exists() else "does not exist"
+    raise CheckpointError(
+        f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an export.'
+    )
+
+
+def latest_model(config, workdir: str | os.PathLike) -> StoredModel:
+    """The model of the latest checkpoint, found to be the one that a config describes."""
+    model = _step(Checkpoints(workdir).latest_folder())
+    check_same_model(model.config, config)
+    return model
+
+
+def check_same_model(stored: dict, config) -> None:
+    """Raise ConfigError, with every difference, unless a checkpoint's model is the config's."""
+    stored = configuration.upgraded(stored)
+    theirs, ours = stored_sha256(stored), config.autoencoder.sha256
+    if makes_latents(config) and theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"the checkpoint's model learned latents of the autoencoder with sha256 {theirs}, the "
+            f"config (or the latent cache it names) is for the one with sha256 {ours}; name the "
+            "cache of that autoencoder, or another --workdir."
+        )
+    current = configuration.resolved(config)
+    changed = configuration.differences(stored, current, configuration.MODEL_KEYS)
+    if changed:
+        raise ConfigError(
+            f"the checkpoint is of another model (stored -> config): {', '.join(changed)}. Use "
+            "its config, or another --workdir."
+        )
+
+
+def _step(folder: epath.Path) -> StoredModel:
+    meta = read_meta(folder)
+
+    def restore(abstract: dict) -> dict:
+        check_step(folder)
+        return restore_arrays(folder / "state", {"ema_params": abstract})["ema_params"]
+
+    return StoredModel(folder, Settings(configuration.upgraded(meta.config)), meta.step, restore)
+
+
+def _export(folder: epath.Path) -> StoredModel:
+    record = read_record(folder)
+    if record.get("format") != EXPORT_FORMAT:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} has format {record.get('format')}, this version reads "
+            f"{EXPORT_FORMAT}; use the version that wrote it."
+        )
+    integrity.check_manifest(folder, below=CONFIG_NAME)
+    if record["weights"] not in (ORBAX, SAFETENSORS, OFFICIAL):
+        raise CheckpointError(
+            f'"{folder}" holds a compiled sampler ({record["weights"]}), not a model to load; its '
+            "README.md shows how to call it."
+        )
+
+    def restore(abstract: dict) -> dict:
+        integrity.check_manifest(folder, but=CARD_NAME)
+        if record["weights"] == ORBAX:
+            return restore_arrays(folder / PARAMS_NAME, abstract)
+        from djepa_jax.checkpoints.convert.reading import read_params
+
+        return read_params(folder / TENSORS_NAME, abstract)
+
+    config = Settings(configuration.upgraded(record["config"]))
+    return StoredModel(folder, config, record["step"], restore)
+
+
+def is_export(path: epath.Path) -> bool:
+    """Whether a folder was written by `--mode=export`."""
+    try:
+        return read_record(path).get("kind") == KIND
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_record(folder: epath.Path) -> dict:
+    """What an export says about itself."""
+    return json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+
+
+def go_back(
+    checkpoints: Checkpoints,
+    restore_from: str,
+    abstract: TrainState,
+    config,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Make a step, perhaps of another workdir, the newest of a workdir whose lock is held.
+
+    A note says that it was done: the same command, run again, goes on from where it was.
+
+    Raises:
+        CheckpointError, ConfigError: training cannot go on from it; nothing was changed.
+    """
+    note = checkpoints.workdir / NOTE_NAME
+    if note.exists() and json.dumps(restore_from) in note.read_text() and checkpoints.steps():
+        say(f"--restore_from={restore_from} was done before; going on (if not, remove {note})")
+        return
+    folder = _step_folder(restore_from)
+    meta = read_meta(folder)
+    try:
+        check_same_model(meta.config, config)
+    except ConfigError as error:
+        raise ConfigError(f'--restore_from "{restore_from}": {error}') from error
+    check_step(folder)
+    check_arrays(folder / "state", _parts(abstract, meta))
+    checkpoints.adopt(folder, say)
+    write_json(note, {"restored_from": restore_from})
+
+
+def _step_folder(restore_from: str) -> epath.Path:
+    path, at, number = restore_from.rpartition("@")
+    source = Checkpoints(path if at else restore_from)
+    steps = [str(step) for step in source.steps()]
+    name = number if at else str(source.latest_step())
+    if name not in steps:
+        raise CheckpointError(
+            f'--restore_from "{restore_from}" names no step: {source.directory} holds '
+            f"{', '.join(steps) or 'none'}; write PATH@STEP with one that is there."
+        )
+    return source.folder(int(name))
