@@ -321,9 +321,7 @@ def test_lost_checkpoints_are_never_a_start_from_scratch(trained, tmp_path, caps
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "checkpoints")
     assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 2
-    assert (
-        "none can be used" in capsys.readouterr().err and not (workdir / "checkpoints").exists()
-    )
+    assert "none can be used" in capsys.readouterr().err and not (workdir / "checkpoints").exists()
     (workdir / "checkpoints").touch()
     assert run(f"--config={CONFIG}", f"--workdir={workdir}", *TINY) == 2
     assert "is not a folder" in capsys.readouterr().err

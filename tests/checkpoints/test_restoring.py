@@ -130,12 +130,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_restored_changes_nothing(workdir, other, name):
+def test_what_cannot_be_restored_changes_nothing(workdir, other):
     (other / "checkpoints" / str(STEPS) / "meta" / "metadata").unlink()
     before = digest(workdir)
-    with pytest.raises(CheckpointError, match=BAD[name]):
-        restored(workdir, f"{other}{name}")
+    for name, words in BAD.items():
+        with pytest.raises(CheckpointError, match=words):
+            restored(workdir, f"{other}{name}")
     assert digest(workdir) == before
 
 
