@@ -22,7 +22,7 @@ from safetensors import safe_open  # noqa: E402
 
 from djepa_jax.checkpoints.convert.official import from_official  # noqa: E402
 from djepa_jax.core.losses import TOKEN_LOSSES  # noqa: E402
-from djepa_jax.core.models.conditioning import Classes
+from djepa_jax.core.models.conditioning import Classes  # noqa: E402
 from djepa_jax.core.models.djepa import ModelConfig, split_model  # noqa: E402
 
 # Files of few and long tests come first, so that no worker is left alone with them at the end.

@@ -6,17 +6,17 @@ import jax
 import numpy as np
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.config.settings import Settings
+from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.stored import to_stored
 from djepa_jax.core.models.djepa import split_model
 
 
-def save_model(workdir: pathlib.Path, config, **changes) -> str:
+def save_model(workdir: pathlib.Path, experiment: Experiment, **changes) -> str:
     """A workdir with a model of a config; `changes` are of the stored configuration, with __ for
     the dot.
     """
-    stored = Settings(config.to_dict()).updated(
-        {key.replace("__", "."): value for key, value in changes.items()}
-    )
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    stored = experiment.updated(changes)
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):
@@ -25,7 +25,8 @@ def save_model(workdir: pathlib.Path, config, **changes) -> str:
         )
         return rng.normal(mean, spread, leaf.shape).astype(leaf.dtype)
 
-    _, abstract = split_model(stored.train.model)
+    _, abstract = split_model(stored.network)
     filled = jax.tree_util.tree_map_with_path(fill, abstract)
-    Checkpoints(workdir).save_imported({"ema_params": filled}, stored.to_dict(), step=7, examples=0)
+    parts = {"ema_params": filled}
+    Checkpoints(workdir).save_imported(parts, to_stored(stored), step=7, examples=0)
     return str(workdir)

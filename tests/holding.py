@@ -8,7 +8,6 @@ import time
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.runtime.distributed import StopSignals
 from djepa_jax.training import loop
-from djepa_jax.training.initial_state import Start
 from djepa_jax.training.reporting import Reporter
 
 STEPS = 40  # of the small runs (`workdirs`)
@@ -30,9 +29,9 @@ class FailingSource:
         return self._source[index]
 
 
-# Places where a process can be held besides steps: what it is about to do there.
+# Places where a process can be held besides steps: what it is about to call there.
 PLACES = {
-    "restoring": (Start, "state"),
+    "restoring": (loop, "restore_or_initialise"),
     "saving": (Checkpoints, "_finish"),
     "sampling": (Reporter, "final_grid"),
     "evaluating": (Reporter, "final_evaluation"),
@@ -49,14 +48,14 @@ def hold_at(place: str | int, gate: str | None) -> None:
     entered, enter = [], StopSignals.__enter__
     StopSignals.__enter__ = lambda self: entered.append(self) or enter(self)
     owner, name = PLACES.get(place, (loop._Run, "_between_steps"))
-    function, wanted = getattr(owner, name), {"saving": STEPS}.get(place, place)
+    function, step = getattr(owner, name), STEPS if place == "saving" else place
 
-    def held(self, *arguments):
-        step = arguments[0] if arguments else 0
-        if wanted in (step, "restoring", "sampling", "evaluating"):
+    def held(*arguments):
+        if place in ("restoring", "sampling", "evaluating") or arguments[1] == step:
             print(f"holding at {place}", flush=True)
-            while not (os.path.exists(gate) if gate else entered[-1].requested(step)):
+            number = step if isinstance(step, int) else STEPS
+            while not (os.path.exists(gate) if gate else entered[-1].requested(number)):
                 time.sleep(0.01)
-        return function(self, *arguments)
+        return function(*arguments)
 
     setattr(owner, name, held)

@@ -9,10 +9,11 @@ from conftest import Parity
 from tiny import CONFIGS
 
 from djepa_jax import main as cli
-from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.config import experiment as configuration
+from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
+from djepa_jax.checkpoints.restore import restore_state
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
-from djepa_jax.core.train_step import init_state
+from djepa_jax.training.initial_state import abstract_state
 
 
 def flags_of(parity: Parity, *extra: str) -> list[str]:
@@ -41,9 +42,9 @@ def flags_of(parity: Parity, *extra: str) -> list[str]:
     ]
 
 
-def config_of(parity: Parity, *extra: str):
+def config_of(parity: Parity, *extra: str) -> Experiment:
     """That config."""
-    return cli.parse(["djepa_jax", "--workdir=unused", *flags_of(parity, *extra)]).config
+    return cli.parse(["djepa_jax", "--workdir=unused", *flags_of(parity, *extra)])[1]
 
 
 def as_torch(
@@ -73,22 +74,15 @@ def without(tensors: dict, *parts: str) -> dict:
     }
 
 
-def read_workdir(workdir, config, step: int | None = None) -> tuple[dict, int]:
+def read_workdir(workdir, experiment: Experiment, step: int | None = None) -> tuple[dict, int]:
     """The parts of the training state in a workdir's checkpoint (the latest), by name, and its
     step.
     """
-    experiment = configuration.build(config)
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    abstract = jax.eval_shape(lambda: init_state(experiment.train))
-    shardings = sharding.state_shardings(abstract, mesh)
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
+    abstract = abstract_state(experiment, sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
     checkpoints = Checkpoints(workdir)
-    meta = checkpoints.read_meta(step)
-    parts = checkpoints.restore(placed, meta)
-    checkpoints.close()
-    return parts, meta.step
+    folder = checkpoints.folder(checkpoints.latest_step() if step is None else step)
+    meta = read_meta(folder)
+    return restore_state(folder, abstract, meta), meta.step
 
 
 def assert_same(actual: dict, expected: dict) -> None:

@@ -2,6 +2,7 @@
 has imported everything.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
@@ -25,9 +26,9 @@ from jax._src import cache_key
 from small_autoencoder import registered
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.config.settings import Settings
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.train_step import TrainState
-from djepa_jax.data import prepare_latents
+from djepa_jax.data.prepare_latents import run_prepare
 from djepa_jax.main import main
 from djepa_jax.runtime import lock
 from djepa_jax.training import compile_step, loop
@@ -157,8 +158,13 @@ def _trouble(
     if storage is not None:
         reach(storage)
     if fail_after is not None:
-        open_data = loop.open_data
-        loop.open_data = lambda *arguments: FailingSource(open_data(*arguments), fail_after)
+        open_data = loop.open_training_data
+
+        def open_failing(experiment):
+            source, experiment = open_data(experiment)
+            return FailingSource(source, fail_after), experiment
+
+        loop.open_training_data = open_failing
     save, poll = Checkpoints.save, Checkpoints.poll
 
     def limited_save(self, state, *arguments):
@@ -169,15 +175,15 @@ def _trouble(
 
     def slow_poll(self):
         time.sleep(pace)
-        if full_from is not None and self._save is not None:
-            self._save.join()
+        if full_from is not None and self._saving is not None:
+            concurrent.futures.wait([self._saving[1]])
         return poll(self)
 
     Checkpoints.save, Checkpoints.poll = limited_save, slow_poll
     if not pictures:
         Reporter.final_grid = lambda self, step, state: None
     if simple:
-        compile_step.make_train_step = lambda spec: simple_step
+        compile_step.make_train_step = lambda config: simple_step
     if hold is not None:
         hold_at(hold, gate)
 
@@ -301,7 +307,7 @@ class Preparation:
     """A process that makes a latent cache with the small autoencoder.
 
     Args:
-        config: what `run_prepare` takes.
+        experiment: what `run_prepare` takes.
         folder: of the cache.
         compiled: folder of compiled programs.
         limit: bytes that a file may have once the first message was sent, as if the disk were full
@@ -311,7 +317,7 @@ class Preparation:
 
     def __init__(
         self,
-        config,
+        experiment: Experiment,
         folder: pathlib.Path,
         compiled: str,
         limit: int | None = None,
@@ -319,7 +325,7 @@ class Preparation:
     ):
         self._pipe, theirs = CONTEXT.Pipe(duplex=False)
         self.process = start(
-            _prepare, config.to_dict(), str(folder), compiled, limit, shard, theirs
+            _prepare, experiment.to_dict(), str(folder), compiled, limit, shard, theirs
         )
         theirs.close()
 
@@ -343,7 +349,7 @@ class Preparation:
         return self.process.exitcode
 
 
-def _prepare(config: dict, folder: str, compiled: str, limit: int | None, shard: str, pipe) -> None:
+def _prepare(values: dict, folder: str, compiled: str, limit: int | None, shard: str, pipe) -> None:
     keep_compiled(compiled)
 
     def say(text: str) -> None:
@@ -354,7 +360,7 @@ def _prepare(config: dict, folder: str, compiled: str, limit: int | None, shard:
 
     try:
         with registered():
-            prepare_latents.run_prepare(Settings(config), folder, shard=shard, say=say)
+            run_prepare(Experiment.from_dict(values), folder, shard=shard, say=say)
         pipe.send("done")
     except (OSError, ValueError) as error:
         pipe.send(f"failed: {error}")

@@ -79,7 +79,8 @@ def cache_config(weights: str, path: str, *flags: str, source: str = "folder"):
         f"--config.prepare.source={source}",
         f"--config.prepare.path={path}",
     )
-    return load_config("default", *FLAGS, *places, *flags)
+    with registered():  # the name is checked at once
+        return load_config("default", *FLAGS, *places, *flags)
 
 
 def folder_config(root: pathlib.Path):

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from processes import Training
 from tiny import CONFIG, TINY
 
-from djepa_jax.core.optimizer import path_name
+from djepa_jax.core.sharding import path_name
 
 STEPS, EVERY = 40, 20
 # All runs have these, so that they share one compiled step.

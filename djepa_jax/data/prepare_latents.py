@@ -268,6 +268,6 @@ def write_metadata(
     say(
         f"{count:,} images of {plan.num_classes} classes in {len(shards)} shards; {len(skipped)} "
         f"could not be read; latents have mean {mean:.4f} and standard deviation {std:.4f}; train "
-        f"with --experiment.data.latent_scale={scale!r} --experiment.data.latent_shift={shift!r}"
+        f"with --config.data.latent_scale={scale!r} --config.data.latent_shift={shift!r}"
     )
     return metadata
