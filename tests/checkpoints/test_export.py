@@ -14,8 +14,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import PARITY
-from djepa_jax.checkpoints.orbax_io import CheckpointError
-from djepa_jax.checkpoints.stored import find_model, weights_of
 from safetensors import safe_open
 from tiny import run, tiny_config
 
@@ -23,8 +21,10 @@ import djepa_jax
 from djepa_jax.checkpoints import export as exporting
 from djepa_jax.checkpoints.convert.import_weights import run_import
 from djepa_jax.checkpoints.export import FORMATS, run_export
+from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.checkpoints.model_card import read_provenance
-from djepa_jax.config.experiment import ConfigError, upgraded
+from djepa_jax.checkpoints.restore import find_model, read_record
+from djepa_jax.config.convert import ConfigError
 from djepa_jax.main import EXPORT_FORMATS
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "exported"  # by the version before this
@@ -196,11 +196,13 @@ def test_export_is_replaced_only_with_overwrite(trained, old, tmp_path):
     (old / "surplus").touch()
     (tmp_path / "link").symlink_to(old)
     run_export(None, trained, str(tmp_path / "link"), "safetensors", overwrite=True)
-    assert (tmp_path / "link").is_symlink() and weights_of(old) == "safetensors"
+    assert (tmp_path / "link").is_symlink() and read_record(old)["weights"] == "safetensors"
     assert [path.name for path in old.parent.iterdir()] == ["old"]
     assert not (old / "surplus").exists()
     run_export(None, str(old), str(old), "official", overwrite=True)  # the place of its source
-    assert [path.name for path in old.parent.iterdir()] == ["old"] and weights_of(old) == "official"
+    assert [path.name for path in old.parent.iterdir()] == ["old"] and read_record(old)[
+        "weights"
+    ] == "official"
     assert_same_values(djepa_jax.load(old).params, djepa_jax.load(trained).params)
 
 
