@@ -157,16 +157,16 @@ def test_stored_function_and_weights(sampler):
 def test_one_scale_stands_for_the_whole_schedule(monkeypatch):
     seen = []
 
-    def generate(params, labels, sample_ids, seed, scales, temperature):
-        seen.append(scales)
+    def generate(params, inputs):
+        seen.append(inputs.cfg_scales)
         return np.zeros((1, 16, 4), np.float32)
 
-    monkeypatch.setattr(stablehlo, "make_sampler", lambda spec: generate)
+    monkeypatch.setattr(stablehlo, "make_sampler", lambda config: generate)
     for schedule in ("linear", "constant"):
         flags = (f"--config.sample.cfg_schedule={schedule}", "--config.sample.cfg_scale=2.5")
-        config = Settings(tiny_config(*flags).to_dict())
-        draw = stablehlo.make_standalone(config, configuration.build(config))
+        experiment = tiny_config(*flags)
+        draw = stablehlo.make_standalone(experiment)
         for scale in (1.0, 1.5, 3.0):
             draw({}, [0], [0], 0, scale, 1.0)
-            expected = configuration.step_scales(config.updated({"sample.cfg_scale": scale}), 16)
+            expected = experiment.updated({"sample.cfg_scale": scale}).cfg_scales
             assert_close(seen[-1], expected, 1e-6)
