@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_close
-from djepa_jax.checkpoints.stored import find_model
 from filled import save_model
 from flax import traverse_util
 from jax import export as jax_export
@@ -21,10 +20,9 @@ from tiny import tiny_config
 import djepa_jax
 from djepa_jax.checkpoints import stablehlo
 from djepa_jax.checkpoints.export import run_export
-from djepa_jax.config import experiment as configuration
-from djepa_jax.config.settings import Settings
+from djepa_jax.checkpoints.restore import find_model, placed_params
 from djepa_jax.core import sharding
-from djepa_jax.sampling.generator import Generator, placed_params
+from djepa_jax.sampling.generator import Generator
 
 BATCH, SEED, TEMPERATURE = 4, 7, 0.8
 LABELS = (3, 7, 0, 9, 1, 10, 3, 2)  # two batches; 10 stands for no class
@@ -118,10 +116,10 @@ def test_bare_process_draws_what_the_generator_draws(sampler, tmp_path):
 
     model = find_model(workdir)
     changes = {"sample.cfg_scale": scale, "sample.temperature": TEMPERATURE}
-    config = model.config.updated(changes)
-    experiment, mesh = configuration.build(config), sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    experiment = model.config.updated(changes)
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     params = model.restore(placed_params(experiment, mesh))
-    tokens = Generator(config, experiment, mesh)(params, LABELS, SEED)
+    tokens = Generator(experiment, mesh).tokens(params, np.array(LABELS), SEED)
     images = np.asarray(experiment.modality.export(tokens)["images"])
     assert alone.keys() == {"tokens", "images"} and alone["tokens"].dtype == np.float32
     assert np.abs(tokens).max() > 0.5
@@ -159,16 +157,16 @@ def test_stored_function_and_weights(sampler):
 def test_one_scale_stands_for_the_whole_schedule(monkeypatch):
     seen = []
 
-    def generate(params, labels, sample_ids, seed, scales, temperature):
-        seen.append(scales)
+    def generate(params, inputs):
+        seen.append(inputs.cfg_scales)
         return np.zeros((1, 16, 4), np.float32)
 
-    monkeypatch.setattr(stablehlo, "make_sampler", lambda spec: generate)
+    monkeypatch.setattr(stablehlo, "make_sampler", lambda config: generate)
     for schedule in ("linear", "constant"):
         flags = (f"--config.sample.cfg_schedule={schedule}", "--config.sample.cfg_scale=2.5")
-        config = Settings(tiny_config(*flags).to_dict())
-        draw = stablehlo.make_standalone(config, configuration.build(config))
+        experiment = tiny_config(*flags)
+        draw = stablehlo.make_standalone(experiment)
         for scale in (1.0, 1.5, 3.0):
             draw({}, [0], [0], 0, scale, 1.0)
-            expected = configuration.step_scales(config.updated({"sample.cfg_scale": scale}), 16)
+            expected = experiment.updated({"sample.cfg_scale": scale}).cfg_scales
             assert_close(seen[-1], expected, 1e-6)

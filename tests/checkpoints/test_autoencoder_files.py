@@ -24,7 +24,7 @@ from djepa_jax.checkpoints.convert.autoencoder_kl import (
 )
 from djepa_jax.checkpoints.convert.mismatch import MismatchError
 from djepa_jax.checkpoints.convert.tensor_files import SourceError
-from djepa_jax.config.experiment import ConfigError
+from djepa_jax.config.convert import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARITY, VARIANTS, load_parity
-from djepa_jax.checkpoints.orbax_io import CheckpointError
 from flax import traverse_util
 from official_files import (
     as_torch,
@@ -30,7 +29,7 @@ from djepa_jax.checkpoints.convert.import_weights import read_tensors, run_impor
 from djepa_jax.checkpoints.convert.mismatch import MismatchError
 from djepa_jax.checkpoints.convert.official import from_official
 from djepa_jax.checkpoints.convert.tensor_files import SourceError, open_tensors
-from djepa_jax.config.experiment import build
+from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.core.models.djepa import split_model
 
 GOOD = PARITY / "model_gauss.safetensors"
@@ -39,7 +38,7 @@ GOOD = PARITY / "model_gauss.safetensors"
 def read(path, parity, *flags: str) -> dict:
     """The parameters that a file gives to a model."""
     file = open_tensors(path)
-    abstract = split_model(build(config_of(parity, *flags)).train.model)[1]
+    abstract = split_model(config_of(parity, *flags).network)[1]
     return read_tensors(file.groups[file.average], file.metadata, abstract, f'"{path}"')
 
 

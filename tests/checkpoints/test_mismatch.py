@@ -13,10 +13,11 @@ from djepa_jax.checkpoints.convert.import_weights import LAYOUT, read_tensors
 from djepa_jax.checkpoints.convert.mismatch import MismatchError, check_shapes, suggestions
 from djepa_jax.checkpoints.convert.official import official_shapes
 from djepa_jax.checkpoints.convert.tensor_files import StoredTensor
+from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, split_model
 
 SIZE_KEYS = {f"model.{key}" for key in SIZES["B"]}
-LATENTS = dict(num_tokens=256, token_dim=16, num_classes=1000, denoiser_out=32)
+LATENTS = dict(grid=(256,), token_dim=16, conditioner=Classes(1000), denoiser_out=32)
 
 
 @functools.cache
@@ -113,9 +114,9 @@ HINTS = (
     (dict(jepa_head=False), ["loss.jepa_weight=0.0"]),
     (dict(qk_norm=False), ["model.qk_norm=False"]),
     (dict(num_prefix_tokens=4), ["model.num_prefix_tokens=4"]),
-    (dict(num_classes=10), ["data.num_classes=10"]),
+    (dict(conditioner=Classes(10)), ["data.num_classes=10"]),
     (
-        dict(denoiser_out=16, jepa_head=False, num_classes=10),
+        dict(denoiser_out=16, jepa_head=False, conditioner=Classes(10)),
         ["loss.name=flow_matching", "loss.jepa_weight=0.0", "data.num_classes=10"],
     ),
     (SIZES["L"] | dict(qk_norm=False), ["model.size=L", "model.qk_norm=False"]),
@@ -138,7 +139,7 @@ def test_flags_that_the_file_asks_for():
 def test_no_hints_where_no_flag_would_help():
     """A map of another size is one: how many tokens a side has cannot be told from their number."""
     model, expected = published()
-    _, larger = published(num_tokens=1024)
+    _, larger = published(grid=(1024,))
     foreign = {"conv1.weight": (64, 3, 7, 7), "encoder_blocks.x": (3,), "z_proj.weight": (8, 4)}
     for found in (larger, foreign, foreign | {"z_proj.weight": (8,)}):
         assert suggestions(found, model) == []

@@ -2,6 +2,7 @@
 before a key existed.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -11,14 +12,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, TINY
 
 from djepa_jax.checkpoints.integrity import CheckpointError, write_manifest
 from djepa_jax.checkpoints.restore import find_model, is_export, placed_params
-from djepa_jax.config import experiment as configuration
+from djepa_jax.config.stored import ADDED, from_stored
 from djepa_jax.core import sharding
 from djepa_jax.main import main
 
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 LOADABLE = ("orbax", "safetensors", "official")
 
 
@@ -32,7 +33,7 @@ def restore(path, shape=(1, 1, 1)) -> tuple[dict, dict]:
     """Parameters read from `path` onto a mesh, and what was asked for."""
     model = find_model(path)
     mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
-    abstract = placed_params(configuration.build(model.config), mesh)
+    abstract = placed_params(model.config, mesh)
     return model.restore(abstract), abstract
 
 
@@ -55,24 +56,23 @@ def test_model_is_found(models, trained, monkeypatch):
     stored = json.loads((pathlib.Path(trained) / "config.json").read_text())
     for kind, path in models.items():
         model = find_model(str(path))
-        assert model.step == 3 and model.config == configuration.upgraded(stored), kind
+        assert model.step == 3 and model.config == from_stored(stored), kind
         assert model.path == (path if kind in LOADABLE else models["step"])
         assert is_export(path) == (kind in LOADABLE)
         monkeypatch.chdir(path.parent)
         assert find_model(path.name).path == model.path
 
 
-@pytest.mark.parametrize("kind", ["step", "orbax", "safetensors"])
-def test_every_source_exports_the_same_tensors(models, tmp_path, kind):
-    folder = export(models[kind], tmp_path / "new" / "folder", "official")
-    for name in ("model.safetensors", "config.json"):
-        assert (folder / name).read_bytes() == (models["official"] / name).read_bytes()
+def test_every_source_exports_the_same_tensors(models, tmp_path):
+    for kind in ("step", "orbax", "safetensors"):
+        folder = export(models[kind], tmp_path / "new" / kind, "official")
+        for name in ("model.safetensors", "config.json"):
+            assert (folder / name).read_bytes() == (models["official"] / name).read_bytes(), kind
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_restores_on_any_mesh(models, shape):
+def test_restores_on_any_mesh(models):
     expected, _ = restore(models["workdir"])
-    for kind in LOADABLE:
+    for kind, shape in itertools.product(LOADABLE, [(8, 1, 1), (2, 2, 2)]):
         params, asked = restore(models[kind], shape)
         assert jax.tree.structure(params) == jax.tree.structure(expected)
         leaves = [jax.tree.leaves(tree) for tree in (params, asked, expected)]
@@ -90,28 +90,20 @@ def test_newest_step_is_taken(changed):
     assert find_model(workdir / "checkpoints" / "3").path.name == "3"
 
 
-def foreign_step(path):
-    (path / "checkpoints" / "5").mkdir(parents=True)
-    (path / "checkpoints" / "5" / "weights.bin").write_bytes(b"something else")
-
-
-# what is at the path -> (words that the error must contain, how it comes there)
-NO_MODELS = {
-    "nothing": ("does not exist; name a workdir", lambda path: None),
-    "a file": ("is no model; name a workdir", lambda path: path.write_text("text")),
-    "an empty folder": ("is no model; name a workdir", lambda path: path.mkdir()),
-    "a workdir that has not saved": (
-        "holds no checkpoint",
-        lambda path: (path / "checkpoints").mkdir(parents=True),
-    ),
-    "a foreign checkpoint": ("5 cannot be read", foreign_step),
-}
-
-
 def test_no_model_is_one_clear_error(tmp_path):
-    for name, (words, make) in NO_MODELS.items():
-        path = tmp_path / name
-        make(path)
+    file, folder, unsaved, foreign = (tmp_path / name for name in ("a", "b", "c", "some d"))
+    file.write_text("text")
+    folder.mkdir()
+    (unsaved / "checkpoints").mkdir(parents=True)
+    (foreign / "checkpoints" / "5").mkdir(parents=True)
+    (foreign / "checkpoints" / "5" / "weights.bin").write_bytes(b"something else")
+    for path, words in (
+        (tmp_path / "nothing", "does not exist; name a workdir"),
+        (file, "is no model; name a workdir"),
+        (folder, "is no model; name a workdir"),
+        (unsaved, "holds no checkpoint"),
+        (foreign, "5 cannot be read"),
+    ):
         with pytest.raises(CheckpointError, match=words) as caught:
             find_model(path)
         assert str(path) in str(caught.value)
@@ -123,13 +115,6 @@ def test_reading_writes_nothing(changed):
     before = sorted(workdir.rglob("*"))
     restore(workdir)
     assert sorted(workdir.rglob("*")) == before
-
-
-def test_compiled_sampler_is_not_a_model(trained, tmp_path):
-    flags = (f"--config={CONFIG}", *TINY, "--config.sample.batch_size=1")
-    folder = export(trained, tmp_path / "out", "stablehlo", *flags)
-    with pytest.raises(CheckpointError, match=r"out\" holds a compiled sampler \(stablehlo\)"):
-        find_model(folder)
 
 
 def test_export_of_another_format_is_refused(changed):
@@ -175,26 +160,30 @@ def test_changed_missing_and_cut_files_are_noticed(models, changed, kind):
 
 def test_manifest_of_another_kind_is_named(changed):
     folder = changed("safetensors")
-    for entry in ({}, {"bytes": 1}, None, [], "text"):
-        for files in ({"files": {"config.json": entry}}, {"files": entry}, entry):
-            (folder / "manifest.json").write_text(json.dumps(files))
-            with pytest.raises(CheckpointError, match=r"manifest.json (cannot be read|is not as)"):
-                find_model(folder)
+    entries = ({}, {"bytes": 1}, None, [], "text")
+    kinds = (lambda x: {"files": {"config.json": x}}, lambda x: {"files": x}, lambda x: x)
+    for entry, kind in itertools.product(entries, kinds):
+        (folder / "manifest.json").write_text(json.dumps(kind(entry)))
+        with pytest.raises(CheckpointError, match=r"manifest.json (cannot be read|is not as it)"):
+            find_model(folder)
 
 
-def test_configurations_from_before_a_key_are_completed(changed):
-    folder, workdir = changed("official"), changed("workdir")
-    step = workdir / "checkpoints" / "3"
+def test_configurations_from_before_a_key_are_completed(tmp_path):
+    """In an export and in a step that earlier versions have written."""
+    folder = shutil.copytree(FIXTURES / "exported" / "official", tmp_path / "export")
+    workdir = shutil.copytree(FIXTURES / "workdirs" / "v2", tmp_path / "run")
+    step = workdir / "checkpoints" / "2"
     for path in (folder / "config.json", step / "meta" / "metadata"):
         record = json.loads(path.read_text())
-        for name in configuration.LATER_KEYS:
-            group, _, key = name.rpartition(".")
-            (record["config"][group] if group else record["config"]).pop(key, None)
+        for group, keys in ADDED.items():
+            kept = record["config"].pop(group, {})
+            record["config"][group] = {k: v for k, v in kept.items() if k not in keys}
         path.write_text(json.dumps(record))
     write_manifest(folder)
     write_manifest(step)
     for path in (folder, workdir):
         config = find_model(path).config
-        assert configuration.LATER_KEYS.items() <= configuration.flatten(config).items()
-        assert configuration.build(config).class_names == tuple(map(str, range(10)))
+        for group, keys in ADDED.items():
+            assert keys.items() <= config.to_dict()[group].items(), group
+        assert config.class_names == tuple(map(str, range(10)))
     restore(folder)

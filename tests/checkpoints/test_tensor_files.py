@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 from tiny import CONFIG
 
 from djepa_jax.checkpoints.convert.official import official_shapes
-from djepa_jax.config.experiment import build
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.main import parse
 
@@ -35,7 +34,7 @@ def memory(field):  # of this process, not of the one that it was forked from
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 def run(workdir, source, *flags):
-    return run_import(parse(["djepa_jax", f"--workdir={workdir}", *flags]).config, workdir, source)
+    return run_import(parse(["djepa_jax", f"--workdir={workdir}", *flags])[1], workdir, source)
 
 small, large = (shlex.split(line) for line in sys.stdin.read().splitlines())
 run(*small)
@@ -58,8 +57,8 @@ def flags_of(width: int, depth: int) -> list[str]:
 
 def write(path: pathlib.Path, width: int, depth: int) -> None:
     """A model's tensors under the authors' names; a training file has them four times."""
-    config = parse(["djepa_jax", "--workdir=unused", *flags_of(width, depth)]).config
-    shapes = official_shapes(split_model(build(config).train.model)[1])
+    experiment = parse(["djepa_jax", "--workdir=unused", *flags_of(width, depth)])[1]
+    shapes = official_shapes(split_model(experiment.network)[1])
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     if path.name == "bare.safetensors":
