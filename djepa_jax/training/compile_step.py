@@ -114,8 +114,9 @@ def compile_to_fit(
         jax.errors.JaxRuntimeError: XLA cannot compile it, not even in the most steps.
     """
     known = distributed.run_on_main(lambda: _read_answer(workdir, batch)) or 1
-    choices = [c for c in program.choices() if c.config.grad_accumulation_steps >= known]
-    for choice in choices or program.choices()[-1:]:
+    choices = program.choices()
+    choices = [c for c in choices if c.config.grad_accumulation_steps >= known] or choices[-1:]
+    for choice in choices:
         count, last = choice.config.grad_accumulation_steps, choice is choices[-1]
         if count > 1:
             say(f"the batch is taken in {count} accumulation steps to fit the memory (same result)")
@@ -145,5 +146,5 @@ def _read_answer(workdir: epath.Path, batch) -> int | None:
         found = json.loads((workdir / FILE_NAME).read_text())
         count = found.pop("steps")
         return count if found == _situation(batch) and type(count) is int else None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
