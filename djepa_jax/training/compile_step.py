@@ -146,5 +146,5 @@ def _read_answer(workdir: epath.Path, batch) -> int | None:
         found = json.loads((workdir / FILE_NAME).read_text())
         count = found.pop("steps")
         return count if found == _situation(batch) and type(count) is int else None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
