@@ -23,8 +23,7 @@ FLAG = "--config.autoencoder.path"
 
 
 class Autoencoder:
-    """An autoencoder as `config.autoencoder` describes it. Encoding is float32, decoding in the
-    configured type.
+    """As `config.autoencoder` describes it: it encodes in float32, decodes in the configured type.
 
     Attributes:
         config: shape of the networks.
@@ -33,9 +32,8 @@ class Autoencoder:
     """
 
     def __init__(self, settings, mesh, staging: str = ""):
-        path = weights_file(settings, staging)
         self.config, self._mesh = AUTOENCODERS[settings.name], mesh
-        self.sha256 = check_sha256(settings, path)
+        path, self.sha256 = find_weights(settings, staging)
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-settings.batch_size // divisor) * divisor
         replicated = sharding.replicated(mesh)
@@ -62,21 +60,16 @@ class Autoencoder:
         return np.concatenate(results)[: len(arrays)]
 
 
-def weights_file(settings, staging: str = "") -> pathlib.Path:
-    """The file that `config.autoencoder` names; one in a bucket is copied below `staging` first.
+def find_weights(settings, staging: str = "") -> tuple[pathlib.Path, str]:
+    """The file that `config.autoencoder` names, and its sha256: empty if it is not there, which
+    reading will say. A file in a bucket is copied below `staging` first.
 
     Raises:
-        ConfigError: none is named.
+        ConfigError: none is named, or its sha256 is not the one that is asked for.
     """
     if not settings.path:
         raise ConfigError(f"{FLAG} is empty; name the weights (kl16.ckpt, or a .safetensors file).")
-    return local_copy(settings.path, staging, FLAG.removeprefix("--"))
-
-
-def check_sha256(settings, path: pathlib.Path) -> str:
-    """The sha256 of the weights in `path`, found to be the one that `config.autoencoder` asks for;
-    empty if there is no such file, which reading will say.
-    """
+    path = local_copy(settings.path, staging, FLAG.removeprefix("--"))
     found = file_sha256(path) if path.is_file() else ""
     if found and settings.sha256 and found != settings.sha256:
         raise ConfigError(
@@ -84,13 +77,12 @@ def check_sha256(settings, path: pathlib.Path) -> str:
             f"autoencoder with sha256 {settings.sha256} (config.autoencoder.sha256): another one "
             "makes wrong pictures of them. Name that file."
         )
-    return found
+    return path, found
 
 
 def weights_sha256(experiment: Experiment) -> str:
-    """As `check_sha256`, of the file that a configuration names."""
-    path = weights_file(experiment.autoencoder, experiment.data.staging)
-    return check_sha256(experiment.autoencoder, path)
+    """The sha256 that `find_weights` gives for a configuration."""
+    return find_weights(experiment.autoencoder, experiment.data.staging)[1]
 
 
 def read_autoencoder(path: pathlib.Path, name: str) -> dict:
@@ -100,9 +92,7 @@ def read_autoencoder(path: pathlib.Path, name: str) -> dict:
 
 
 def make_encoder(name: str) -> Callable:
-    """The function (params, uint8 images `[B, H, W, 3]`) -> moments `[B, 2, h, w, 2c]` of image and
-    mirror image.
-    """
+    """The function (params, uint8 `[B, H, W, 3]`) -> moments `[B, 2, h, w, 2c]`, also mirrored."""
     graph, _ = split_autoencoder(AUTOENCODERS[name])
 
     def encode(params, images):

@@ -22,16 +22,8 @@ from djepa_jax.checkpoints.convert.import_weights import LAYOUT
 from djepa_jax.checkpoints.convert.official import to_official
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
 from djepa_jax.checkpoints.integrity import CheckpointError, write_manifest
-from djepa_jax.checkpoints.model_card import model_card, read_provenance
-from djepa_jax.checkpoints.restore import (
-    OFFICIAL,
-    ORBAX,
-    SAFETENSORS,
-    StoredModel,
-    check_same_model,
-    placed_params,
-    save_arrays,
-)
+from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
+from djepa_jax.checkpoints.restore import OFFICIAL, ORBAX, SAFETENSORS, StoredModel
 from djepa_jax.checkpoints.stablehlo import STABLEHLO
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
@@ -45,18 +37,6 @@ NO_TEXT = r"\ud800-\udfff"  # bytes of a path that are no UTF-8
 PATTERNS = r"*?\[\\"  # as which Orbax takes the path that it writes to
 
 
-@dataclasses.dataclass(frozen=True)
-class ExportJob:
-    """A model to export, with its parameters in memory, and how."""
-
-    model: StoredModel
-    experiment: Experiment
-    abstract: dict
-    params: dict
-    form: str
-    licence: str
-
-
 def run_export(
     experiment: Experiment | None,
     workdir: str,
@@ -65,7 +45,7 @@ def run_export(
     overwrite: bool = False,
     licence: str = "",
 ) -> pathlib.Path:
-    """Write the model in a workdir, one of its steps, or an export, into the folder `out`.
+    """Write a model into the folder `out`.
 
     Args:
         experiment: None for the configuration that is stored with the weights.
@@ -83,19 +63,20 @@ def run_export(
     if experiment is None:
         experiment = model.config
     else:
-        check_same_model(model.config, experiment)
+        restore.check_same_model(model.config, experiment)
         experiment = experiment.decoded_by(model.config.autoencoder.sha256)
     target = _check_target(out, form, overwrite)
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
-    abstract = placed_params(experiment, mesh)
+    abstract = restore.placed_params(experiment, mesh)
     params = model.restore(abstract)
-    job = ExportJob(model, experiment, abstract, params, form, licence)
+    provenance = read_provenance(model.path, model.step, float(optax.tree.norm(params)))
+    provenance = dataclasses.replace(provenance, licence=licence or provenance.licence)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir()
-        _write_weights(job, unfinished)
-        _describe(job, unfinished)
-        _check_readable(job, unfinished)
+        _write_weights(unfinished, experiment, params, form)
+        _describe(unfinished, model, experiment, form, provenance)
+        _check_readable(unfinished, abstract, params, form)
         _check_target(out, form, overwrite)  # somebody may have put something there meanwhile
         _publish(unfinished, target)
     finally:
@@ -122,25 +103,27 @@ def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
     return target
 
 
-def _write_weights(job: ExportJob, folder: pathlib.Path) -> None:
-    if job.form == ORBAX:
-        save_arrays(folder / restore.PARAMS_NAME, job.params)
-    elif job.form == SAFETENSORS:
-        arrays = traverse_util.flatten_dict(job.params, sep="/")
+def _write_weights(folder: pathlib.Path, experiment: Experiment, params: dict, form: str) -> None:
+    if form == ORBAX:
+        restore.save_arrays(folder / restore.PARAMS_NAME, params)
+    elif form == SAFETENSORS:
+        arrays = traverse_util.flatten_dict(params, sep="/")
         save_tensors(folder / restore.TENSORS_NAME, arrays, LAYOUT)
-    elif job.form == OFFICIAL:
-        save_tensors(folder / restore.TENSORS_NAME, to_official(job.params), {"format": "pt"})
+    elif form == OFFICIAL:
+        save_tensors(folder / restore.TENSORS_NAME, to_official(params), {"format": "pt"})
     else:
-        stablehlo.compile_sampler(folder, job.experiment, job.params)
+        stablehlo.compile_sampler(folder, experiment, params)
 
 
-def _describe(job: ExportJob, folder: pathlib.Path) -> None:
+def _describe(
+    folder: pathlib.Path,
+    model: StoredModel,
+    experiment: Experiment,
+    form: str,
+    provenance: Provenance,
+) -> None:
     """Write the card and the record, then the manifest of everything."""
-    model = job.model
-    experiment = job.experiment
-    provenance = read_provenance(model.path, model.step, float(optax.tree.norm(job.params)))
-    provenance = dataclasses.replace(provenance, licence=job.licence or provenance.licence)
-    card = model_card(model, experiment, job.form, provenance)
+    card = model_card(model, experiment, form, provenance)
     (folder / restore.CARD_NAME).write_text(card, "utf-8")
     sampler = {
         "arguments": stablehlo.arguments(experiment.sampler.guided),
@@ -150,10 +133,10 @@ def _describe(job: ExportJob, folder: pathlib.Path) -> None:
         "kind": restore.KIND,
         "format": restore.EXPORT_FORMAT,
         "djepa_jax": __version__,
-        "weights": job.form,
+        "weights": form,
         "step": model.step,
         "class_names": list(experiment.class_names),
-        **({"sampler": sampler} if job.form == STABLEHLO else {}),
+        **({"sampler": sampler} if form == STABLEHLO else {}),
         "provenance": dataclasses.asdict(provenance),
         "config": to_stored(experiment.updated(PRIVATE)),
     }
@@ -161,16 +144,14 @@ def _describe(job: ExportJob, folder: pathlib.Path) -> None:
     write_manifest(folder)
 
 
-def _check_readable(job: ExportJob, folder: pathlib.Path) -> None:
+def _check_readable(folder: pathlib.Path, abstract: dict, params: dict, form: str) -> None:
     """Open a finished export as its reader will, and compare every array with the one in memory."""
-    compiled = job.form == STABLEHLO
-    found = (
-        stablehlo.open_sampler(folder)
-        if compiled
-        else restore.find_model(folder).restore(job.abstract)
-    )
-    same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), found, job.params)
-    if not all(jax.tree.leaves(same)):
+    if form == STABLEHLO:
+        found = stablehlo.open_sampler(folder)
+    else:
+        found = restore.find_model(folder).restore(abstract)
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), found, params)
+    if not jax.tree.all(same):
         raise CheckpointError(f"{folder} does not read back as written; check the disk.")
 
 

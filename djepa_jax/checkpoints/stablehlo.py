@@ -27,8 +27,7 @@ def make_standalone(experiment: Experiment):
     """The sampler as a function of plain arrays; see `arguments`.
 
     `params` is a dict from path to array, `labels` and `sample_ids` are int32 `[B]`, the rest are
-    scalars. The result is a dict: `tokens` `[B, N, C]` float32, and what the modality makes of
-    them.
+    scalars. It gives `tokens` `[B, N, C]` float32, and what the modality makes of them.
     """
     generate = make_sampler(experiment.sampler)
     modality = experiment.modality
@@ -50,17 +49,10 @@ def make_standalone(experiment: Experiment):
 def compile_sampler(folder: pathlib.Path, experiment: Experiment, params: dict) -> None:
     """Write `sampler.stablehlo`, for CPU, CUDA and TPU and a fixed batch size, and `params.npz`."""
     arrays = jax.tree.map(np.asarray, traverse_util.flatten_dict(params, sep="/"))
-    batch = jax.ShapeDtypeStruct((experiment.sample.batch_size,), jnp.int32)
-    shapes = {
-        "params": jax.tree.map(
-            lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), arrays
-        ),
-        "labels": batch,
-        "sample_ids": batch,
-        "seed": jax.ShapeDtypeStruct((), jnp.int32),
-    }
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    inputs = [shapes.get(name, scalar) for name in arguments(experiment.sampler.guided)]
+    batch = np.zeros(experiment.sample.batch_size, np.int32)
+    values = {"params": arrays, "labels": batch, "sample_ids": batch, "seed": np.int32(0)}
+    names = arguments(experiment.sampler.guided)
+    inputs = [values.get(name, np.float32(1)) for name in names]  # their shapes and types count
     sampler = jax.jit(make_standalone(experiment))
     exported = export.export(sampler, platforms=PLATFORMS)(*inputs)
     (folder / SAMPLER_NAME).write_bytes(exported.serialize())

@@ -235,7 +235,7 @@ def test_unusable_source_is_named(trained, exports, old, tmp_path):
     for source, words in (
         (tmp_path / "typo", "does not exist"),
         (empty, "holds no checkpoint"),
-        (damaged, "cannot be restored"),
+        (damaged, "differs from its checksum"),
         (exports["stablehlo"], "compiled sampler"),
     ):
         for out in (old, old.parent / "new"):

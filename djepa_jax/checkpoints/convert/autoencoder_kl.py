@@ -47,19 +47,16 @@ EARLY_DIFFUSERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn":
 def names_of(config: AutoencoderConfig, layout: str) -> dict[str, str]:
     """Our parameter paths -> names in one of the two layouts."""
     _, abstract = split_autoencoder(config)
-    return {
-        path: _name(path, layout, len(config.multipliers))
-        for path in traverse_util.flatten_dict(abstract, sep="/")
-    }
-
-
-def _name(path: str, layout: str, num_levels: int) -> str:
-    name = path
-    if layout == DIFFUSERS and path.startswith("decoder/"):  # whose levels are counted upwards
-        name = re.sub(r"level_(\d+)", lambda level: f"level_{num_levels - 1 - int(level[1])}", name)
-    for pattern, replacement in RULES[layout]:
-        name = re.sub(pattern, replacement, name)
-    return re.sub(r"(kernel|scale)$", "weight", name).replace("/", ".")
+    last = len(config.multipliers) - 1
+    names = {}
+    for path in traverse_util.flatten_dict(abstract, sep="/"):
+        name = path
+        if layout == DIFFUSERS and path.startswith("decoder/"):  # its levels are counted upwards
+            name = re.sub(r"level_(\d+)", lambda level: f"level_{last - int(level[1])}", name)
+        for pattern, replacement in RULES[layout]:
+            name = re.sub(pattern, replacement, name)
+        names[path] = re.sub(r"(kernel|scale)$", "weight", name).replace("/", ".")
+    return names
 
 
 def from_tensors(tensors: Mapping, config: AutoencoderConfig, where: str) -> dict:
@@ -93,6 +90,4 @@ def from_tensors(tensors: Mapping, config: AutoencoderConfig, where: str) -> dic
 def _modern(name: str) -> str:
     """Early diffusers files call the projections of attention otherwise."""
     part = name.split(".")[-2] if ".attentions." in name else ""
-    return (
-        name.replace(f".{part}.", f".{EARLY_DIFFUSERS[part]}.") if part in EARLY_DIFFUSERS else name
-    )
+    return name.replace(f".{part}.", f".{EARLY_DIFFUSERS.get(part, part)}.") if part else name

@@ -1,6 +1,4 @@
-"""The `--mode=import` command: weights from elsewhere become a checkpoint that trains, samples and
-evaluates.
-"""
+"""The `--mode=import` command: weights from elsewhere become a checkpoint to go on from."""
 
 import dataclasses
 import datetime
@@ -14,18 +12,12 @@ import optax
 from etils import epath
 from flax import traverse_util
 
+from djepa_jax.checkpoints import restore
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.convert import official, tensor_files
 from djepa_jax.checkpoints.convert.mismatch import check_shapes
 from djepa_jax.checkpoints.convert.tensor_files import MOMENTS, SourceError, SourceFile, Tensors
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, file_sha256
-from djepa_jax.checkpoints.restore import (
-    StoredModel,
-    check_same_model,
-    find_model,
-    is_export,
-    placed_params,
-)
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import FILE_NAME, to_stored
 from djepa_jax.core import sharding
@@ -57,19 +49,24 @@ def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
     lines that say what was read and written.
 
     Raises:
-        ConfigError: the configuration describes another model.
+        ConfigError, MismatchError: the configuration describes another model.
         SourceError: the file cannot be read, or holds what it should not.
-        MismatchError: its tensors are not those of the config's model; a table of all of them.
         CheckpointError: the workdir cannot be used, or holds checkpoints already.
     """
     path = pathlib.Path(os.path.expanduser(source))
-    model = find_model(path) if is_export(path) else None
+    model = restore.find_model(path) if restore.is_export(path) else None
     if model:
-        check_same_model(model.config, experiment)
+        restore.check_same_model(model.config, experiment)
         experiment = experiment.decoded_by(model.config.autoencoder.sha256)
     folder, stored = as_path(workdir), to_stored(experiment)
     _check_unused(folder, stored)
-    found = _read_export(path, model, experiment) if model else _read_file(path, experiment)
+    if model:
+        mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
+        params = model.restore(restore.placed_params(experiment, mesh))
+        report = [f"moving average: from {path}", NO_MOMENTS]
+        found = ImportSource(path / MANIFEST_NAME, {"ema_params": params}, report)
+    else:
+        found = _read_file(path, experiment)
     record = {
         "source": path.resolve().name,
         "sha256": file_sha256(found.file),
@@ -99,13 +96,6 @@ def _check_unused(workdir: epath.Path, config: dict) -> None:
         raise CheckpointError(
             f'--workdir "{workdir}" already holds {held}; import into another folder.'
         )
-
-
-def _read_export(path: pathlib.Path, model: StoredModel, experiment: Experiment) -> ImportSource:
-    mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
-    params = model.restore(placed_params(experiment, mesh))
-    report = [f"moving average: from {path}", NO_MOMENTS]
-    return ImportSource(path / MANIFEST_NAME, {"ema_params": params}, report)
 
 
 def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
@@ -168,9 +158,7 @@ def read_params(path: pathlib.Path, abstract: dict) -> dict:
 
 
 def _opt_state(file: SourceFile, abstract: dict, experiment: Experiment, where: str):
-    """Our optimiser's state with the moments of a PyTorch Adam, which numbers parameters as the
-    model orders them, perhaps with those that decay apart.
-    """
+    """Our optimiser's state with the moments of a PyTorch Adam, which numbers the parameters."""
     if file.moments is None:
         raise SourceError("the file has no state of Adam for its model")
     flags = jax.tree.map(
@@ -180,7 +168,7 @@ def _opt_state(file: SourceFile, abstract: dict, experiment: Experiment, where: 
     model = file.groups[file.trained]
     moments = file.moments
     found = {name: tensor.shape for name, tensor in moments.items()}
-    for last in (None, True, False):  # which parameters come last, the decayed ones or the others
+    for last in (None, True, False):  # as in the model, or with those that decay apart: last, first
         order = sorted(model, key=lambda name, last=last: decays[name] is last)
         shapes = {f"{n}/{m}": model[name].shape for n, name in enumerate(order) for m in MOMENTS}
         if shapes == found:

@@ -108,10 +108,7 @@ def to_official(params: dict) -> dict[str, np.ndarray]:
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
         name, layout = OFFICIAL_NAMES[path]
         value = np.asarray(value)
-        if LAYER not in name:
-            tensors[name] = layout.to_official(value)
-            continue
-        for layer, part in enumerate(value):
+        for layer, part in enumerate(value if LAYER in name else [value]):
             tensors[name.replace(LAYER, str(layer))] = layout.to_official(part)
     return tensors
 
@@ -131,12 +128,12 @@ def from_official(tensors: Mapping, abstract: dict, place: Callable = np.asarray
     params = {}
     for path, leaf in sorted(leaves.items(), key=lambda item: -item[1].size):
         name, layout = OFFICIAL_NAMES[path]
-        if LAYER not in name:
-            params[path] = place(layout.from_official(np.asarray(tensors[name])))
-            continue
-        value = np.empty(leaf.shape, leaf.dtype)
-        for layer in range(leaf.shape[0]):
-            stored = tensors[name.replace(LAYER, str(layer))]
-            value[layer] = layout.from_official(np.asarray(stored))
+        if LAYER in name:
+            value = np.empty(leaf.shape, leaf.dtype)
+            for layer in range(leaf.shape[0]):
+                stored = tensors[name.replace(LAYER, str(layer))]
+                value[layer] = layout.from_official(np.asarray(stored))
+        else:
+            value = layout.from_official(np.asarray(tensors[name]))
         params[path] = place(value)
     return traverse_util.unflatten_dict(params, sep="/")

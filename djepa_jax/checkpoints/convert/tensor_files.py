@@ -62,8 +62,8 @@ def open_tensors(path: pathlib.Path, flag: str = "--source") -> SourceFile:
     """Open the `.safetensors`, `.pth` or `.pt` file that `flag` names; no tensor is read yet."""
     where = f'{flag} "{path}"'
     if not path.is_file() or path.suffix not in SUFFIXES:
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        kind = "is of an unknown kind" if path.is_file() else kind
+        found = "is a folder" if path.is_dir() else "does not exist"
+        kind = "is of an unknown kind" if path.is_file() else found
         raise SourceError(f"{where} {kind}; name a .safetensors, .pth or .pt file.")
     try:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
@@ -159,15 +159,12 @@ def _load_torch(path: pathlib.Path) -> Any:
 
 
 def _torch_tensors(content: Mapping, size: int) -> Tensors:
-    """Tensors of a file of `size` bytes, of which none may claim more: one number can be made to
-    stand for terabytes.
-    """
+    """Tensors of a file of `size` bytes, of which none may claim more, as one number could."""
     tensors = {}
     for name, value in content.items():
         dense = hasattr(value, "untyped_storage") and str(value.layout) == "torch.strided"
-        if not (
-            isinstance(name, str) and dense and value.device.type == "cpu" and value.nbytes <= size
-        ):
+        dense = dense and value.device.type == "cpu" and value.nbytes <= size
+        if not (dense and isinstance(name, str)):
             raise SourceError(
                 f"is not a checkpoint: {name!r} is not a dense tensor; a dict of tensors is "
                 f"needed, or one with {' or '.join(TRAINED)} and perhaps {' or '.join(AVERAGES)}."
