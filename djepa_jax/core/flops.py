@@ -1,5 +1,4 @@
-"""Floating-point operations of D-JEPA, counted by hand: the yardstick for benchmarks and for scan
-segments.
+"""Floating-point operations of D-JEPA, counted by hand: the yardstick of benchmarks and segments.
 
 One multiply-add is two operations; matrix products only; a backward pass costs twice the forward
 one. "Ideal" means that nothing is computed that is not used: no padding, no recomputation.
@@ -17,8 +16,7 @@ from djepa_jax.core.schedules import reveal_counts
 
 TIME_FEATURES = 256
 
-# Dense bfloat16 peak, FLOP/s, by a part of the name that JAX gives the device (vendors' data
-# sheets); first match wins.
+# Dense bfloat16 peak, FLOP/s (data sheets), by a part of JAX's device name; first match wins.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -30,10 +28,8 @@ PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
     "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    "TPU v6": 918e12,
 }
 
 
@@ -42,12 +38,8 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
-def trunk(
-    width: int, depth: int, mlp_ratio: float, tokens: float, queries: float | None = None
-) -> float:
-    """Forward pass of one ViT over `tokens`; with `queries` the last layer computes only that many
-    places.
-    """
+def trunk(width: int, depth: int, mlp_ratio: float, tokens: float, queries=None) -> float:
+    """Forward pass of one ViT over `tokens`; the last layer computes only `queries` of them."""
     per_query = (4 + 4 * mlp_ratio) * width**2  # q, output projection, MLP
     per_key = 4 * width**2  # k, v
 
@@ -57,29 +49,29 @@ def trunk(
     return (depth - 1) * layer(tokens) + layer(tokens if queries is None else queries)
 
 
+def networks(model: ModelConfig, visible: float, queries: float | None) -> float:
+    """Context encoder on `visible` tokens and predictor, with the projections in front of both."""
+    width = model.width
+    seen = model.num_prefix_tokens + visible
+    places = model.num_prefix_tokens + model.num_tokens
+    encoder = trunk(width, model.encoder_depth, model.mlp_ratio, seen)
+    predictor = trunk(width, model.predictor_depth, model.mlp_ratio, places, queries)
+    return encoder + predictor + (2 * model.token_dim * width * visible + 2 * width**2 * seen)
+
+
 def denoiser_row(model: ModelConfig) -> dict[str, float]:
-    """Forward pass of one denoiser row by what it depends on: time, condition, or both with the
-    noisy token.
-    """
+    """Forward pass of a denoiser row, by what it depends on; `rest` needs the noisy token."""
     width = model.denoiser_width
+    hidden = model.denoiser_depth * 5 * width**2 + 2 * width**2
     return dict(
         time=2 * (TIME_FEATURES * width + width**2),
         condition=2 * model.width * width,
-        rest=2
-        * (
-            model.denoiser_depth * 5 * width**2
-            + 2 * width**2
-            + (model.token_dim + model.denoiser_out) * width
-        ),
+        rest=2 * (hidden + (model.token_dim + model.denoiser_out) * width),
     )
 
 
 def train_image(
-    model: ModelConfig,
-    masking: MaskingConfig,
-    noise_multiplicity: int,
-    padded: bool = False,
-    time_rows: float = 0.0,
+    model: ModelConfig, masking: MaskingConfig, noise_multiplicity, padded=False, time_rows=0.0
 ) -> float:
     """One training image, forward and backward.
 
@@ -88,27 +80,23 @@ def train_image(
     last layers; but not what `model.remat` computes again. `time_rows` is the number of time
     embeddings per image, see there.
     """
-    n, p = model.num_tokens, model.num_prefix_tokens
-    masked = masking.packed_rows / masking.pack_size if padded else mean_masked(masking)
-    visible = masking.max_visible if padded else n - masked
+    masked = masked_rows(masking, padded)
+    visible = masking.max_visible if padded else model.num_tokens - masked
     queries = None if padded else masked
     row = denoiser_row(model)
-
-    def vit(depth, tokens, wanted=None):
-        return trunk(model.width, depth, model.mlp_ratio, tokens, wanted)
-
-    inputs = 2 * model.token_dim * model.width * visible + 2 * model.width**2 * (p + visible)
-    denoiser = (
-        masked * (noise_multiplicity * row["rest"] + row["condition"]) + time_rows * row["time"]
-    )
-    context, predictor = (
-        vit(model.encoder_depth, p + visible),
-        vit(model.predictor_depth, p + n, queries),
-    )
+    per_token = noise_multiplicity * row["rest"] + row["condition"]
+    trained = networks(model, visible, queries) + (masked * per_token + time_rows * row["time"])
     if not model.jepa_head:
-        return 3 * (context + predictor + inputs + denoiser)
-    target = vit(model.encoder_depth, p + n, queries) + 2 * model.token_dim * model.width * n
-    return 3 * (context + predictor + inputs + denoiser + 16 * model.width**2 * masked) + target
+        return 3 * trained
+    places = model.num_prefix_tokens + model.num_tokens
+    target = trunk(model.width, model.encoder_depth, model.mlp_ratio, places, queries)
+    target += 2 * model.token_dim * model.width * model.num_tokens
+    return 3 * (trained + 16 * model.width**2 * masked) + target
+
+
+def masked_rows(masking: MaskingConfig, padded: bool) -> float:
+    """Masked tokens per image, with `padded` all rows that the losses see."""
+    return masking.packed_rows / masking.pack_size if padded else mean_masked(masking)
 
 
 def time_rows(token_loss: TokenLoss, masking: MaskingConfig, padded: bool = False) -> float:
@@ -118,8 +106,7 @@ def time_rows(token_loss: TokenLoss, masking: MaskingConfig, padded: bool = Fals
     its steps, made once per batch: a fraction of it per image, and none of it in the ideal count.
     """
     if not token_loss.time_table_size:
-        masked = masking.packed_rows / masking.pack_size if padded else mean_masked(masking)
-        return masked * token_loss.noise_multiplicity
+        return masked_rows(masking, padded) * token_loss.noise_multiplicity
     return token_loss.time_table_size / masking.batch_size if padded else 0.0
 
 
@@ -129,20 +116,13 @@ def mean_masked(masking: MaskingConfig, points: int = 4096) -> float:
 
 
 def ar_step(model: ModelConfig, visible: float, new: float, denoiser_calls: int) -> float:
-    """One autoregressive step of one image: encoder on `visible`, predictor for `new` places,
-    denoiser on them.
+    """One autoregressive step of one image: encoder on `visible` tokens, the rest for `new` ones.
 
-    Once per sample: guidance doubles it. Time embeddings, which the whole batch shares, are left
-    out.
+    Once per sample: guidance doubles it. Time embeddings, which the batch shares, are left out.
     """
     row = denoiser_row(model)
-    p = model.num_prefix_tokens
-    encoder = trunk(model.width, model.encoder_depth, model.mlp_ratio, p + visible)
-    predictor = trunk(
-        model.width, model.predictor_depth, model.mlp_ratio, p + model.num_tokens, new
-    )
-    inputs = 2 * model.token_dim * model.width * visible + 2 * model.width**2 * (p + visible)
-    return encoder + predictor + inputs + new * (denoiser_calls * row["rest"] + row["condition"])
+    per_token = denoiser_calls * row["rest"] + row["condition"]
+    return networks(model, visible, new) + new * per_token
 
 
 def sample_image(model: ModelConfig, num_ar_steps: int, denoiser_calls: int, guided: bool) -> float:
@@ -156,26 +136,19 @@ def sample_image(model: ModelConfig, num_ar_steps: int, denoiser_calls: int, gui
 
 def padded_sample_image(model: ModelConfig, segments, denoiser_calls: int, guided: bool) -> float:
     """One sampled image with the padded shapes of `segments` (`sampler.plan_segments`)."""
-    total = sum(
-        ar_step(model, s.visible, s.new, denoiser_calls) * (s.stop - s.start) for s in segments
-    )
+    steps = ((s, s.stop - s.start) for s in segments)
+    total = sum(ar_step(model, s.visible, s.new, denoiser_calls) * count for s, count in steps)
     return total * (2 if guided else 1)
 
 
 def count_products(jaxpr: core.Jaxpr) -> float:
-    """Matrix products of a traced program, over all devices; the body of a scan counts as often as
-    it runs.
-    """
+    """Matrix products of a traced program over all devices; scans count as often as they run."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += (
-                2
-                * math.prod(equation.outvars[0].aval.shape)
-                * math.prod(left[axis] for axis in contracted)
-            )
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
         inner = sum(count_products(sub) for sub in core.jaxprs_in_params(equation.params))
         total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
     return total

@@ -62,14 +62,10 @@ class MaskingConfig:
 
     @property
     def pack_size(self) -> int:
-        """Examples whose masked rows are packed together; a divisor of the batch, independent of
-        devices.
-        """
+        """Examples whose masked rows are packed together; it divides the batch on any devices."""
         groups = self.batch_size // self.group_size
-        target = max(4, STRATA_PER_PACK // self.group_size)
-        return self.group_size * max(
-            n for n in range(1, min(groups, target) + 1) if groups % n == 0
-        )
+        most = min(groups, max(4, STRATA_PER_PACK // self.group_size))
+        return self.group_size * max(n for n in range(1, most + 1) if groups % n == 0)
 
     @property
     def packed_rows(self) -> int:
@@ -95,9 +91,8 @@ def draw_num_visible(key: jax.Array, config: MaskingConfig) -> jax.Array:
     """Number of visible tokens of each example: `[B]` int32 in 0..config.max_visible."""
     packs, strata = config.batch_size // config.pack_size, config.pack_size // config.group_size
     shuffle_key, offset_key = jax.random.split(key)
-    ranks = jax.vmap(lambda k: jax.random.permutation(k, strata))(
-        jax.random.split(shuffle_key, packs)
-    )
+    pack_keys = jax.random.split(shuffle_key, packs)
+    ranks = jax.vmap(lambda key: jax.random.permutation(key, strata))(pack_keys)
     u = (ranks + jax.random.uniform(offset_key, ranks.shape)) / strata  # [packs, strata]
     low, high = config.cdf_range
     ratio = RATIO_MEAN + config.ratio_std * ndtri(low + u * (high - low))
@@ -125,8 +120,7 @@ def to_raster(tokens: jax.Array, order: jax.Array) -> jax.Array:
 def masked_weights(num_visible: jax.Array, config: MaskingConfig) -> jax.Array:
     """Weight of every place in the losses `[B, N]`: zero where visible, and summing to one.
 
-    Each group averages over its own masked tokens and groups count alike, as when every group is a
-    process.
+    A group averages over its own masked tokens and groups count alike, as if each were a process.
     """
     is_masked = jnp.arange(config.num_tokens) >= num_visible[:, None]  # [B, N]
     per_group = rearrange(is_masked.astype(jnp.float32), "(g e) n -> g (e n)", e=config.group_size)
@@ -137,8 +131,7 @@ def masked_weights(num_visible: jax.Array, config: MaskingConfig) -> jax.Array:
 def pack_masked(num_visible: jax.Array, config: MaskingConfig):
     """A function that picks the masked rows of `[B, N, ...]` arrays: result `[packs, K, ...]`.
 
-    Masked rows come first, then as many visible ones as fill the static bound; their loss weight is
-    zero.
+    Masked rows come first, then visible ones, of weight zero, that fill the static bound.
     """
     size, rows = config.pack_size, config.packed_rows
     is_visible = jnp.arange(config.num_tokens) < num_visible[:, None]  # [B, N]

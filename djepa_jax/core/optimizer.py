@@ -1,33 +1,21 @@
-"""AdamW with the schedules and decay groups of the recipe, and the moving average of the
-parameters.
+"""AdamW with the schedules and decay groups of the recipe, and the moving average of parameters.
 
-Schedules are plain functions of the number of updates made, so that they can be read in float64 as
-well.
+Schedules are functions of the number of updates made, so that they can be read in float64 as well.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from djepa_jax.core.bounds import (
-    AboveZero,
-    AtLeastZero,
-    Natural,
-    OneOf,
-    Positive,
-    Share,
-    check_bounds,
-)
+from djepa_jax.core import bounds
 from djepa_jax.core.sharding import path_name
 
 MAX_RAMPED_EMA_DECAY = 0.9999
-# Only the matrices of the ViT blocks decay: not the denoiser, the JEPA head, embeddings, biases or
-# norms.
+# Only matrices of the ViT blocks decay: no denoiser, JEPA head, embedding, bias or norm.
 DECAYED = re.compile(
     r"(context_encoder|predictor)/stack/blocks/(attention/(qkv|out)|mlp/(up|down))/kernel$"
 )
@@ -35,30 +23,27 @@ DECAYED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of the update; steps are optimiser steps.
+    """Settings of the update; steps are optimiser steps."""
 
-    `learning_rate_schedule`: "constant" or "cosine" (to `min_learning_rate` at the last step), both
-    after a linear warm-up from exactly 0. `weight_decay_schedule`: "constant", or "linear" from 0
-    to `weight_decay`. `ema_ramp`: let the decay rise linearly towards 1 over the training, capped
-    at 0.9999, as in the authors' code; with a decay of 0.9999 it changes nothing.
-    """
-
-    learning_rate: AboveZero
-    num_steps: Positive
-    warmup_steps: Natural = 0
-    learning_rate_schedule: Annotated[str, OneOf(("constant", "cosine"))] = "constant"
-    min_learning_rate: AtLeastZero = 0.0
-    weight_decay: AtLeastZero = 0.0
-    weight_decay_schedule: Annotated[str, OneOf(("constant", "linear"))] = "constant"
-    beta1: Share = 0.9
-    beta2: Share = 0.95
-    epsilon: AboveZero = 1e-6
-    clip_norm: AboveZero = 3.0
-    ema_decay: Share = 0.9999
+    learning_rate: bounds.AboveZero
+    num_steps: bounds.Positive
+    warmup_steps: bounds.Natural = 0  # linear, from exactly 0
+    # "cosine" falls to `min_learning_rate` at the last step, "linear" rises from 0.
+    learning_rate_schedule: Annotated[str, bounds.OneOf(("constant", "cosine"))] = "constant"
+    min_learning_rate: bounds.AtLeastZero = 0.0
+    weight_decay: bounds.AtLeastZero = 0.0
+    weight_decay_schedule: Annotated[str, bounds.OneOf(("constant", "linear"))] = "constant"
+    beta1: bounds.Share = 0.9
+    beta2: bounds.Share = 0.95
+    epsilon: bounds.AboveZero = 1e-6
+    clip_norm: bounds.AboveZero = 3.0
+    ema_decay: bounds.Share = 0.9999
+    # The decay rises linearly towards 1 over the training, capped at 0.9999, as in the authors'
+    # code; with a decay of 0.9999 it changes nothing.
     ema_ramp: bool = False
 
     def __post_init__(self):
-        check_bounds(self)
+        bounds.check_bounds(self)
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
@@ -68,9 +53,8 @@ def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
     if config.learning_rate_schedule == "cosine":
         progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
         span = config.learning_rate - config.min_learning_rate
-        rest = config.min_learning_rate + span * 0.5 * (
-            1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))
-        )
+        wave = 1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))
+        rest = config.min_learning_rate + span * 0.5 * wave
     return jnp.where(step < config.warmup_steps, warmup, rest)
 
 
@@ -91,32 +75,26 @@ def ema_decay(config: OptimizerConfig, step: jax.Array) -> jax.Array:
 
 def decay_mask(params: dict) -> dict:
     """True for the parameters that weight decay acts on, by their path."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: bool(DECAYED.search(path_name(path))), params
-    )
+
+    def decays(path, _):
+        return bool(DECAYED.search(path_name(path)))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(
-    config: OptimizerConfig, mask: Callable = decay_mask
-) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled, scheduled decay (Loshchilov and Hutter
-    2019).
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            lambda count: learning_rate(config, count),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=lambda count: weight_decay(config, count),
-            mask=mask,
-        ),
+def make_optimizer(config: OptimizerConfig, mask=decay_mask) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019) with scheduled decay."""
+    adamw = optax.adamw(
+        lambda count: learning_rate(config, count),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=lambda count: weight_decay(config, count),
+        mask=mask,
     )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
 def update_ema(ema: dict, params: dict, decay: jax.Array) -> dict:
-    """decay * ema + (1 - decay) * params, in float32: a bfloat16 average at 0.9999 would never
-    move.
-    """
+    """decay * ema + (1 - decay) * params; float32, as bfloat16 would never move at 0.9999."""
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)

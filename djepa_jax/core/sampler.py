@@ -17,6 +17,7 @@ S noises per token, G halves of guidance, T autoregressive steps.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -92,32 +93,30 @@ class Segment:
 
 
 def plan_segments(config: SamplerConfig) -> list[Segment]:
-    """Cut the steps into at most `num_segments` runs so that padding costs the fewest operations.
-
-    A dynamic programme over the ends of runs: best[s] is the cheapest cutting of the first s steps.
-    """
+    """Cut the steps into at most `num_segments` runs of least work, by dynamic programming."""
     counts = reveal_counts(config.model.num_tokens, config.num_ar_steps)
     before = [sum(counts[:s]) for s in range(len(counts))]  # visible tokens when step s starts
     calls = config.token_loss.denoiser_calls
 
     @functools.cache
-    def segment(start: int, stop: int) -> tuple[float, Segment]:
-        shape = Segment(start, stop, before[stop - 1], max(counts[start:stop]))
-        cost = flops.ar_step(config.model, shape.visible, shape.new, calls)
-        return cost * (stop - start), shape
+    def priced(start: int, stop: int) -> tuple[float, Segment]:
+        segment = Segment(start, stop, before[stop - 1], max(counts[start:stop]))
+        cost = flops.ar_step(config.model, segment.visible, segment.new, calls)
+        return cost * (stop - start), segment
 
-    best: dict[int, tuple[float, tuple[Segment, ...]]] = {0: (0.0, ())}
-    for _ in range(min(config.num_segments, len(counts))):
-        longer = dict(best)
-        for stop in range(1, len(counts) + 1):
-            options = [
-                (cost + segment(s, stop)[0], (*runs, segment(s, stop)[1]))
-                for s, (cost, runs) in best.items()
-                if s < stop
-            ]
-            longer[stop] = min(options, key=lambda option: option[0])
-        best = longer
-    return list(best[len(counts)][1])
+    @functools.cache
+    def best(stop: int, num_runs: int) -> tuple[float, tuple[Segment, ...]]:
+        """The cheapest cutting of the first `stop` steps into at most `num_runs` runs."""
+        if stop == 0 or num_runs == 0:
+            return (0.0 if stop == 0 else math.inf), ()
+        options = []
+        for start in range(stop):
+            total, runs = best(start, num_runs - 1)
+            cost, segment = priced(start, stop)
+            options.append((total + cost, (*runs, segment)))
+        return min(options, key=lambda option: option[0])
+
+    return list(best(len(counts), config.num_segments)[1])
 
 
 def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
@@ -127,29 +126,17 @@ def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
     """
     if config.guided:
         null = config.model.conditioner.null(len(jax.tree.leaves(conditions)[0]))
-        conditions = jax.tree.map(lambda c, n: _interleave(c, n), conditions, null)
+        pairs = "g b ... -> (b g) ..."
+        conditions = jax.tree.map(lambda c, n: rearrange([c, n], pairs), conditions, null)
     return model.embed_condition(conditions)
-
-
-def _interleave(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
-    return rearrange([conditional, unconditional], "g b ... -> (b g) ...")
 
 
 def ar_step(
     config: SamplerConfig, model, draws: Draws, condition: Condition, segment: Segment
 ) -> Callable:
-    """The function that reveals the next tokens of every sample.
+    """A function `(state, num_new, cfg_scale, temperature) -> state` that reveals the next tokens.
 
-    Args:
-        config: static settings.
-        model: the networks, with the moving average's parameters.
-        draws: orders and noise.
-        condition: from `embed_guided`.
-        segment: gives the padded shapes.
-
-    Returns:
-        `(state, num_new, cfg_scale, temperature) -> state`, all but the states scalars;
-        `num_new` is at most `segment.new`.
+    The padded shapes are those of `segment`; `num_new` is at most `segment.new`.
     """
     num_tokens = config.model.num_tokens
 
@@ -182,10 +169,7 @@ def predict(config: SamplerConfig, model, state, order, condition, query_ids, ma
 def run_steps(
     config: SamplerConfig, model, draws: Draws, conditions, cfg_scales, temperature
 ) -> jax.Array:
-    """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order.
-
-    `conditions` are `[B, ...]`, `cfg_scales` `[T]`.
-    """
+    """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order."""
     counts = jnp.asarray(reveal_counts(config.model.num_tokens, config.num_ar_steps))
     condition = embed_guided(config, model, conditions)
     state = config.start(len(draws.order))
@@ -212,10 +196,8 @@ def make_draws(config: SamplerConfig, seed, sample_ids) -> Draws:
         key = jax.random.fold_in(jax.random.fold_in(key, NOISE_STREAM), place)
         return jax.random.normal(key, shape)
 
-    def noise_of(places):
-        return jax.vmap(lambda key: jax.vmap(lambda place: noise_at(key, place))(places))(keys)
-
-    return Draws(jax.vmap(order_of)(keys), noise_of)
+    noise_at_all = jax.vmap(jax.vmap(noise_at, (None, 0)), (0, None))
+    return Draws(jax.vmap(order_of)(keys), functools.partial(noise_at_all, keys))
 
 
 def make_sampler(config: SamplerConfig) -> Callable:

@@ -13,32 +13,24 @@ import numpy as np
 
 def random_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     """A uniform random permutation of the N tokens of a grid: `[N]` int32."""
-    bits = jax.random.bits(key, (math.prod(grid),))
-    return jnp.argsort(bits).astype(jnp.int32)
+    return jnp.argsort(jax.random.bits(key, (math.prod(grid),))).astype(jnp.int32)
 
 
 def raster_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     """The last axis of the grid fastest, as tokens are stored: `[N]` int32."""
-    del key
     return jnp.arange(math.prod(grid), dtype=jnp.int32)
 
 
 # Orders in which tokens are revealed: (key of the sample, positions per axis) -> `[N]`.
-ORDERS: dict[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
-    "random": random_order,
-    "raster": raster_order,
-}
+ORDERS: dict[str, Callable] = {"random": random_order, "raster": raster_order}
 
 
 def reveal_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
     """Tokens revealed in each autoregressive step, positive and summing to `num_tokens`.
 
-    The cosine schedule of MaskGIT (Chang et al. 2022): after step s (from 0)
+    The cosine schedule of MaskGIT (Chang et al. 2022, section 3.3): after step s (from 0)
     floor(N cos(pi/2 (s+1)/T)) tokens stay hidden, at least one fewer than before and at least one;
     the last step reveals the rest.
-
-    Raises:
-        ValueError: `num_ar_steps` is below 1 or above the number of tokens.
     """
     if not 1 <= num_ar_steps <= num_tokens:
         raise ValueError(
@@ -71,15 +63,10 @@ def linear_guidance(cfg_scale: float, counts: list[int]) -> np.ndarray:
 
 
 # Guidance over the steps: (cfg_scale, tokens revealed in each step) -> scales `[T]`.
-GUIDANCE: dict[str, Callable[[float, list[int]], np.ndarray]] = {
-    "linear": linear_guidance,
-    "constant": constant_guidance,
-}
+GUIDANCE: dict[str, Callable] = {"linear": linear_guidance, "constant": constant_guidance}
 
 
-def guidance_scales(
-    num_tokens: int, num_ar_steps: int, cfg_scale: float, schedule: str
-) -> np.ndarray:
-    """Guidance scale of each step `[T]` float32, by a key of `GUIDANCE`."""
+def guidance_scales(num_tokens: int, num_ar_steps: int, cfg_scale: float, schedule: str):
+    """Guidance scale of each step, float32 `[T]`, by a key of `GUIDANCE`."""
     counts = reveal_counts(num_tokens, num_ar_steps)
     return GUIDANCE[schedule](cfg_scale, counts).astype(np.float32)

@@ -35,11 +35,7 @@ def path_name(path: tuple) -> str:
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor) over all devices; one entry may be -1, "what is left".
-
-    Raises:
-        ValueError: the shape does not use the devices exactly.
-    """
+    """A mesh (data, fsdp, tensor) that uses all devices; one entry may be -1, "what is left"."""
     devices = jax.devices() if devices is None else devices
     shape = tuple(shape)
     if len(shape) != 3 or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
@@ -53,32 +49,23 @@ def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
             "example (-1, 1, 1)."
         )
     shape = tuple(len(devices) // known if n == -1 else n for n in shape)
-    placed = mesh_utils.create_device_mesh(
-        shape, devices
-    )  # neighbours on a TPU's network along the last axes
+    # Neighbours on a TPU's network along the last axes.
+    placed = mesh_utils.create_device_mesh(shape, devices)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Where an array of the training state lives; an axis that does not divide evenly stays
-    whole.
-    """
+    """Where an array of the training state lives; an axis that does not divide evenly is whole."""
     for pattern, axes in RULES:
         if re.search(pattern, path) and len(shape) >= len(axes):
             axes = (None,) * (len(shape) - len(axes)) + axes
-            return P(
-                *[
-                    a if a and size % mesh.shape[a] == 0 else None
-                    for a, size in zip(axes, shape, strict=True)
-                ]
-            )
+            sized = zip(axes, shape, strict=True)
+            return P(*(a if a and size % mesh.shape[a] == 0 else None for a, size in sized))
     return P()
 
 
 def state_shardings(abstract, mesh: Mesh):
-    """Shardings of a whole state tree (parameters, moving average, optimiser moments) from its
-    shapes.
-    """
+    """Shardings of a tree (parameters, moving average, optimiser moments) from its shapes."""
 
     def place(path, leaf):
         return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh))
@@ -91,9 +78,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value everywhere."""
+    return NamedSharding(mesh, P())
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """Devices that share a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def keep_batch_split(x: jax.Array) -> jax.Array:
-    """Say of activations `[B, ...]` that they are split along the batch and nothing else; changes
-    no value.
+    """Say of `x` `[B, ...]` that it is split along the batch and nothing else; changes no value.
 
     With kernels split over `fsdp` the compiler is free to gather the activations of the whole batch
     on every device in place of a layer's kernels, and it does so. Outside a mesh, or where the
@@ -102,26 +98,13 @@ def keep_batch_split(x: jax.Array) -> jax.Array:
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1 or x.shape[0] % batch_divisor(mesh):
         return x
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, P(BATCH_AXES, *[None] * (x.ndim - 1)))
-    )
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value everywhere."""
-    return NamedSharding(mesh, P())
+    split = P(BATCH_AXES, *[None] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, split))
 
 
 def host_device() -> jax.Device:
-    """The CPU, for arrays that no device needs to hold; the first device where JAX was told to use
-    no CPU.
-    """
+    """The CPU, for arrays that no device needs to hold; the first device where JAX has no CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return jax.local_devices()[0]
-
-
-def batch_divisor(mesh: Mesh) -> int:
-    """Devices that share a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

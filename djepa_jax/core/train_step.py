@@ -21,17 +21,10 @@ import optax
 from einops import rearrange
 from flax import nnx
 
-from djepa_jax.core import masking
+from djepa_jax.core import masking, optimizer
 from djepa_jax.core.losses import feature_statistics, jepa_loss
 from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.models.djepa import ModelConfig, init_params, split_model
-from djepa_jax.core.optimizer import (
-    OptimizerConfig,
-    ema_decay,
-    learning_rate,
-    make_optimizer,
-    update_ema,
-)
 
 STATISTICS_ROWS = 512
 SUMMED = ("loss", "token_loss", "jepa_loss")  # metrics of accumulation steps that add up
@@ -57,7 +50,7 @@ class TrainStepConfig:
     model: ModelConfig
     token_loss: TokenLoss
     masking: masking.MaskingConfig
-    optimizer: OptimizerConfig
+    optimizer: optimizer.OptimizerConfig
     tokenize: Callable[[jax.Array, jax.Array], jax.Array]  # (examples, key) -> tokens
     seed: int
     token_weight: float = 1.0
@@ -75,40 +68,32 @@ class TrainStepConfig:
 
 
 def init_state(config: TrainStepConfig) -> TrainState:
-    """A fresh state; call it inside `jax.jit` with output shardings, so that it is never
-    unsharded.
-    """
+    """A fresh state; call it inside `jax.jit` with output shardings, so that it is never whole."""
     params = init_params(config.model, jax.random.key(config.seed))
+    average = jax.tree.map(jnp.copy, params)
+    opt_state = optimizer.make_optimizer(config.optimizer).init(params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero,
-        params=params,
-        ema_params=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(config.optimizer).init(params),
-        skipped_steps=zero,
-        bad_streak=zero,
-    )
+    counters = {"step": zero, "skipped_steps": zero, "bad_streak": zero}
+    return TrainState(params=params, ema_params=average, opt_state=opt_state, **counters)
 
 
 def draw_examples(config: TrainStepConfig, tokens, conditions, key, dropout_key) -> dict:
-    """Everything that a step draws per example, for the whole batch at once, so that no splitting
-    changes it.
+    """All that a step draws per example, for the whole batch, so that no splitting changes it.
 
     Returns:
-        arrays with leading axis B: tokens in order coordinates, order, conditions, conditions of
-        which some are dropped, number of visible tokens, the weight of every place in the losses
-        (summing to one over the batch), and keys of dropout in both networks.
+        arrays with leading axis B; `x0` are the tokens in order coordinates, `told_conditions`
+        those of which some are dropped, `weights` those of every place in the losses (summing to
+        one over the batch), `dropout_keys` one for each of both networks.
     """
     order_key, ratio_key, drop_key = jax.random.split(key, 3)
     order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
     num_visible = masking.draw_num_visible(ratio_key, config.masking)  # [B]
+    told = config.model.conditioner.drop(drop_key, conditions, config.label_drop_prob)
     return {
         "x0": masking.to_order(tokens, order),  # [B, N, C]
         "order": order,
         "conditions": conditions,
-        "told_conditions": config.model.conditioner.drop(
-            drop_key, conditions, config.label_drop_prob
-        ),
+        "told_conditions": told,
         "num_visible": num_visible,
         "weights": masking.masked_weights(num_visible, config.masking),  # [B, N]
         "dropout_keys": jax.random.split(dropout_key, (len(tokens), 2)),  # [B, 2]
@@ -116,28 +101,19 @@ def draw_examples(config: TrainStepConfig, tokens, conditions, key, dropout_key)
 
 
 def batch_loss(config: TrainStepConfig, graph, params, ema_params, examples: dict, token_keys):
-    """Total loss of a batch, or of some of its packs, and its parts.
+    """Total loss of a batch, or of some of its packs, and a dict of scalar metrics.
 
-    Args:
-        config: the static settings.
-        graph: graph definition of the model.
-        params: parameters that are trained.
-        ema_params: their moving average, whose context encoder gives the targets.
-        examples: from `draw_examples`; whole packs of them.
-        token_keys: `[packs]`, randomness of the token loss, a key per pack.
-
-    Returns:
-        the scalar loss, and a dict of scalar metrics.
+    `examples` are whole packs of those from `draw_examples`, `token_keys` `[packs]` the randomness
+    of the token loss. The context encoder of `ema_params` gives the targets.
     """
     x0, order, num_visible = examples["x0"], examples["order"], examples["num_visible"]
+    max_visible = config.masking.max_visible
     model = nnx.merge(graph, params)
     model.denoiser.keep_batch_split = True
     drops = config.model.dropout or config.model.attention_dropout
     keys = examples["dropout_keys"].T if drops else (None, None)
     condition = model.embed_condition(examples["told_conditions"])
-    cond = predict_features(
-        model, x0, order, condition, num_visible, config.masking.max_visible, keys
-    )
+    cond = predict_features(model, x0, order, condition, num_visible, max_visible, keys)
 
     pack = masking.pack_masked(num_visible, config.masking)
     x0_masked = pack(x0)  # [packs, K, C]
@@ -152,38 +128,26 @@ def batch_loss(config: TrainStepConfig, graph, params, ema_params, examples: dic
     target = pack(target_model.encode_all(x0, order, condition))  # [packs, K, D]
     predicted = model.jepa_head(cond)
     feature_loss = (weights * jepa_loss(predicted, target)).sum()
-    metrics = {
-        "token_loss": token_loss,
-        "jepa_loss": feature_loss,
-        **_statistics(predicted, target),
-    }
-    return config.token_weight * token_loss + config.jepa_weight * feature_loss, metrics
+    rows = (x.reshape(-1, x.shape[-1])[:STATISTICS_ROWS] for x in (predicted, target))
+    statistics = feature_statistics(*jax.lax.stop_gradient(tuple(rows)))
+    loss = config.token_weight * token_loss + config.jepa_weight * feature_loss
+    return loss, {"token_loss": token_loss, "jepa_loss": feature_loss, **statistics}
 
 
 def predict_features(
     model, x0, order, condition, num_visible, max_visible: int, keys=(None, None)
 ) -> jax.Array:
-    """Context encoder on the visible prefix, then predictor: `[B, N, C]` in order coordinates ->
-    cond `[B, N, D]`.
-    """
+    """Context encoder on the visible prefix, then predictor: `[B, N, C]` -> cond `[B, N, D]`."""
     visible = jnp.arange(max_visible) < num_visible[:, None]  # [B, V]
-    encoded = model.context_encoder(
-        x0[:, :max_visible], order[:, :max_visible], condition, visible=visible, keys=keys[0]
-    )
+    seen = x0[:, :max_visible], order[:, :max_visible]
+    encoded = model.context_encoder(*seen, condition, visible=visible, keys=keys[0])
     return model.predictor(encoded, order, num_visible, condition.mask, keys=keys[1])
 
 
-def _statistics(predicted, target):
-    rows = (x.reshape(-1, x.shape[-1])[:STATISTICS_ROWS] for x in (predicted, target))
-    return feature_statistics(*jax.lax.stop_gradient(tuple(rows)))
-
-
 def make_train_step(config: TrainStepConfig) -> Callable:
-    """The pure update `(state, batch) -> (state, metrics)`; `batch` has `example` and
-    `condition`.
-    """
+    """The pure update `(state, batch of "example" and "condition") -> (state, metrics)`."""
     graph, _ = split_model(config.model)
-    optimizer = make_optimizer(config.optimizer)
+    transform = optimizer.make_optimizer(config.optimizer)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; everything random in it is drawn from (seed, step)."""
@@ -204,14 +168,13 @@ def make_train_step(config: TrainStepConfig) -> Callable:
         grads, metrics = accumulate(config, gradient_of, examples, token_keys)
         visible = examples["num_visible"].mean() / config.masking.num_tokens
         metrics |= {"grad_norm": optax.tree.norm(grads), "mask_ratio": 1 - visible}
-        return apply_update(config.optimizer, optimizer, state, grads, metrics)
+        return apply_update(config.optimizer, transform, state, grads, metrics)
 
     return train_step
 
 
 def accumulate(config: TrainStepConfig, gradient_of: Callable, examples: dict, token_keys):
-    """Gradient and metrics of the whole batch, from `config.grad_accumulation_steps` parts of it,
-    one after the other.
+    """Gradient and metrics of the batch from its `config.grad_accumulation_steps` parts in turn.
 
     Losses and gradients of parts add up, since the weights sum to one over the whole batch;
     statistics are averaged.
@@ -228,31 +191,24 @@ def accumulate(config: TrainStepConfig, gradient_of: Callable, examples: dict, t
     shapes = jax.eval_shape(gradient_of, *jax.tree.map(lambda x: x[0], inputs))
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (grads, metrics), _ = jax.lax.scan(add, start, inputs)
-    return grads, {
-        name: value if name in SUMMED else value / parts for name, value in metrics.items()
-    }
+    return grads, {name: x if name in SUMMED else x / parts for name, x in metrics.items()}
 
 
 def split_packs(x: jax.Array, parts: int, pack_size: int) -> jax.Array:
-    """`[B, ...]` -> `[parts, B / parts, ...]`; part j has packs j, j + parts, ..., so every device
-    has a share of it.
-    """
+    """`[B, ...]` -> `[parts, B / parts, ...]`; part j has packs j, j + parts and so on."""
+    # Strided, so that every device has a share of every part.
     return rearrange(x, "(c p e) ... -> p (c e) ...", p=parts, e=pack_size)
 
 
-def apply_update(config: OptimizerConfig, optimizer, state: TrainState, grads, metrics):
-    """Optimiser and moving average, unless loss, gradient or update is not finite: then nothing but
-    counters move.
-    """
+def apply_update(config: optimizer.OptimizerConfig, transform, state: TrainState, grads, metrics):
+    """Optimiser and average; only counters move if loss, gradient or update is not finite."""
     updates_made = state.step - state.skipped_steps
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    finite = (
-        jnp.isfinite(metrics["grad_norm"])
-        & jnp.isfinite(metrics["loss"])
-        & jnp.isfinite(optax.tree.norm(updates))
-    )
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
+    finite &= jnp.isfinite(optax.tree.norm(updates))
     params = optax.apply_updates(state.params, updates)
-    ema_params = update_ema(state.ema_params, params, ema_decay(config, updates_made))
+    decay = optimizer.ema_decay(config, updates_made)
+    ema_params = optimizer.update_ema(state.ema_params, params, decay)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -268,7 +224,7 @@ def apply_update(config: OptimizerConfig, optimizer, state: TrainState, grads, m
     )
     metrics |= {
         "param_norm": optax.tree.norm(state.params),
-        "learning_rate": learning_rate(config, updates_made),
+        "learning_rate": optimizer.learning_rate(config, updates_made),
         "skipped_steps": state.skipped_steps,
         "bad_streak": state.bad_streak,
     }

@@ -38,17 +38,30 @@ class Schedule:
     posterior_mean_x0: np.ndarray
     posterior_mean_xt: np.ndarray
 
+    def coefficients(self) -> dict[str, np.ndarray]:
+        """What a step multiplies with, `[S]` float32."""
+        values = dict(
+            log_beta=np.log(self.betas),
+            signal=np.sqrt(self.alphas_cumprod),
+            sigma=np.sqrt(1 - self.alphas_cumprod),
+            signal_prev=np.sqrt(self.alphas_cumprod_prev),
+            sigma_prev=np.sqrt(1 - self.alphas_cumprod_prev),
+            posterior_log_variance=self.posterior_log_variance,
+            posterior_mean_x0=self.posterior_mean_x0,
+            posterior_mean_xt=self.posterior_mean_xt,
+        )
+        return {name: value.astype(np.float32) for name, value in values.items()}
+
 
 def cosine_betas() -> np.ndarray:
-    """The 1000 betas of the cosine schedule, each capped at 0.999."""
+    """The 1000 betas of the cosine schedule (Nichol and Dhariwal 2021, eq. 17), capped at 0.999."""
     t = np.arange(NUM_TRAIN_STEPS + 1, dtype=np.float64) / NUM_TRAIN_STEPS
     alpha_bar = np.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
 
 
 def respaced_timesteps(num_steps: int) -> np.ndarray:
-    """Which of the 1000 original steps each of `num_steps` even steps stands for, first and last
-    included.
+    """Which of the 1000 original steps each of `num_steps` even steps stands for, ends included.
 
     A single step is the last one, the only choice that starts from noise.
     """
@@ -56,7 +69,7 @@ def respaced_timesteps(num_steps: int) -> np.ndarray:
         return np.array([NUM_TRAIN_STEPS - 1])
     stride = (NUM_TRAIN_STEPS - 1) / (num_steps - 1)
     position, steps = 0.0, []
-    for _ in range(num_steps):
+    for _ in range(num_steps):  # a running sum, so that halves round as in the reference
         steps.append(round(position))
         position += stride
     return np.array(steps)
@@ -64,7 +77,11 @@ def respaced_timesteps(num_steps: int) -> np.ndarray:
 
 @functools.lru_cache
 def make_schedule(num_steps: int) -> Schedule:
-    """The schedule respaced to `num_steps` (1000 gives the training schedule)."""
+    """The schedule respaced to `num_steps` (1000 gives the training schedule).
+
+    The posterior q(x_{t-1} | x_t, x_0) is Ho et al. 2020, eqs. 6-7. Its variance is 0 at the first
+    step, whose logarithm is replaced by that of the second.
+    """
     timesteps = respaced_timesteps(num_steps)
     alphas_cumprod = np.cumprod(1 - cosine_betas())[timesteps]
     previous = np.append(1.0, alphas_cumprod[:-1])
@@ -86,8 +103,8 @@ def make_schedule(num_steps: int) -> Schedule:
 def split_output(output: jax.Array, log_beta: jax.Array, posterior_log_variance: jax.Array):
     """Noise prediction and log-variance of a denoiser output `[..., 2C]`.
 
-    The second half interpolates (in log space, -1..1) between the clipped posterior variance and
-    beta.
+    The second half, -1..1, interpolates in log space between the clipped posterior variance and
+    beta (Nichol and Dhariwal 2021, eq. 15).
     """
     noise, range_value = jnp.split(output, 2, axis=-1)
     share = (range_value + 1) / 2
@@ -98,18 +115,14 @@ def split_output(output: jax.Array, log_beta: jax.Array, posterior_log_variance:
 class Diffusion:
     """1000-step cosine diffusion, noise prediction, learned variance.
 
-    Attributes:
-        noise_multiplicity: draws of (t, noise) per token and step.
-        num_denoise_steps: reverse steps in sampling, 1..1000, evenly respaced.
-        sampler: "ddpm" (ancestral) or "ddim" (deterministic).
-        clip_x0: clip the implied clean token to [-clip_x0, clip_x0] in every reverse step; 0 leaves
-            it alone, as the published weights expect. The first steps multiply the error of the
-            noise prediction by hundreds, so a young model without the clip runs away.
+    `clip_x0` bounds the clean token that a reverse step implies to [-clip_x0, clip_x0]; 0 leaves it
+    alone, as the published weights expect. The first steps multiply the error of the noise
+    prediction by hundreds, so a young model without the clip runs away.
     """
 
-    noise_multiplicity: Positive = 4
-    num_denoise_steps: DenoiseSteps = 100
-    sampler: Annotated[str, OneOf(("ddpm", "ddim"))] = "ddpm"
+    noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
+    num_denoise_steps: DenoiseSteps = 100  # reverse steps in sampling, evenly respaced
+    sampler: Annotated[str, OneOf(("ddpm", "ddim"))] = "ddpm"  # ancestral, deterministic
     clip_x0: AtLeastZero = 0.0
 
     samplers = ("ddpm", "ddim")
@@ -136,22 +149,21 @@ class Diffusion:
         t = jax.random.randint(time_key, rows, 0, NUM_TRAIN_STEPS)  # [..., K]
         return t, jax.random.normal(noise_key, (*rows, shape[-1]))  # [..., K, C]
 
-    def loss(
-        self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, t: jax.Array, noise: jax.Array
-    ) -> jax.Array:
-        """Squared noise error plus variational term per token, averaged over the draws: `[...]`."""
+    def loss(self, denoiser: Denoiser, x0, cond, t, noise) -> jax.Array:
+        """Squared noise error plus variational term per token, mean over the draws: `[...]`."""
         mse, bound = self.terms(denoiser, x0, cond, t, noise)
         return (mse + bound).mean(-1)
 
     def terms(self, denoiser: Denoiser, x0, cond, t, noise) -> tuple[jax.Array, jax.Array]:
-        """Both terms for given steps `[..., K]` and noise `[..., K, C]`: two `[..., K]`.
+        """Both terms (Nichol and Dhariwal 2021, eq. 16) of `t` `[..., K]`, `noise` `[..., K, C]`.
 
-        The variational term is in bits per dimension, is not rescaled, and trains the variance
-        alone: its mean prediction carries no gradient.
+        Each is `[..., K]`. The variational term is in bits per dimension, is not rescaled, and
+        trains the variance alone: its mean prediction carries no gradient.
         """
         clean = x0.astype(jnp.float32)[..., None, :]  # [..., 1, C]
-        at = _gather(make_schedule(NUM_TRAIN_STEPS), t)
-        xt = at["signal"] * clean + at["sigma"] * noise
+        table = make_schedule(NUM_TRAIN_STEPS).coefficients()
+        at = {name: jnp.asarray(value)[t][..., None] for name, value in table.items()}
+        xt = at["signal"] * clean + at["sigma"] * noise  # Ho et al. 2020, eq. 4
         time = jnp.take(denoiser.time(jnp.arange(NUM_TRAIN_STEPS)), t, axis=0)  # [..., K, w]
         output = denoiser(xt, time, denoiser.condition(cond)[..., None, :])
         predicted, log_variance = split_output(output, at["log_beta"], at["posterior_log_variance"])
@@ -165,36 +177,33 @@ class Diffusion:
         return mse, bound
 
     def sample(self, denoiser: Denoiser, cond, noise, cfg_scale, temperature) -> jax.Array:
-        """Run the reverse process; see `base.TokenLoss.sample`. Guidance acts on the noise
-        prediction only.
-        """
+        """Run the reverse process; guidance acts on the noise prediction only."""
         steps = self.reverse_steps()
         time_table = denoiser.time(steps.pop("timesteps"))  # [S, w]
         condition = denoiser.condition(cond)  # [G, ..., w]
         start, added = noise[..., 0, :].astype(jnp.float32), jnp.moveaxis(noise[..., 1:, :], -2, 0)
+        if self.sampler == "ddim":
+            added = jnp.zeros((self.num_denoise_steps, 1))
 
         def step(x, inputs):
             at, time, z = inputs
-            return self.reverse(denoiser(x, time, condition), x, at, z, cfg_scale, temperature)[
-                "sample"
-            ], None
+            outputs = denoiser(x, time, condition)  # [G, ..., 2C]
+            return self.reverse(outputs, x, at, z, cfg_scale, temperature)["sample"], None
 
-        if self.sampler == "ddim":
-            added = jnp.zeros((self.num_denoise_steps, 1))
         return jax.lax.scan(step, start, (steps, time_table, added))[0]
 
     def reverse_steps(self) -> dict[str, jax.Array]:
         """Coefficients of the reverse steps in the order of use (highest first), each `[S]`."""
         schedule = make_schedule(self.num_denoise_steps)
-        at = _coefficients(schedule)
-        at["noise_scale"] = (np.arange(len(schedule.betas)) > 0).astype(np.float32)
-        return {"timesteps": jnp.asarray(schedule.timesteps[::-1].copy())} | {
-            k: jnp.asarray(v[::-1].copy()) for k, v in at.items()
-        }
+        noise_scale = (np.arange(self.num_denoise_steps) > 0).astype(np.float32)
+        steps = schedule.coefficients()
+        steps |= {"timesteps": schedule.timesteps, "noise_scale": noise_scale}
+        return {name: jnp.asarray(values[::-1].copy()) for name, values in steps.items()}
 
     def reverse(self, outputs, x, at, z, cfg_scale, temperature) -> dict[str, jax.Array]:
-        """One reverse step from denoiser outputs `[G, ..., 2C]`: mean, log_variance, x0 and sample
-        `[..., C]`.
+        """One reverse step from denoiser outputs `[G, ..., 2C]`: arrays `[..., C]`.
+
+        DDPM draws from the posterior at the implied x0; DDIM is Song et al. 2021, eq. 12, sigma 0.
         """
         predicted = guide(outputs[..., : x.shape[-1]], cfg_scale)
         _, log_variance = split_output(outputs[0], at["log_beta"], at["posterior_log_variance"])
@@ -210,50 +219,22 @@ class Diffusion:
         return dict(mean=mean, log_variance=log_variance, x0=x0, sample=sample)
 
 
-def _coefficients(schedule: Schedule) -> dict[str, np.ndarray]:
-    values = dict(
-        log_beta=np.log(schedule.betas),
-        signal=np.sqrt(schedule.alphas_cumprod),
-        sigma=np.sqrt(1 - schedule.alphas_cumprod),
-        signal_prev=np.sqrt(schedule.alphas_cumprod_prev),
-        sigma_prev=np.sqrt(1 - schedule.alphas_cumprod_prev),
-        posterior_log_variance=schedule.posterior_log_variance,
-        posterior_mean_x0=schedule.posterior_mean_x0,
-        posterior_mean_xt=schedule.posterior_mean_xt,
-    )
-    return {name: value.astype(np.float32) for name, value in values.items()}
-
-
-def _gather(schedule: Schedule, t: jax.Array) -> dict[str, jax.Array]:
-    """The coefficients at steps `[...]`, each `[..., 1]`."""
-    return {
-        name: jnp.asarray(value)[t][..., None] for name, value in _coefficients(schedule).items()
-    }
-
-
 def gaussian_kl(mean1, log_variance1, mean2, log_variance2) -> jax.Array:
     """KL divergence of two diagonal Gaussians in nats, elementwise."""
     ratio = jnp.exp(log_variance1 - log_variance2)
-    return 0.5 * (
-        log_variance2
-        - log_variance1
-        + ratio
-        - 1
-        + jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
-    )
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    """The tanh approximation of the normal distribution function that the reference uses."""
-    return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    distance = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 + ratio - 1 + distance)
 
 
 def discretised_nll(x, mean, log_scale) -> jax.Array:
-    """Negative log-probability (nats) of the bin of width 2/255 around `x`; the outermost bins are
-    open.
-    """
+    """-log p in nats of the bin of width 2/255 around `x` (Ho et al. 2020, eq. 13)."""
+
+    def cdf(x):  # of the normal distribution, in the approximation that the reference uses
+        return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
     inverse = jnp.exp(-log_scale)
-    upper = _normal_cdf(inverse * (x - mean + BIN_HALF_WIDTH))
-    lower = _normal_cdf(inverse * (x - mean - BIN_HALF_WIDTH))
-    probability = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1 - lower, upper - lower))
+    upper = cdf(inverse * (x - mean + BIN_HALF_WIDTH))
+    lower = cdf(inverse * (x - mean - BIN_HALF_WIDTH))
+    inside = jnp.where(x > 0.999, 1 - lower, upper - lower)  # the outermost bins are open
+    probability = jnp.where(x < -0.999, upper, inside)
     return -jnp.log(jnp.maximum(probability, 1e-12))

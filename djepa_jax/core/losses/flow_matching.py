@@ -1,4 +1,4 @@
-"""Flow matching: the denoiser is a velocity field from noise (t = 0) to data (t = 1)."""
+"""Flow matching (Lipman et al. 2023): a velocity field from noise (t = 0) to data (t = 1)."""
 
 import dataclasses
 from typing import Annotated
@@ -13,19 +13,13 @@ from djepa_jax.core.losses.base import Denoiser, guide
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
-    """Straight paths xt = t x1 + (1 - t) x0 with target velocity x1 - x0.
+    """Straight paths xt = t x0 + (1 - t) noise to clean tokens x0, with velocity x0 - noise."""
 
-    Attributes:
-        noise_multiplicity: draws of (t, noise) per token and step.
-        num_denoise_steps: points of the time grid, so one step fewer; at least 2.
-        sampler: "euler" or "heun".
-        time_shift: s in t / (t + s - s t), which bends the grid; 1 leaves it even.
-    """
-
-    noise_multiplicity: Positive = 4
+    noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
+    # Points of the time grid of sampling, so one step fewer.
     num_denoise_steps: Annotated[int, Bound(lambda x: x >= 2, "at least 2")] = 100
     sampler: Annotated[str, OneOf(("euler", "heun"))] = "euler"
-    time_shift: AboveZero = 1.0
+    time_shift: AboveZero = 1.0  # s in t / (t + s - s t), which bends the grid; 1 leaves it even
 
     samplers = ("euler", "heun")
     out_per_channel = 1
@@ -46,14 +40,10 @@ class FlowMatching:
         rows = (*shape[:-1], self.noise_multiplicity)
         return jax.random.uniform(time_key, rows), jax.random.normal(noise_key, (*rows, shape[-1]))
 
-    def loss(
-        self, denoiser: Denoiser, x0: jax.Array, cond: jax.Array, t: jax.Array, noise: jax.Array
-    ) -> jax.Array:
-        """Mean squared velocity error per token, averaged over the draws: `[...]`. `x0` is the
-        clean token.
-        """
+    def loss(self, denoiser: Denoiser, x0, cond, t, noise) -> jax.Array:
+        """Mean squared velocity error per token, averaged over the draws: `[...]`."""
         clean = x0.astype(jnp.float32)[..., None, :]  # [..., 1, C]
-        xt = t[..., None] * clean + (1 - t[..., None]) * noise
+        xt = t[..., None] * clean + (1 - t[..., None]) * noise  # [..., K, C]
         velocity = denoiser(xt, denoiser.time(t), denoiser.condition(cond)[..., None, :])
         return jnp.square(velocity - (clean - noise)).mean((-1, -2))
 
@@ -63,10 +53,7 @@ class FlowMatching:
         return (t / (t + self.time_shift - self.time_shift * t)).astype(np.float32)
 
     def sample(self, denoiser: Denoiser, cond, noise, cfg_scale, temperature) -> jax.Array:
-        """Integrate the field from noise to data; see `base.TokenLoss.sample`. Temperature plays no
-        part.
-        """
-        del temperature
+        """Integrate the field from noise to data; temperature plays no part."""
         times = jnp.asarray(self.times())
         time_table = denoiser.time(times)  # [points, w]
         condition = denoiser.condition(cond)  # [G, ..., w]

@@ -11,13 +11,11 @@ def jepa_loss(predicted: jax.Array, target: jax.Array) -> jax.Array:
 
     0.5 d^2 / beta below beta, |d| - beta / 2 above. The target carries no gradient.
     """
-    difference = jnp.abs(
-        predicted.astype(jnp.float32) - jax.lax.stop_gradient(target).astype(jnp.float32)
-    )
+    target = jax.lax.stop_gradient(target).astype(jnp.float32)
+    difference = jnp.abs(predicted.astype(jnp.float32) - target)
     quadratic = 0.5 * jnp.square(difference) / SMOOTH_L1_BETA
-    return jnp.where(
-        difference < SMOOTH_L1_BETA, quadratic, difference - 0.5 * SMOOTH_L1_BETA
-    ).mean(-1)
+    linear = difference - 0.5 * SMOOTH_L1_BETA
+    return jnp.where(difference < SMOOTH_L1_BETA, quadratic, linear).mean(-1)
 
 
 def feature_statistics(predicted: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
@@ -30,12 +28,10 @@ def feature_statistics(predicted: jax.Array, target: jax.Array) -> dict[str, jax
     """
     predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
     centred = target - target.mean(0)
-    covariance = (
-        jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST) / target.shape[0]
-    )
+    products = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)  # [D, D]
+    covariance = products / target.shape[0]
     rank = jnp.square(jnp.trace(covariance)) / jnp.maximum(jnp.square(covariance).sum(), 1e-20)
     norms = jnp.linalg.norm(predicted, axis=-1) * jnp.linalg.norm(target, axis=-1)
     cosine = (predicted * target).sum(-1) / jnp.maximum(norms, 1e-20)
-    return dict(
-        target_std=jnp.sqrt(jnp.diagonal(covariance)).mean(), target_rank=rank, cosine=cosine.mean()
-    )
+    std = jnp.sqrt(jnp.diagonal(covariance)).mean()
+    return dict(target_std=std, target_rank=rank, cosine=cosine.mean())

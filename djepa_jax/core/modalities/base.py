@@ -1,7 +1,4 @@
-"""What a modality is: the only place that knows what tokens stand for.
-
-Implementations are frozen dataclasses in the table `MODALITIES`; nothing else compares their names.
-"""
+"""What a modality is: the only place that knows what tokens stand for."""
 
 import os
 from typing import Protocol
@@ -11,34 +8,18 @@ import numpy as np
 
 
 class Modality(Protocol):
-    """Turns data into tokens and back.
+    """Turns data into tokens and back; implementations are frozen dataclasses in `MODALITIES`."""
 
-    Attributes:
-        needs_decoder: whether pictures of what it exports take an autoencoder.
-        factorised_positions: whether tokens have a position vector per axis of `grid`, summed,
-            instead of one of their own.
-        example_dtype: type of the values of an example.
-    """
-
-    needs_decoder: bool
-    factorised_positions: bool
-    example_dtype: np.dtype
+    needs_decoder: bool  # whether pictures of what it exports take an autoencoder
+    factorised_positions: bool  # position vectors per axis of `grid`, summed, not one per token
+    example_dtype: np.dtype  # of the values of an example
+    grid: tuple[int, ...]  # positions along each axis of an example, N in all, the last fastest
+    token_dim: int  # channels of a token (C)
+    example_shape: tuple[int, ...]  # of one example as the data source gives it
 
     @classmethod
     def from_settings(cls, data) -> "Modality":
         """The modality that `config.data` describes; its `options` are for modalities' own keys."""
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Positions along each axis of an example; N tokens in all, the last axis fastest."""
-
-    @property
-    def token_dim(self) -> int:
-        """Channels of a token (C)."""
-
-    @property
-    def example_shape(self) -> tuple[int, ...]:
-        """Shape of one example as the data source gives it."""
 
     def check_example(self, example: np.ndarray) -> None:
         """Raise ValueError, naming what was found and expected, if an example does not fit."""

@@ -107,7 +107,6 @@ class ImagePixels(PatchedMaps):
 
     def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """uint8 images `[B, H, W, C]` -> tokens in [-1, 1]."""
-        del key  # nothing is drawn
         return patchify(to_range(examples), self.patch)
 
     def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
@@ -131,8 +130,8 @@ class ImageLatents(PatchedMaps):
     @classmethod
     def from_settings(cls, data) -> "ImageLatents":
         """Latent maps of side `data.image_size`."""
-        size = (data.image_size, data.channels, data.patch_size)
-        return cls(*size, data.latent_scale, data.latent_shift)
+        scaling = (data.latent_scale, data.latent_shift)
+        return cls(data.image_size, data.channels, data.patch_size, *scaling)
 
     def check_example(self, example: np.ndarray) -> None:
         """Raise ValueError unless an example is a map of latents or of moments."""

@@ -1,5 +1,4 @@
-"""The convolutional autoencoder of latent diffusion with a Gaussian posterior (Rombach et al. 2022,
-arXiv 2112.10752).
+"""The autoencoder of latent diffusion with a Gaussian posterior (Rombach et al. 2022).
 
 Images are `[B, H, W, 3]` in [-1, 1]; an encoder halves the sides once per level but the first, a
 decoder doubles them again. GroupNorm, softmax and the posterior are always float32; `dtype` is that
@@ -8,6 +7,7 @@ of convolutions and matrix products.
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,12 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape of the networks. `encoder_attention` lists the levels whose encoder blocks attend; the
-    middle always does.
-    """
+    """Shape of the networks."""
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_blocks: int = 2
-    encoder_attention: tuple[int, ...] = (4,)
+    encoder_attention: tuple[int, ...] = (4,)  # levels whose blocks attend; the middle always does
     latent_channels: int = 16
     image_channels: int = 3
 
@@ -54,22 +52,18 @@ AUTOENCODERS = {
 class Conv(nnx.Module):
     """A convolution over `[B, H, W, C]`, kernel `[k, k, in, out]`."""
 
-    def __init__(self, fan_in: int, fan_out: int, size: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, fan_in: int, fan_out: int, size: int, dtype, rngs: nnx.Rngs):
         self.dtype = dtype
-        taps = size * size * fan_in
-        kernel = torch_linear_init(rngs.params(), (taps, fan_out)).reshape(
-            size, size, fan_in, fan_out
-        )
+        shape = (size, size, fan_in, fan_out)
+        kernel = torch_linear_init(rngs.params(), shape, fan_in=size * size * fan_in)
         self.kernel, self.bias = nnx.Param(kernel), nnx.Param(zeros_init(rngs.params(), (fan_out,)))
 
     def __call__(self, x: jax.Array, stride: int = 1, padding="SAME") -> jax.Array:
         """Convolve."""
         kernel = self.kernel[...].astype(self.dtype)
-        layout = ("NHWC", "HWIO", "NHWC")
-        how = {"dimension_numbers": layout, "precision": precision_of(self.dtype)}
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (stride, stride), padding, **how
-        )
+        how = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": precision_of(self.dtype)}
+        strides = (stride, stride)
+        x = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, strides, padding, **how)
         return x + self.bias[...].astype(self.dtype)
 
 
@@ -83,31 +77,21 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C]` -> the same, in the type of x."""
         grouped = rearrange(x.astype(jnp.float32), "b h w (g c) -> b g (h w c)", g=self.groups)
-        mean = grouped.mean(-1, keepdims=True)
-        variance = jnp.square(grouped - mean).mean(-1, keepdims=True)
-        normed = rearrange(
-            (grouped - mean) * jax.lax.rsqrt(variance + EPSILON),
-            "b g (h w c) -> b h w (g c)",
-            h=x.shape[1],
-            w=x.shape[2],
-        )
+        centred = grouped - grouped.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + EPSILON)
+        normed = rearrange(normed, "b g (h w c) -> b h w (g c)", h=x.shape[1], w=x.shape[2])
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, swish, 3 x 3 convolution; a 1 x 1 convolution beside them where the width
-    changes.
-    """
+    """Twice norm, swish, 3 x 3 convolution; beside them 1 x 1 where the width changes."""
 
-    def __init__(self, fan_in: int, fan_out: int, *, dtype, rngs: nnx.Rngs):
-        self.norm1, self.conv1 = GroupNorm(fan_in), Conv(fan_in, fan_out, 3, dtype=dtype, rngs=rngs)
-        self.norm2, self.conv2 = (
-            GroupNorm(fan_out),
-            Conv(fan_out, fan_out, 3, dtype=dtype, rngs=rngs),
-        )
-        self.shortcut = (
-            Conv(fan_in, fan_out, 1, dtype=dtype, rngs=rngs) if fan_in != fan_out else None
-        )
+    def __init__(self, fan_in: int, fan_out: int, dtype, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = GroupNorm(fan_in), GroupNorm(fan_out)
+        self.conv1 = Conv(fan_in, fan_out, 3, dtype, rngs)
+        self.conv2 = Conv(fan_out, fan_out, 3, dtype, rngs)
+        self.shortcut = Conv(fan_in, fan_out, 1, dtype, rngs) if fan_in != fan_out else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, in]` -> `[B, H, W, out]`."""
@@ -119,39 +103,29 @@ class ResidualBlock(nnx.Module):
 class MapAttention(nnx.Module):
     """Single-head attention among the places of a map, with a residual connection."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(width)
-        self.q, self.k, self.v, self.out = (
-            Conv(width, width, 1, dtype=dtype, rngs=rngs) for _ in range(4)
-        )
+        self.q, self.k, self.v, self.out = (Conv(width, width, 1, dtype, rngs) for _ in range(4))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C]` -> the same."""
         height, normed = x.shape[1], self.norm(x)
-        q, k, v = (
-            rearrange(project(normed), "b h w c -> b (h w) c")
-            for project in (self.q, self.k, self.v)
-        )
-        precision = precision_of(q.dtype)
-        scores = (
-            jnp.einsum(
-                "bqc,bkc->bqk", q, k, precision=precision, preferred_element_type=jnp.float32
-            )
-            * q.shape[-1] ** -0.5
-        )
-        mixed = jnp.einsum(
-            "bqk,bkc->bqc", jax.nn.softmax(scores).astype(v.dtype), v, precision=precision
-        )
+        maps = (project(normed) for project in (self.q, self.k, self.v))
+        q, k, v = (rearrange(m, "b h w c -> b (h w) c") for m in maps)
+        how = {"precision": precision_of(q.dtype)}
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32, **how)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5).astype(v.dtype)  # [B, H W, H W]
+        mixed = jnp.einsum("bqk,bkc->bqc", weights, v, **how)
         return x + self.out(rearrange(mixed, "b (h w) c -> b h w c", h=height))
 
 
 class Middle(nnx.Module):
     """Block, attention, block at the coarsest level."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
-        self.block_0 = ResidualBlock(width, width, dtype=dtype, rngs=rngs)
-        self.attention = MapAttention(width, dtype=dtype, rngs=rngs)
-        self.block_1 = ResidualBlock(width, width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, dtype, rngs: nnx.Rngs):
+        self.block_0 = ResidualBlock(width, width, dtype, rngs)
+        self.attention = MapAttention(width, dtype, rngs)
+        self.block_1 = ResidualBlock(width, width, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C]` -> the same."""
@@ -159,31 +133,16 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks of one resolution, and the convolution that changes to the next one, if there
-    is a next one.
-    """
+    """Residual blocks of one resolution, and the convolution that changes to the next, if any."""
 
-    def __init__(
-        self,
-        fan_in: int,
-        width: int,
-        num_blocks: int,
-        attend: bool,
-        resample: bool,
-        *,
-        dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, fan_in, width, num_blocks, attend, resample, dtype, rngs):
         self.num_blocks, self.attend = num_blocks, attend
         for index in range(num_blocks):
-            setattr(
-                self,
-                f"block_{index}",
-                ResidualBlock(width if index else fan_in, width, dtype=dtype, rngs=rngs),
-            )
+            block = ResidualBlock(width if index else fan_in, width, dtype, rngs)
+            setattr(self, f"block_{index}", block)
             if attend:
-                setattr(self, f"attention_{index}", MapAttention(width, dtype=dtype, rngs=rngs))
-        self.resample = Conv(width, width, 3, dtype=dtype, rngs=rngs) if resample else None
+                setattr(self, f"attention_{index}", MapAttention(width, dtype, rngs))
+        self.resample = Conv(width, width, 3, dtype, rngs) if resample else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The blocks, at their resolution."""
@@ -197,22 +156,17 @@ class Level(nnx.Module):
 class Encoder(nnx.Module):
     """Images `[B, H, W, 3]` -> what the moments are made of, `[B, H/s, W/s, 2c]`."""
 
-    def __init__(self, config: AutoencoderConfig, *, dtype, rngs: nnx.Rngs):
-        widths = config.widths
+    def __init__(self, config: AutoencoderConfig, dtype, rngs: nnx.Rngs):
+        widths, blocks = config.widths, config.num_blocks
         self.num_levels = len(widths)
-        self.conv_in = Conv(config.image_channels, config.channels, 3, dtype=dtype, rngs=rngs)
-        fan_in = config.channels
-        for index, width in enumerate(widths):
-            attend, resample = index in config.encoder_attention, index + 1 < len(widths)
-            setattr(
-                self,
-                f"level_{index}",
-                Level(fan_in, width, config.num_blocks, attend, resample, dtype=dtype, rngs=rngs),
-            )
-            fan_in = width
-        self.middle = Middle(fan_in, dtype=dtype, rngs=rngs)
-        self.norm_out = GroupNorm(fan_in)
-        self.conv_out = Conv(fan_in, 2 * config.latent_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv_in = Conv(config.image_channels, config.channels, 3, dtype, rngs)
+        for index, (fan_in, width) in enumerate(pairwise((config.channels, *widths))):
+            attend, resample = index in config.encoder_attention, index + 1 < self.num_levels
+            level = Level(fan_in, width, blocks, attend, resample, dtype, rngs)
+            setattr(self, f"level_{index}", level)
+        self.middle = Middle(widths[-1], dtype, rngs)
+        self.norm_out = GroupNorm(widths[-1])
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Encode; halving pads one row below and one column to the right, as the reference does."""
@@ -228,22 +182,17 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents `[B, h, w, c]` -> images `[B, h s, w s, 3]`."""
 
-    def __init__(self, config: AutoencoderConfig, *, dtype, rngs: nnx.Rngs):
-        widths = config.widths
+    def __init__(self, config: AutoencoderConfig, dtype, rngs: nnx.Rngs):
+        widths, blocks = config.widths, config.num_blocks + 1
         self.num_levels = len(widths)
-        fan_in = widths[-1]
-        self.conv_in = Conv(config.latent_channels, fan_in, 3, dtype=dtype, rngs=rngs)
-        self.middle = Middle(fan_in, dtype=dtype, rngs=rngs)
-        for index in reversed(range(len(widths))):
-            width, blocks = widths[index], config.num_blocks + 1
-            setattr(
-                self,
-                f"level_{index}",
-                Level(fan_in, width, blocks, False, index > 0, dtype=dtype, rngs=rngs),
-            )
-            fan_in = width
-        self.norm_out = GroupNorm(fan_in)
-        self.conv_out = Conv(fan_in, config.image_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv_in = Conv(config.latent_channels, widths[-1], 3, dtype, rngs)
+        self.middle = Middle(widths[-1], dtype, rngs)
+        for index in reversed(range(self.num_levels)):
+            fan_in = widths[min(index + 1, self.num_levels - 1)]
+            level = Level(fan_in, widths[index], blocks, False, index > 0, dtype, rngs)
+            setattr(self, f"level_{index}", level)
+        self.norm_out = GroupNorm(widths[0])
+        self.conv_out = Conv(widths[0], config.image_channels, 3, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Decode; doubling repeats every value, then convolves."""
@@ -260,20 +209,14 @@ class AutoencoderKL(nnx.Module):
     """Encoder and decoder with the 1 x 1 convolutions between them and the latents."""
 
     def __init__(self, config: AutoencoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        double = 2 * config.latent_channels
-        self.encoder, self.decoder = (
-            Encoder(config, dtype=dtype, rngs=rngs),
-            Decoder(config, dtype=dtype, rngs=rngs),
-        )
-        self.quant_conv = Conv(double, double, 1, dtype=dtype, rngs=rngs)
-        self.post_quant_conv = Conv(
-            config.latent_channels, config.latent_channels, 1, dtype=dtype, rngs=rngs
-        )
+        latents = config.latent_channels
+        self.encoder = Encoder(config, dtype, rngs)
+        self.decoder = Decoder(config, dtype, rngs)
+        self.quant_conv = Conv(2 * latents, 2 * latents, 1, dtype, rngs)
+        self.post_quant_conv = Conv(latents, latents, 1, dtype, rngs)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images `[B, H, W, 3]` in [-1, 1] -> moments `[B, H/s, W/s, 2c]` float32: means, then
-        log-variances.
-        """
+        """Images `[B, H, W, 3]` -> moments `[B, H/s, W/s, 2c]` float32: means, log-variances."""
         return self.quant_conv(self.encoder(images)).astype(jnp.float32)
 
     def decode(self, latents: jax.Array) -> jax.Array:
@@ -288,32 +231,18 @@ def sample_posterior(moments: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def split_autoencoder(config: AutoencoderConfig, dtype=jnp.float32):
-    """Graph definition and abstract parameters (a nested dict of shapes) of an autoencoder;
-    allocates nothing.
-    """
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    )
+    """Graph definition and shapes of the parameters (a nested dict); allocates nothing."""
+    model = nnx.eval_shape(lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)
 
 
-def decode_tiled(
-    decode: Callable[[jax.Array], jax.Array], latents: jax.Array, tile: int, overlap: int
-) -> jax.Array:
-    """Decode large maps in overlapping square tiles, blended linearly where they overlap, to bound
-    the memory.
+def decode_tiled(decode: Callable, latents: jax.Array, tile: int, overlap: int) -> jax.Array:
+    """Decode large maps in overlapping square tiles, blended linearly, to bound the memory.
 
-    Equal to `decode` where one tile covers the map; otherwise close to it, since norms and
-    attention of a tile see that tile alone.
-
-    Args:
-        decode: latents `[B, tile, tile, c]` -> images `[B, tile s, tile s, 3]`.
-        latents: `[B, h, w, c]`.
-        tile: side of a tile, in latents.
-        overlap: latents that neighbouring tiles share, below `tile`.
-
-    Returns:
-        images `[B, h s, w s, 3]`.
+    `[B, h, w, c]` -> `[B, h s, w s, 3]`; `tile` is a side and `overlap`, below it, what neighbours
+    share, in latents. Equal to `decode` where one tile covers the map; otherwise close to it, since
+    norms and attention of a tile see that tile alone.
     """
     height, width = latents.shape[1:3]
     if height <= tile and width <= tile:
@@ -322,14 +251,12 @@ def decode_tiled(
     for top in tile_starts(height, tile, overlap):
         for left in tile_starts(width, tile, overlap):
             piece = decode(latents[:, top : top + tile, left : left + tile])  # [B, t s, t s, 3]
-            stride = piece.shape[1] // min(tile, height)
-            ramp = jnp.outer(
-                _ramp(piece.shape[1], overlap * stride), _ramp(piece.shape[2], overlap * stride)
-            )[..., None]
-            edges = [
-                (at * stride, size * stride - at * stride - piece.shape[axis])
-                for at, size, axis in ((top, height, 1), (left, width, 2))
-            ]
+            rows, columns = piece.shape[1:3]
+            stride = rows // min(tile, height)
+            ramps = _ramp(rows, overlap * stride), _ramp(columns, overlap * stride)
+            ramp = jnp.outer(*ramps)[..., None]  # [t s, t s, 1]
+            below, right = (height - top) * stride - rows, (width - left) * stride - columns
+            edges = (top * stride, below), (left * stride, right)
             total += jnp.pad(piece * ramp, ((0, 0), *edges, (0, 0)))
             weights += jnp.pad(ramp, (*edges, (0, 0)))
     return total / weights
@@ -339,13 +266,10 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin so that they cover `size`, the last one flush with the end."""
     if size <= tile:
         return [0]
-    starts = list(range(0, size - tile, tile - overlap))
-    return [*starts, size - tile]
+    return [*range(0, size - tile, tile - overlap), size - tile]
 
 
 def _ramp(size: int, overlap: int) -> jax.Array:
-    """Weights of a tile along one side: rising from near 0 over the overlap, 1 inside, falling
-    again.
-    """
+    """Weights of a tile along a side: rising from near 0 over the overlap, 1 inside, falling."""
     distance = jnp.minimum(jnp.arange(size), jnp.arange(size)[::-1]) + 1.0
     return jnp.minimum(distance / (overlap + 1.0), 1.0)

@@ -32,12 +32,9 @@ class Conditioner(Protocol):
     """One kind of condition; implementations are frozen dataclasses.
 
     Raw conditions are arrays with the leading axis B, or a tuple of such arrays.
-
-    Attributes:
-        param_name: of the embedding's parameters inside the context encoder.
     """
 
-    param_name: str
+    param_name: str  # of the embedding's parameters inside the context encoder
 
     def null(self, batch_size: int) -> Any:
         """Raw conditions that say nothing."""
@@ -96,7 +93,6 @@ class Nothing:
 
     def drop(self, key: jax.Array, raw: jax.Array, probability: float) -> jax.Array:
         """The same; there is nothing to drop."""
-        del key, probability
         return raw
 
     def in_turn(self, count: int) -> np.ndarray:
@@ -109,13 +105,6 @@ class Nothing:
     def embed(self, embedding: None, raw: jax.Array) -> Condition:
         """Nothing is added: zeros `[B, 1, 1]`."""
         return Condition(jnp.zeros((len(raw), 1, 1)))
-
-
-class _Pair(nnx.Module):
-    """The embeddings of two conditioners."""
-
-    def __init__(self, first: nnx.Module | None, second: nnx.Module | None):
-        self.first, self.second = first, second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +129,12 @@ class Sum:
         """Both in turn, side by side."""
         return self.first.in_turn(count), self.second.in_turn(count)
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> _Pair:
+    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> nnx.Dict:
         """Those of both."""
         first = self.first.make_embedding(width, rngs=rngs)
-        return _Pair(first, self.second.make_embedding(width, rngs=rngs))
+        return nnx.Dict(first=first, second=self.second.make_embedding(width, rngs=rngs))
 
-    def embed(self, embedding: _Pair, raw: tuple) -> Condition:
+    def embed(self, embedding: nnx.Dict, raw: tuple) -> Condition:
         """The sum of the prefixes; a place is seen if both say so."""
         one = self.first.embed(embedding.first, raw[0])
         other = self.second.embed(embedding.second, raw[1])

@@ -3,13 +3,15 @@
 Everything works in *order coordinates*: the tokens of an image are permuted once by its random
 order, so that visible tokens are a prefix and masked ones a suffix. Position enters only through
 added tables, hence the networks commute with the permutation, and no boolean indexing is needed.
-The target encoder is `encode_all` run with the moving average of the parameters.
+The target encoder is `encode_all` run with the moving average of the parameters, as in I-JEPA
+(Assran et al. 2023).
 
 Shape letters, used throughout: B batch, N tokens, V visible (padded), M masked, P prefix, D width,
 H heads, C token channels, L layers, T autoregressive steps.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,58 +19,24 @@ import jax.numpy as jnp
 from einops import repeat
 from flax import nnx
 
+from djepa_jax.core.models import vit
 from djepa_jax.core.models.conditioning import Condition, Conditioner
 from djepa_jax.core.models.denoiser import Denoiser
-from djepa_jax.core.models.vit import (
-    LayerNorm,
-    Linear,
-    Stack,
-    normal_init,
-    torch_linear_init,
-    zeros_init,
-)
 
-# Published scales: width, depth of encoder and of predictor, heads, denoiser depth and width.
-SIZES = {
-    "B": dict(
-        width=768,
-        encoder_depth=12,
-        predictor_depth=12,
-        num_heads=12,
-        denoiser_depth=6,
-        denoiser_width=1024,
-    ),
-    "L": dict(
-        width=1024,
-        encoder_depth=24,
-        predictor_depth=24,
-        num_heads=16,
-        denoiser_depth=8,
-        denoiser_width=1280,
-    ),
-    "H": dict(
-        width=1280,
-        encoder_depth=32,
-        predictor_depth=32,
-        num_heads=16,
-        denoiser_depth=12,
-        denoiser_width=1536,
-    ),
+SIZED = "width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width"
+SIZES = {  # the published scales
+    "B": dict(zip(SIZED, (768, 12, 12, 12, 6, 1024), strict=True)),
+    "L": dict(zip(SIZED, (1024, 24, 24, 16, 8, 1280), strict=True)),
+    "H": dict(zip(SIZED, (1280, 32, 32, 16, 12, 1536), strict=True)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the networks. `denoiser_out` is C for flow matching and 2C for
-    diffusion.
+    """Everything that shapes the networks."""
 
-    `grid` is the number of positions along each axis of an example, N in all. Without
-    `factorised_positions` every token has a position vector of its own; with it, vectors of its
-    places along the axes are summed.
-    """
-
-    grid: tuple[int, ...]
-    token_dim: int
+    grid: tuple[int, ...]  # positions along each axis of an example, N in all
+    token_dim: int  # C
     conditioner: Conditioner
     width: int
     encoder_depth: int
@@ -76,7 +44,7 @@ class ModelConfig:
     num_heads: int
     denoiser_depth: int
     denoiser_width: int
-    denoiser_out: int
+    denoiser_out: int  # C for flow matching, 2C for diffusion
     mlp_ratio: float = 4.0
     num_prefix_tokens: int = 64
     qk_norm: bool = True
@@ -86,7 +54,12 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
-    factorised_positions: bool = False
+    factorised_positions: bool = False  # a position vector per axis, summed, not one per token
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of matrix products."""
+        return jnp.dtype(self.compute_dtype)
 
     @property
     def num_tokens(self) -> int:
@@ -102,25 +75,15 @@ class ModelConfig:
 class JepaHead(nnx.Module):
     """Linear D -> 4D, exact GELU, LayerNorm, linear 4D -> D; PyTorch's default initialisation."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         def linear(fan_in, fan_out):
-            def bias_init(key, shape):
-                return torch_linear_init(key, shape, fan_in=fan_in)
+            init = functools.partial(vit.torch_linear_init, fan_in=fan_in)
+            how = {"rngs": rngs, "dtype": config.dtype, "kernel_init": init, "bias_init": init}
+            return vit.Linear(fan_in, fan_out, **how)
 
-            return Linear(
-                fan_in,
-                fan_out,
-                rngs=rngs,
-                dtype=dtype,
-                kernel_init=torch_linear_init,
-                bias_init=bias_init,
-            )
-
-        self.up, self.norm, self.down = (
-            linear(width, 4 * width),
-            LayerNorm(4 * width, dtype=dtype),
-            linear(4 * width, width),
-        )
+        self.up = linear(config.width, 4 * config.width)
+        self.norm = vit.LayerNorm(4 * config.width, dtype=config.dtype)
+        self.down = linear(4 * config.width, config.width)
 
     def __call__(self, cond: jax.Array) -> jax.Array:
         """Predict target features from predictor features: `[..., D]` -> `[..., D]`."""
@@ -131,20 +94,17 @@ class ContextEncoder(nnx.Module):
     """ViT over prefix and visible tokens: embed, add positions, LayerNorm, blocks, LayerNorm."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.compute_dtype)
-        self.conditioner = config.conditioner
-        embedding = config.conditioner.make_embedding(config.width, rngs=rngs)
-        setattr(self, config.conditioner.param_name, embedding)
-        self.prefix_table = nnx.Param(
-            zeros_init(rngs.params(), (config.num_prefix_tokens, config.width))
-        )
-        self.input_proj = Linear(config.token_dim, config.width, rngs=rngs, dtype=dtype)
+        width = config.width
         self.position_axes = config.position_axes
-        self.positions = nnx.Param(
-            normal_init(rngs.params(), (sum(config.position_axes), config.width))
-        )
-        self.input_norm = LayerNorm(config.width, dtype=dtype)
-        self.stack = _make_stack(config, config.encoder_depth, rngs)
+        self.conditioner = config.conditioner
+        embedding = config.conditioner.make_embedding(width, rngs=rngs)
+        setattr(self, config.conditioner.param_name, embedding)
+        prefix = vit.zeros_init(rngs.params(), (config.num_prefix_tokens, width))
+        self.prefix_table = nnx.Param(prefix)
+        self.input_proj = vit.Linear(config.token_dim, width, rngs=rngs, dtype=config.dtype)
+        self.positions = nnx.Param(vit.normal_init(rngs.params(), (sum(self.position_axes), width)))
+        self.input_norm = vit.LayerNorm(width, dtype=config.dtype)
+        self.stack = vit.Stack(config, config.encoder_depth, rngs=rngs)
 
     def embed_condition(self, raw) -> Condition:
         """Raw conditions, leading axis B -> the prefix tokens `[B, P, D]` that tell them."""
@@ -153,17 +113,9 @@ class ContextEncoder(nnx.Module):
         return Condition(self.prefix_table[...] + added.prefix, added.mask)
 
     def __call__(self, tokens, order, condition: Condition, *, visible=None, keys=None):
-        """Encode tokens that are already in order coordinates.
+        """Prefix and tokens `[B, V, C]`, whose raster places are `order` `[B, V]`: `[B, P + V, D]`.
 
-        Args:
-            tokens: `[B, V, C]`.
-            order: `[B, V]`, the raster place of each token.
-            condition: from `embed_condition`, prefix `[B, P, D]`.
-            visible: `[B, V]`, False at padding; None when all are real.
-            keys: `[B]`, turn dropout on.
-
-        Returns:
-            `[B, P + V, D]`, prefix first.
+        `visible` `[B, V]` is False at padding, None if all are real; `keys` `[B]` turn dropout on.
         """
         positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, V, D]
         x = self.input_proj(tokens) + positions  # [B, V, D]
@@ -177,30 +129,20 @@ class Predictor(nnx.Module):
     """ViT over prefix, visible features and mask tokens; its output conditions the denoiser."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.num_prefix_tokens = config.num_prefix_tokens
-        self.input_proj = Linear(
-            config.width, config.width, rngs=rngs, dtype=jnp.dtype(config.compute_dtype)
-        )
-        self.mask_token = nnx.Param(normal_init(rngs.params(), (config.width,)))
+        width = config.width
         self.position_axes = config.position_axes
-        self.positions = nnx.Param(
-            normal_init(rngs.params(), (sum(config.position_axes), config.width))
-        )
-        self.stack = _make_stack(config, config.predictor_depth, rngs)
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.input_proj = vit.Linear(width, width, rngs=rngs, dtype=config.dtype)
+        self.mask_token = nnx.Param(vit.normal_init(rngs.params(), (width,)))
+        self.positions = nnx.Param(vit.normal_init(rngs.params(), (sum(self.position_axes), width)))
+        self.stack = vit.Stack(config, config.predictor_depth, rngs=rngs)
 
     def __call__(self, encoded, order, num_visible, prefix_mask=None, *, keys=None, query_ids=None):
-        """Predict features at every place.
+        """cond at every place, `[B, N, D]`, or at the places `query_ids` `[Q]` only, `[B, Q, D]`.
 
-        Args:
-            encoded: context encoder output `[B, P + V, D]`.
-            order: `[B, N]`.
-            num_visible: `[B]`; of the V encoded tokens the first that many are real.
-            prefix_mask: `[B, P]`, False where a prefix token must not be seen; None for nowhere.
-            keys: `[B]`, turn dropout on.
-            query_ids: `[Q]`, the places (order coordinates) that are wanted; None for all.
-
-        Returns:
-            cond `[B, N, D]`, or `[B, Q, D]` with `query_ids`.
+        Places are in order coordinates, `order` is `[B, N]`. Of the V tokens in `encoded`
+        `[B, P + V, D]` the first `num_visible` `[B]` are real. `prefix_mask` `[B, P]` is False at
+        prefix tokens that must not be seen, None for nowhere; `keys` `[B]` turn dropout on.
         """
         x = self.input_proj(encoded)  # [B, P + V, D]
         prefix, seen = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -226,9 +168,8 @@ def position_vectors(table: jax.Array, order: jax.Array, axes: tuple[int, ...]) 
     """
     starts = [sum(axes[:axis]) for axis in range(len(axes))]
     along = jnp.unravel_index(order, axes) if len(axes) > 1 else (order,)
-    return sum(
-        jnp.take(table, ids + start, axis=0) for ids, start in zip(along, starts, strict=True)
-    )
+    ids = [place + start for place, start in zip(along, starts, strict=True)]
+    return sum(jnp.take(table, i, axis=0) for i in ids)
 
 
 def join_masks(prefix_mask, token_mask, prefix_shape, token_shape) -> jax.Array | None:
@@ -240,63 +181,27 @@ def join_masks(prefix_mask, token_mask, prefix_shape, token_shape) -> jax.Array 
     return jnp.concatenate([prefix_mask, token_mask], axis=1)
 
 
-def _make_stack(config: ModelConfig, depth: int, rngs: nnx.Rngs) -> Stack:
-    return Stack(
-        config.width,
-        depth,
-        config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        qk_norm=config.qk_norm,
-        attention_dropout=config.attention_dropout,
-        dropout_rate=config.dropout,
-        remat=config.remat,
-        unroll=config.scan_unroll,
-        dtype=jnp.dtype(config.compute_dtype),
-        rngs=rngs,
-    )
-
-
 class DJepa(nnx.Module):
-    """The whole model. Split it once (`split_model`) and use plain JAX transforms on its
-    parameters.
-    """
+    """The whole model; split it once (`split_model`) and use plain JAX on its parameters."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.context_encoder = ContextEncoder(config, rngs=rngs)
         self.predictor = Predictor(config, rngs=rngs)
-        dtype = jnp.dtype(config.compute_dtype)
-        self.jepa_head = (
-            JepaHead(config.width, dtype=dtype, rngs=rngs) if config.jepa_head else None
-        )
-        self.denoiser = Denoiser(
-            config.token_dim,
-            config.denoiser_out,
-            config.width,
-            config.denoiser_width,
-            config.denoiser_depth,
-            remat=config.remat,
-            unroll=config.scan_unroll,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.jepa_head = JepaHead(config, rngs=rngs) if config.jepa_head else None
+        self.denoiser = Denoiser(config, rngs=rngs)
 
     def embed_condition(self, raw) -> Condition:
         """Raw conditions, leading axis B -> prefix tokens `[B, P, D]`."""
         return self.context_encoder.embed_condition(raw)
 
     def encode_all(self, tokens: jax.Array, order: jax.Array, condition: Condition) -> jax.Array:
-        """Features of all tokens, nothing masked, no dropout: `[B, N, C]` -> `[B, N, D]`.
-
-        With the moving average of the parameters this is the target encoder.
-        """
+        """Features of all tokens, nothing masked, no dropout: `[B, N, C]` -> `[B, N, D]`."""
         return self.context_encoder(tokens, order, condition)[:, self.num_prefix_tokens :]
 
 
 def split_model(config: ModelConfig):
-    """Graph definition and abstract parameters (a nested dict of shapes) of a model; allocates
-    nothing.
-    """
+    """Graph definition and shapes of the parameters (a nested dict); allocates nothing."""
     graph, state = nnx.split(nnx.eval_shape(lambda: DJepa(config, rngs=nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 

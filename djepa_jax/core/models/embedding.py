@@ -11,18 +11,14 @@ MAX_PERIOD = 10_000.0
 
 
 class ClassEmbedding(nnx.Module):
-    """A table of class vectors and one separate vector that stands for "no label" (id
-    `num_classes`).
-    """
+    """A table of class vectors, and one vector that stands for "no label" (id `num_classes`)."""
 
     def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
         self.table = nnx.Param(normal_init(rngs.params(), (num_classes, width)))
         self.null = nnx.Param(normal_init(rngs.params(), (1, width)))
 
     def __call__(self, labels: jax.Array) -> jax.Array:
-        """Look up `labels` `[B]`, each in 0..num_classes (the last being the null label): `[B,
-        D]`.
-        """
+        """Look up `labels` `[B]`, each in 0..num_classes: `[B, D]`."""
         return jnp.take(jnp.concatenate([self.table[...], self.null[...]]), labels, axis=0)
 
 
