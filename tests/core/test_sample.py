@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filled import filled_params
 from flax import nnx
 from tiny import tiny_config
 
 from djepa_jax.core import sharding
-from djepa_jax.core.models.djepa import init_params, split_model
+from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.sampler import (
     Draws,
     SampleInputs,
@@ -29,14 +30,7 @@ LABELS = np.arange(10) % 10
 def setup(request):
     """A tiny model with every parameter filled, so that no output is constant."""
     experiment = tiny_config("--config.sample.cfg_scale=2.0", variant=request.param)
-    params = jax.jit(lambda: init_params(experiment.train.model, jax.random.key(1)))()
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    filled = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return experiment, jax.tree.unflatten(tree, filled)
+    return experiment, filled_params(experiment.network)
 
 
 def generate(setup, batch_size, devices=1, seed=0, labels=LABELS, **sample):
