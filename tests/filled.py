@@ -8,15 +8,11 @@ import numpy as np
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
-from djepa_jax.core.models.djepa import split_model
+from djepa_jax.core.models.djepa import ModelConfig, split_model
 
 
-def save_model(workdir: pathlib.Path, experiment: Experiment, **changes) -> str:
-    """A workdir with a model of a config; `changes` are of the stored configuration, with __ for
-    the dot.
-    """
-    changes = {key.replace("__", "."): value for key, value in changes.items()}
-    stored = experiment.updated(changes)
+def filled_params(network: ModelConfig) -> dict:
+    """Parameters of a model, with every one filled."""
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):
@@ -25,8 +21,16 @@ def save_model(workdir: pathlib.Path, experiment: Experiment, **changes) -> str:
         )
         return rng.normal(mean, spread, leaf.shape).astype(leaf.dtype)
 
-    _, abstract = split_model(stored.network)
-    filled = jax.tree_util.tree_map_with_path(fill, abstract)
-    parts = {"ema_params": filled}
+    _, abstract = split_model(network)
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def save_model(workdir: pathlib.Path, experiment: Experiment, **changes) -> str:
+    """A workdir with a model of a config; `changes` are of the stored configuration, with __ for
+    the dot.
+    """
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    stored = experiment.updated(changes)
+    parts = {"ema_params": filled_params(stored.network)}
     Checkpoints(workdir).save_imported(parts, to_stored(stored), step=7, examples=0)
     return str(workdir)

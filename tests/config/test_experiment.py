@@ -48,20 +48,22 @@ def experiment():
     return tiny_config()
 
 
-@pytest.mark.parametrize(("key", "value", "words"), REFUSED)
-def test_a_value_that_cannot_work_is_named(experiment, key, value, words):
-    with pytest.raises(ConfigError) as caught:
-        experiment.updated({key: value})
-    text, name = str(caught.value), key.rpartition(".")[2]
-    assert (name in text or key == "loss.options") and words in text
+def test_a_value_that_cannot_work_is_named(experiment):
+    for key, value, words in REFUSED:
+        with pytest.raises(ConfigError) as caught:
+            experiment.updated({key: value})
+        text, name = str(caught.value), key.rpartition(".")[2]
+        assert (name in text or key == "loss.options") and words in text, (key, value)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
-def test_no_number_may_be_nan_infinite_or_negative(experiment, value):
-    for key, default in flatten(experiment.to_dict()).items():
-        if isinstance(default, float) and (key, value) != ("data.latent_shift", -1.0):
-            with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
-                experiment.updated({key: value})
+def test_no_number_may_be_nan_infinite_or_negative(experiment):
+    numbers = [k for k, v in flatten(experiment.to_dict()).items() if isinstance(v, float)]
+    assert len(numbers) > 10
+    for value in (math.nan, math.inf, -math.inf, -1.0):
+        for key in numbers:
+            if (key, value) != ("data.latent_shift", -1.0):
+                with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
+                    experiment.updated({key: value})
 
 
 def test_keys_that_are_unknown_or_missing_are_named(experiment):

@@ -79,13 +79,10 @@ def test_names_and_shapes_are_the_references(kl16):
     assert sum(leaf.size for leaf in jax.tree.leaves(kl16.params)) == 66_456_019
 
 
-def test_moments_are_the_references(kl16):
+def test_moments_and_pictures_are_the_references(kl16):
     encode = method("encode")
     assert_close(encode(kl16.params, kl16.image), kl16.moments, 1e-4)
     assert_close(encode(kl16.params, kl16.image_48x80), kl16.moments_48x80, 1e-4)
-
-
-def test_pictures_are_the_references(kl16):
     decoded = method("decode")(kl16.params, kl16.latents)
     assert_close(decoded, kl16.decoded, 1e-4)
     halved = method("decode", jnp.bfloat16)(kl16.params, kl16.latents)
@@ -175,26 +172,29 @@ def enlarge(scale: int):
     return lambda latents: jnp.asarray(latents).repeat(scale, axis=1).repeat(scale, axis=2)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "tile", "overlap", "scale"),
-    [(8, 8, 8, 2, 1), (5, 3, 8, 2, 3), (9, 8, 8, 2, 1), (7, 23, 8, 3, 3), (16, 13, 4, 0, 3)],
-)
-def test_tiles_cover_everything_without_seams(height, width, tile, overlap, scale):
-    latents = np.random.default_rng(0).standard_normal((2, height, width, 3)).astype(np.float32)
-    shapes, decode = set(), enlarge(scale)
-    result = jax.jit(
-        lambda x: decode_tiled(lambda x: shapes.add(x.shape[1:3]) or decode(x), x, tile, overlap)
-    )(latents)
-    assert shapes == {(min(tile, height), min(tile, width))}, (
-        "one size of tile, so that one program serves all"
-    )
-    np.testing.assert_allclose(result, decode(latents), rtol=1e-5)
-    for size in (height, width):
-        starts = tile_starts(size, tile, overlap)
-        assert (
-            starts[0] == 0 and starts[-1] == max(0, size - tile) and starts == sorted(set(starts))
-        )
-        assert all(b - a <= tile - overlap for a, b in pairwise(starts))
+def test_tiles_cover_everything_without_seams():
+    for height, width, tile, overlap, scale in (
+        (8, 8, 8, 2, 1),
+        (5, 3, 8, 2, 3),
+        (9, 8, 8, 2, 1),
+        (7, 23, 8, 3, 3),
+        (16, 13, 4, 0, 3),
+    ):
+        latents = np.random.default_rng(0).standard_normal((2, height, width, 3))
+        latents, decode, shapes = latents.astype(np.float32), enlarge(scale), set()
+
+        def decode_tile(x, decode=decode, shapes=shapes):
+            shapes.add(x.shape[1:3])
+            return decode(x)
+
+        result = decode_tiled(decode_tile, jnp.asarray(latents), tile, overlap)
+        assert shapes == {(min(tile, height), min(tile, width))}, "one size, so one program"
+        np.testing.assert_allclose(result, decode(latents), rtol=1e-5)
+        for size in (height, width):
+            starts = tile_starts(size, tile, overlap)
+            assert starts[0] == 0 and starts[-1] == max(0, size - tile)
+            assert starts == sorted(set(starts))
+            assert all(b - a <= tile - overlap for a, b in pairwise(starts))
 
 
 def test_tiles_that_disagree_are_blended_gradually():

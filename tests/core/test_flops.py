@@ -19,8 +19,7 @@ from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler, pl
 from djepa_jax.core.train_step import init_state, make_train_step
 
 # Worked out apart from this code (closed forms over the exact distribution of masks); they leave
-# out the small
-# projections at the inputs, and no other difference is allowed for.
+# out the small projections at the inputs, and no other difference is allowed for.
 SMALL_PROJECTIONS = 0.003
 
 TRAINING_GFLOP = {"B": 465.113, "L": 1365.01, "H": 2838.89}  # one image, forward and backward
@@ -71,63 +70,47 @@ def test_one_layer_is_the_textbook_count():
     assert flops.trunk(d, 12, 4.0, n, q) == 11 * layer + last
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_training_costs_what_was_worked_out(size):
-    counted = flops.train_image(published(size), MaskingConfig(256, 2048), 4)
-    assert 1 <= counted / (TRAINING_GFLOP[size] * 1e9) < 1 + SMALL_PROJECTIONS
+def test_training_costs_what_was_worked_out():
+    masking = MaskingConfig(256, 2048)
+    for size in SIZES:
+        model = published(size)
+        counted = flops.train_image(model, masking, 4)
+        assert 1 <= counted / (TRAINING_GFLOP[size] * 1e9) < 1 + SMALL_PROJECTIONS, size
+        padded = flops.train_image(model, masking, 4, padded=True)
+        assert 1.0 < padded / counted < 1.1, size
+        without_head = dataclasses.replace(model, jepa_head=False)
+        assert flops.train_image(without_head, masking, 4) < 0.9 * counted, size
+    assert flops.mean_masked(masking) == pytest.approx(256 - 33.545, abs=0.01)
 
 
-def test_mean_number_of_masked_tokens():
-    assert flops.mean_masked(MaskingConfig(256, 2048)) == pytest.approx(256 - 33.545, abs=0.01)
+def test_sampling_costs_what_was_worked_out():
+    for (size, *settings), tflop in SAMPLING_TFLOP.items():
+        counted = flops.sample_image(published(size), *settings)
+        assert 1 <= counted / (tflop * 1e12) < 1 + SMALL_PROJECTIONS, (size, settings)
 
 
-@pytest.mark.parametrize("size, steps, denoise_steps, guided", SAMPLING_TFLOP)
-def test_sampling_costs_what_was_worked_out(size, steps, denoise_steps, guided):
-    counted = flops.sample_image(published(size), steps, denoise_steps, guided)
-    assert (
-        1
-        <= counted / (SAMPLING_TFLOP[size, steps, denoise_steps, guided] * 1e12)
-        < 1 + SMALL_PROJECTIONS
-    )
-
-
-@pytest.mark.parametrize("size, segments", SEGMENT_COST)
-def test_best_segments_and_their_cost(size, segments):
-    spec = SamplerConfig(published(size), Diffusion(num_denoise_steps=100), 64, True, segments)
-    plan = plan_segments(spec)
-    assert [segment.stop for segment in plan] == (SEGMENT_ENDS if segments == 8 else [64])
-    exact = flops.sample_image(spec.model, 64, 100, True)
-    assert flops.padded_sample_image(spec.model, plan, 100, True) / exact == pytest.approx(
-        SEGMENT_COST[size, segments], abs=1e-3
-    )
-
-
-def test_one_segment_a_step_pads_nothing():
-    spec = SamplerConfig(published("B"), Diffusion(num_denoise_steps=100), 64, False, 64)
-    exact = flops.sample_image(spec.model, 64, 100, False)
-    assert flops.padded_sample_image(spec.model, plan_segments(spec), 100, False) == pytest.approx(
-        exact, rel=1e-12
-    )
-
-
-def test_padding_costs_more_and_the_jepa_head_costs_something():
-    model, plan = published("B"), MaskingConfig(256, 2048)
-    ideal, padded = (
-        flops.train_image(model, plan, 4),
-        flops.train_image(model, plan, 4, padded=True),
-    )
-    assert 1.0 < padded / ideal < 1.1
-    assert flops.train_image(dataclasses.replace(model, jepa_head=False), plan, 4) < 0.9 * ideal
+def test_best_segments_and_their_cost():
+    loss = Diffusion(num_denoise_steps=100)
+    for (size, segments), cost in SEGMENT_COST.items():
+        config = SamplerConfig(published(size), loss, 64, True, segments)
+        plan = plan_segments(config)
+        assert [segment.stop for segment in plan] == (SEGMENT_ENDS if segments == 8 else [64])
+        exact = flops.sample_image(config.model, 64, 100, True)
+        padded = flops.padded_sample_image(config.model, plan, 100, True)
+        assert padded / exact == pytest.approx(cost, abs=1e-3), (size, segments)
+    config = SamplerConfig(published("B"), loss, 64, False, 64)  # one for each step pads nothing
+    exact = flops.sample_image(config.model, 64, 100, False)
+    padded = flops.padded_sample_image(config.model, plan_segments(config), 100, False)
+    assert padded == pytest.approx(exact, rel=1e-12)
 
 
 def test_times_are_a_table_in_diffusion_and_rows_in_flow_matching():
-    plan = MaskingConfig(256, 2048)
-    assert flops.time_rows(Diffusion(), plan) == 0
-    assert flops.time_rows(Diffusion(), plan, padded=True) == 1000 / 2048
-    assert flops.time_rows(FlowMatching(noise_multiplicity=2), plan) == 2 * flops.mean_masked(plan)
-    assert flops.time_rows(FlowMatching(), plan, padded=True) >= flops.time_rows(
-        FlowMatching(), plan
-    )
+    masking, flow = MaskingConfig(256, 2048), FlowMatching()
+    assert flops.time_rows(Diffusion(), masking) == 0
+    assert flops.time_rows(Diffusion(), masking, padded=True) == 1000 / 2048
+    twice = flops.time_rows(FlowMatching(noise_multiplicity=2), masking)
+    assert twice == 2 * flops.mean_masked(masking)
+    assert flops.time_rows(flow, masking, padded=True) >= flops.time_rows(flow, masking)
 
 
 def test_products_are_counted_as_often_as_they_run():
@@ -169,23 +152,22 @@ def test_padded_count_is_what_the_training_step_does(loss):
     assert traced / (16 * padded) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "loss, sampler", [(name, s) for name, loss in TOKEN_LOSSES.items() for s in loss.samplers]
-)
-def test_padded_count_is_what_the_sampler_does(loss, sampler):
-    spec = base_widths(loss, sampler=sampler).sampler
-    params = jax.eval_shape(lambda: init_params(spec.model, jax.random.key(0)))
-    ids = np.arange(64, dtype=np.int32)  # they share the embedded times, which are not counted
-    inputs = SampleInputs(ids, ids, 0, np.ones(6, np.float32), 1.0)
-    jaxpr = jax.make_jaxpr(make_sampler(spec))(params, inputs).jaxpr
-    calls = spec.token_loss.denoiser_calls
-    padded = flops.padded_sample_image(spec.model, plan_segments(spec), calls, spec.guided)
-    # the predictor's last layer projects q at all 64 + 256 places, though it uses new ones only
-    # (0.3 % of B's sampling)
-    unused = sum((s.stop - s.start) * 2 * 768**2 * (320 - s.new) for s in plan_segments(spec)) * (
-        2 if spec.guided else 1
-    )
-    assert flops.count_products(jaxpr) / (64 * (padded + unused)) == pytest.approx(1, abs=0.003)
+@pytest.mark.parametrize("loss", TOKEN_LOSSES)
+def test_padded_count_is_what_the_sampler_does(loss):
+    for name in TOKEN_LOSSES[loss].samplers:
+        config = base_widths(loss, sampler=name).sampler
+        params = jax.eval_shape(lambda c=config.model: init_params(c, jax.random.key(0)))
+        ids = np.arange(64, dtype=np.int32)  # they share the embedded times, not counted here
+        inputs = SampleInputs(ids, ids, 0, np.ones(6, np.float32), 1.0)
+        jaxpr = jax.make_jaxpr(make_sampler(config))(params, inputs).jaxpr
+        calls, plan = config.token_loss.denoiser_calls, plan_segments(config)
+        padded = flops.padded_sample_image(config.model, plan, calls, config.guided)
+        # the predictor's last layer projects q at all 64 + 256 places, though it uses new ones
+        # only (0.3 % of B's sampling)
+        unused = sum((s.stop - s.start) * 2 * 768**2 * (320 - s.new) for s in plan)
+        unused *= 2 if config.guided else 1
+        counted = flops.count_products(jaxpr)
+        assert counted / (64 * (padded + unused)) == pytest.approx(1, abs=0.003), name
 
 
 def test_peaks_by_device_name():

@@ -10,7 +10,6 @@ import re
 
 import jax
 import pytest
-from djepa_jax.training.memory import bytes_per_device
 from jax.sharding import AbstractMesh
 from tiny import load_config, tiny_config
 
@@ -24,7 +23,7 @@ WIDTH, HEADS, BATCH, TOKENS, PREFIX = (
     256,
     16,
     4,
-)  # 8 chunks of 32 images, so that each device can have its own
+)  # 8 packs of 32 images, so that each device can have its own
 DENOISER, DRAWS = 64, 2  # width, and draws of noise per token
 MODEL = (
     f"--config.batch_size={BATCH}",
@@ -56,7 +55,7 @@ class Program:
 
     def __init__(self, mesh_shape):
         spec = tiny_config(*MODEL).train
-        self.rows = spec.masking.packed_rows  # of the denoiser, per chunk
+        self.rows = spec.masking.packed_rows  # of the denoiser, per pack
         mesh = sharding.make_mesh(mesh_shape)
         self.abstract = jax.eval_shape(lambda: init_state(spec))
         self.shardings = sharding.state_shardings(self.abstract, mesh)
@@ -113,54 +112,40 @@ def gathered_kernels(program) -> list[tuple[int, ...]]:
     return [shape for shape in gathered if shape in shapes and len(shape) > 1]
 
 
-def test_data_parallel_gathers_nothing(data_parallel):
-    assert data_parallel.results("all-gather") == []
-    assert data_parallel.results("all-to-all") == []
-
-
-def test_data_parallel_sums_every_gradient_once(data_parallel):
-    summed = sum(
-        math.prod(shape) for kind, shape in data_parallel.results("all-reduce") if kind == "f32"
-    )
+def test_data_parallel_computes_its_share_and_sums_every_gradient_once(data_parallel):
+    assert data_parallel.results("all-gather") == data_parallel.results("all-to-all") == []
+    reduced = data_parallel.results("all-reduce")
+    summed = sum(math.prod(shape) for kind, shape in reduced if kind == "f32")
     assert 1 <= summed / number_of_parameters(data_parallel) < 1.1
-
-
-def test_data_parallel_computes_only_its_share(data_parallel):
     tokens, images = TOKENS + PREFIX, BATCH // 8
-    assert data_parallel.holds(images, HEADS, tokens, tokens) and not data_parallel.holds(
-        BATCH, HEADS, tokens, tokens
-    )
+    assert data_parallel.holds(images, HEADS, tokens, tokens)
+    assert not data_parallel.holds(BATCH, HEADS, tokens, tokens)
 
 
 def test_fsdp_holds_its_share_of_the_state(fsdp):
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(fsdp.abstract))
-    batch = BATCH * (8 * 8 + 4) / 8
-    assert 1 <= (fsdp.memory.argument_size_in_bytes - batch) / (whole / 8) < 1.05
-    assert fsdp.memory.argument_size_in_bytes - batch == bytes_per_device(
-        fsdp.abstract, fsdp.shardings
-    )
-    assert fsdp.memory.alias_size_in_bytes == bytes_per_device(fsdp.abstract, fsdp.shardings), (
-        "the new state replaces the old"
-    )
+    leaves = jax.tree.leaves(fsdp.abstract)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    places = zip(leaves, jax.tree.leaves(fsdp.shardings), strict=True)
+    share = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in places)
+    state = fsdp.memory.argument_size_in_bytes - BATCH * (8 * 8 + 4) / 8
+    assert 1 <= state / (whole / 8) < 1.05
+    assert state == share == fsdp.memory.alias_size_in_bytes, "the new state replaces the old"
 
 
-def test_fsdp_gathers_kernels(fsdp):
-    assert gathered_kernels(fsdp)
-
-
-def test_fsdp_splits_activations_as_data_parallel_does(fsdp, data_parallel):
+def test_fsdp_gathers_kernels_and_splits_activations_as_data_parallel_does(fsdp, data_parallel):
     """Else the compiler gathers the whole batch on every device, rather than a layer's kernels."""
+    assert gathered_kernels(fsdp)
     assert fsdp.memory.temp_size_in_bytes < 1.5 * data_parallel.memory.temp_size_in_bytes
     tokens = TOKENS + PREFIX
     assert fsdp.holds(BATCH // 8 * tokens, 4 * WIDTH) and not fsdp.holds(BATCH * tokens, 4 * WIDTH)
 
 
-@pytest.mark.parametrize("operation", ["all-gather", "all-reduce", "all-to-all", "reduce-scatter"])
-def test_fsdp_exchanges_no_rows_of_the_denoiser(fsdp, operation):
+def test_fsdp_exchanges_no_rows_of_the_denoiser(fsdp):
     """They are many, its kernels are small; yet the compiler splits rows by width where it may."""
     rows = {fsdp.rows, DRAWS * fsdp.rows}
-    assert fsdp.holds(1, fsdp.rows, DRAWS, DENOISER), "a chunk for each device, at full width"
-    assert [shape for _, shape in fsdp.results(operation) if rows & set(shape)] == []
+    assert fsdp.holds(1, fsdp.rows, DRAWS, DENOISER), "a pack for each device, at full width"
+    for operation in ("all-gather", "all-reduce", "all-to-all", "reduce-scatter"):
+        assert [shape for _, shape in fsdp.results(operation) if rows & set(shape)] == []
 
 
 def test_tensor_parallel_splits_heads_and_mlp(tensor_parallel):
@@ -176,15 +161,13 @@ def test_tensor_parallel_splits_heads_and_mlp(tensor_parallel):
 
 
 @pytest.mark.parametrize("name", ["b", "l", "h"])
-@pytest.mark.parametrize("devices", DEVICES)
-def test_published_sizes_place_without_remainder(name, devices):
-    config = load_config(f"djepa_{name}")
-    experiment = config
+def test_published_sizes_place_without_remainder(name):
+    experiment = load_config(f"djepa_{name}")
     abstract = jax.eval_shape(lambda: init_state(experiment.train))
-    for shape in DEVICES[devices]:
+    for devices, shape in ((n, shape) for n, shapes in DEVICES.items() for shape in shapes):
         _, fsdp, tensor = shape
         mesh = AbstractMesh(shape, sharding.MESH_AXES)
-        assert mesh.size == devices and config.batch_size % sharding.batch_divisor(mesh) == 0
+        assert mesh.size == devices and experiment.batch_size % sharding.batch_divisor(mesh) == 0
         assert experiment.train.model.num_heads % tensor == 0
         shardings = sharding.state_shardings(abstract, mesh)
         leaves = jax.tree_util.tree_leaves_with_path(abstract)
@@ -199,3 +182,6 @@ def test_published_sizes_place_without_remainder(name, devices):
                 place.spec,
                 shape,
             )
+        blocks = shardings.params["predictor"]["stack"]["blocks"]
+        specs = [place.spec for place in jax.tree.leaves(blocks)]
+        assert all(not spec or spec[0] is None for spec in specs), "the layer axis is never split"
