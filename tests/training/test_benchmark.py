@@ -51,7 +51,7 @@ def test_figures_of_both_parts_are_consistent(tiny_run):
         assert len(record["seconds"]) == 2
         assert 0 < ms["min"] <= ms["p10"] <= ms["median"] <= ms["p90"]
         assert record["images_per_second"] == pytest.approx(1e3 * batch / ms["median"])
-        assert record["programs_compiled"] == 1 and record["compile_seconds"] > 0
+        assert record["compile_seconds"] > 0
         assert record["memory_bytes"]["xla_plan"] > 0
         assert counts.keys() == COUNTS and counts["ideal"] <= counts["padded"]
         assert record["useful_mfu"] is None
@@ -68,7 +68,7 @@ def test_a_repeat_is_some_calls_after_the_warm_up(monkeypatch):
         return number + 1
 
     case = BenchmarkCase("step", function, (0,), lambda _, result: (result,), 3, 8, {})
-    assert time_calls(case, Timing(steps=3, repeats=2, warmup=4)) == [1.0, 1.0]
+    assert time_calls(case, function, Timing(steps=3, repeats=2, warmup=4)) == [1.0, 1.0]
     assert arguments == list(range(4 + 2 * 3)), "every call gets what the one before gave"
 
 
