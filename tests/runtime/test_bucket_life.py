@@ -8,12 +8,10 @@ import io
 import json
 import socket
 
+import jax
 import numpy as np
 import pytest
 from buckets import WORKDIR, refusal
-from djepa_jax.checkpoints.go_back import go_back
-from djepa_jax.checkpoints.orbax_io import DamagedError, read_meta
-from djepa_jax.checkpoints.stored import find_model
 from object_store import ObjectStore
 from PIL import Image
 from processes import Training
@@ -22,8 +20,13 @@ from workdirs import RUN, STEPS, arrays, assert_same_arrays, compiled
 
 import djepa_jax
 from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.checkpoints.integrity import DamagedError
+from djepa_jax.checkpoints.restore import find_model, go_back
+from djepa_jax.config.flags import read_config
+from djepa_jax.core import sharding
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import PathError, as_path
+from djepa_jax.training.initial_state import abstract_state
 
 COMMAND = (
     *RUN,
@@ -113,7 +116,7 @@ def test_a_refused_checkpoint_ends_the_run_with_one_line_and_refused_metrics_do_
     status, said, objects = dataclasses.astuple(life.refused)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert status == 2 and "Traceback" not in said and f"step {REFUSED}" in line
-    assert json.loads(objects["run/last_saved.json"]) == {"step": 10}
+    assert json.loads(objects["run/last_saved.json"]) == {"step": 10, "saving": REFUSED}
     assert not {f"run/checkpoints/{REFUSED}/manifest.json", "run/.lock"} & set(objects)
     assert f"{WORKDIR}/metrics.jsonl was not written" in said
     lines = [json.loads(line) for line in objects["run/metrics.jsonl"].splitlines()]
@@ -145,7 +148,8 @@ def test_what_is_in_the_bucket_in_the_end(life):
     names = {name for name in objects if not name.startswith("run/checkpoints/")}
     grid = f"run/samples/step_{STEPS:08d}"
     events = {name for name in names if name.startswith("run/events.out.tfevents.")}
-    records = {"run/config.json", "run/evaluation.json", "run/last_saved.json", "run/metrics.jsonl"}
+    kept = "config.json evaluation.json grad_accumulation.json last_saved.json metrics.jsonl"
+    records = {f"run/{name}" for name in kept.split()}
     assert names == records | events | {f"{grid}.png", f"{grid}.npz"} and len(events) == 3
     assert json.loads(objects["run/last_saved.json"]) == {"step": NEWEST}
     assert json.loads(objects["run/evaluation.json"])["step"] == STEPS
@@ -175,15 +179,17 @@ def resume() -> tuple[int | None, str]:
     return Checkpoints(WORKDIR).step_to_resume(said.append), "\n".join(said)
 
 
-@pytest.mark.parametrize("missing", [["manifest.json"], ["manifest.json", "commit_success.txt"]])
-def test_a_step_that_is_not_sealed_never_counts(bucket, missing):
-    for name in missing:
-        del bucket.objects[f"run/checkpoints/{NEWEST}/{name}"]
-    bucket.objects["run/last_saved.json"] = json.dumps({"step": OLDER}).encode()
-    older = below(bucket.objects, f"run/checkpoints/{OLDER}/")
-    assert find_model(WORKDIR).step == OLDER and Checkpoints(WORKDIR).latest_step() == OLDER
-    assert resume()[0] == OLDER and steps_in(bucket.objects) == {OLDER}
-    assert below(bucket.objects, f"run/checkpoints/{OLDER}/") == older
+def test_a_step_that_is_not_sealed_never_counts(bucket, life):
+    record = {"step": OLDER, "saving": NEWEST}  # as a save leaves it that was cut off
+    for missing in (["manifest.json"], ["manifest.json", "commit_success.txt"]):
+        bucket.objects.update(life.finished.objects)
+        for name in missing:
+            del bucket.objects[f"run/checkpoints/{NEWEST}/{name}"]
+        bucket.objects["run/last_saved.json"] = json.dumps(record).encode()
+        older = below(bucket.objects, f"run/checkpoints/{OLDER}/")
+        assert find_model(WORKDIR).step == OLDER and Checkpoints(WORKDIR).latest_step() == OLDER
+        assert resume()[0] == OLDER and steps_in(bucket.objects) == {OLDER}
+        assert below(bucket.objects, f"run/checkpoints/{OLDER}/") == older
 
 
 def test_a_damaged_step_is_set_aside_and_the_one_before_used(bucket):
@@ -207,15 +213,17 @@ def test_a_sealed_step_that_lacks_a_file_is_not_used(bucket):
     with pytest.raises(DamagedError, match=f"checkpoints/{NEWEST}"):
         djepa_jax.load(WORKDIR)
     step, said = resume()
-    assert step == OLDER and "commit_success.txt is missing" in said
+    assert step == OLDER and f"{NEWEST}/state/commit_success.txt" in said
 
 
 def test_a_step_of_another_workdir_can_be_restored_from(bucket):
     said = []
-    go_back("gs://bucket/new", f"{WORKDIR}@{OLDER}", 2, read_meta, said.append)
-    old, new = (below(bucket.objects, f"{name}/checkpoints/{OLDER}/") for name in ("run", "new"))
-    assert old == new
-    assert Checkpoints("gs://bucket/new").step_to_resume(said.append) == OLDER and len(said) == 1
+    experiment, new = read_config(CONFIG, None, RUN[1:]), Checkpoints("gs://bucket/new")
+    abstract = abstract_state(experiment, sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
+    go_back(new, f"{WORKDIR}@{OLDER}", abstract, experiment, said.append)
+    old, copy = (below(bucket.objects, f"{name}/checkpoints/{OLDER}/") for name in ("run", "new"))
+    assert old == copy
+    assert new.step_to_resume(said.append) == OLDER and len(said) == 1
 
 
 # ---------------------------------------------------------------- what is for disks
