@@ -92,20 +92,18 @@ def test_a_reader_that_fails_ends_the_run_with_one_error(tmp_path):
 # ---------------------------------------------------------------- the handler
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_asks_second_interrupt_ends(number, capfd):
+def test_first_signal_asks_second_interrupt_ends(capfd):
     before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as signals:
-        assert not signals.requested(0)
-        os.kill(os.getpid(), number)
-        assert signals.requested(1) and "saving a checkpoint" in capfd.readouterr().out
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, (
-            "the next one would be Python's, after what it waits for"
-        )
-    assert (
-        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        and signal.getsignal(signal.SIGINT) == before
-    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with StopSignals() as signals:
+            assert not signals.requested(0)
+            os.kill(os.getpid(), number)
+            assert signals.requested(1) and "saving a checkpoint" in capfd.readouterr().out
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, (
+                "the next one would be Python's, after what it waits for"
+            )
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_signal_counts_when_nobody_reads_what_the_run_says(capfd):
