@@ -133,16 +133,16 @@ def define_flags(values: flags.FlagValues) -> None:
     for name, words in switches.items():
         flags.DEFINE_bool(name, False, words, flag_values=values)
     numbers = {
-        "num_processes": (0, "How many there are."),
-        "process_id": (-1, "Which one this is, from 0."),
-        "rendezvous_timeout": (distributed.TIMEOUT, "Seconds to wait for the others."),
-        "heartbeat_timeout": (distributed.HEARTBEAT, "Seconds until a silent one is dead."),
-        "steps": (10, "benchmark: training steps in one repeat."),
-        "repeats": (10, "benchmark: timed repeats."),
-        "warmup": (2, "benchmark: calls before the clock starts."),
+        "num_processes": (0, 0, "How many there are."),
+        "process_id": (-1, -1, "Which one this is, from 0."),
+        "rendezvous_timeout": (distributed.TIMEOUT, 1, "Seconds to wait for the others."),
+        "heartbeat_timeout": (distributed.HEARTBEAT, 1, "Seconds until a silent one is dead."),
+        "steps": (10, 1, "benchmark: training steps in one repeat."),
+        "repeats": (10, 1, "benchmark: timed repeats."),
+        "warmup": (2, 0, "benchmark: calls before the clock starts."),
     }
-    for name, (default, words) in numbers.items():
-        flags.DEFINE_integer(name, default, words, flag_values=values)
+    for name, (default, least, words) in numbers.items():
+        flags.DEFINE_integer(name, default, words, lower_bound=least, flag_values=values)
     parts = ["train", "sample"]
     flags.DEFINE_list("parts", parts, "benchmark: what to measure.", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)

@@ -14,10 +14,12 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
+import zlib
 
 import fsspec
 import jax
 import numpy as np
+import optax
 from etils import epath
 from tqdm import tqdm
 
@@ -30,7 +32,14 @@ from djepa_jax.config.flags import command_line
 from djepa_jax.core import sharding
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.lock import lock_workdir
-from djepa_jax.runtime.storage import as_path, check_writable, is_remote, write_json, write_npz
+from djepa_jax.runtime.storage import (
+    as_path,
+    check_writable,
+    is_remote,
+    user_cache,
+    write_json,
+    write_npz,
+)
 from djepa_jax.sampling.generator import Generator, count_of
 from djepa_jax.sampling.grids import MAX_GRID, make_grid, npz_members, output_paths, save_png
 
@@ -125,7 +134,8 @@ def write_samples(
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
     with distributed.held_by_main(lock_workdir(folder, what=f'--out "{npz}"')):
-        first = distributed.run_on_main(lambda: find_parts(folder, identity(generator, settings)))
+        wanted = identity(generator, params, settings)  # of all processes: it sums over all shards
+        first = distributed.run_on_main(lambda: find_parts(folder, wanted))
         batches = generator.batches(params, conditions, seed, first)
         watched = None if is_main else True  # None: where a terminal is watching
         with tqdm(total=count_of(conditions), initial=first, unit="sample", disable=watched) as bar:
@@ -149,7 +159,7 @@ def write_samples(
     return written
 
 
-def identity(generator: Generator, settings: dict) -> dict:
+def identity(generator: Generator, params, settings: dict) -> dict:
     """Everything that samples depend on: equal values mean equal samples, up to rounding."""
     experiment, sample = generator.experiment, dict(settings["sample"])
     del sample["batch_size"]  # changes no sample
@@ -158,6 +168,7 @@ def identity(generator: Generator, settings: dict) -> dict:
     decoded = experiment.autoencoder.dtype if generator.decodes else ""
     of = {"sample": sample, "conditions": digest.hexdigest(), "decoded": decoded}
     of |= {"modality": repr(experiment.modality), "djepa_jax": __version__}
+    of["ema_norm"] = float(jax.jit(optax.tree.norm)(params))  # tells weights apart
     return json.loads(json.dumps(settings | of))
 
 
@@ -166,11 +177,14 @@ def parts_folder(npz: epath.Path) -> pathlib.Path:
     if not is_remote(npz):
         return pathlib.Path(npz).with_name(f"{npz.name}.unfinished")
     name = hashlib.sha256(os.fspath(npz).encode()).hexdigest()[:16]
-    return pathlib.Path(tempfile.gettempdir()) / "djepa_jax-samples" / name
+    return (user_cache("samples") or pathlib.Path(tempfile.gettempdir())) / name
 
 
 def find_parts(folder: pathlib.Path, wanted: dict) -> int:
-    """How many samples are there already; those of other settings or weights are removed."""
+    """How many samples are there already; other parts are removed.
+
+    Those are parts of other settings or weights, and what follows on a gap or on a damaged part.
+    """
     path, found = folder / IDENTITY_NAME, None
     parts = sorted(folder.glob("*.npz"))
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -184,7 +198,11 @@ def find_parts(folder: pathlib.Path, wanted: dict) -> int:
         return 0
     done = 0
     for part in parts:
-        done += count_of(first_rows([part], 2**31))
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            if part.stem == f"{done:08d}":
+                done += count_of(first_rows([part], 2**31))
+                continue
+        part.unlink()
     if done:
         print(f"{done:,} samples are in {folder}; going on from there", flush=True)
     return done

@@ -63,7 +63,7 @@ def test_steps_compile_nothing_after_the_first(tmp_path):
 def test_nans_are_found_where_they_arise(tmp_path, monkeypatch):
     def poisoned(spec):
         def step(state, batch):
-            image = batch["image"].astype("float32")
+            image = batch["example"].astype("float32")
             return state, {"loss": jax.numpy.log(-image - 1).sum()}
 
         return step

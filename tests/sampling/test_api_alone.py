@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import jax
-import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 NEEDED = {"jax", "flax", "optax", "orbax-checkpoint", "etils", "einops", "numpy", "pillow"}
@@ -85,16 +84,6 @@ def run(workdir: str, sample: bool, **environment) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("cache home")
-
-
-@pytest.fixture(scope="module")
-def first(trained, home) -> dict:
-    return run(trained, sample=True, XDG_CACHE_HOME=str(home))
-
-
 def test_what_is_blocked_can_be_found_otherwise():
     """A misspelt name would block nothing."""
     assert {"grain", "sklearn", "safetensors", "tensorboardX", "ml_collections"} <= blocked()
@@ -102,22 +91,19 @@ def test_what_is_blocked_can_be_found_otherwise():
         __import__(name)
 
 
-def test_sampling_and_encoding_need_few_packages(first):
+def test_few_packages_are_needed_and_programs_are_kept(trained, tmp_path):
+    """In the user's cache folder, or in the one that JAX was given: with what is there already,
+    nothing is compiled again.
+    """
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir(), other.mkdir()
+    folder = home / "djepa_jax" / f"jax-{jax.__version__}"
+    first = run(trained, sample=True, XDG_CACHE_HOME=str(home))
     assert first["sample"] == first["stream"] == [3, 8, 8, 1]
     assert first["encode"] == [3, 16, 16] and first["imported"] == []
-
-
-def test_programs_are_kept_in_the_users_cache_folder(first, home):
-    folder = home / "djepa_jax" / f"jax-{jax.__version__}"
     assert first["folder"] == str(folder) and first["cache"]["misses"] > 0
     assert any(folder.iterdir())
-
-
-def test_a_folder_that_jax_was_given_is_used_instead(first, trained, home, tmp_path):
-    """Here it is the one that the first program filled: nothing is compiled again."""
-    folder = home / "djepa_jax" / f"jax-{jax.__version__}"
-    second = run(
-        trained, sample=False, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(folder)
-    )
-    assert second["folder"] == str(folder) and not any(tmp_path.iterdir())
+    given = {"XDG_CACHE_HOME": str(other), "JAX_COMPILATION_CACHE_DIR": str(folder)}
+    second = run(trained, sample=False, **given)
+    assert second["folder"] == str(folder) and not any(other.iterdir())
     assert second["cache"]["misses"] == 0 and second["cache"]["hits"] > 0

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import dataclasses
 import importlib
 import inspect
 import io
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
-from tiny import tiny_config
 
 import djepa_jax
+from djepa_jax.config.settings import SampleSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+SETTINGS = {field.name for field in dataclasses.fields(SampleSettings)}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_it_is_stored_without_results(notebook):
         assert set(cell.metadata) == set()
 
 
-def test_it_imports_only_what_everybody_has(tree):
+def test_it_imports_what_everybody_has_and_every_name_in_the_code_exists(tree):
     roots = {
         alias.name
         for node in ast.walk(tree)
@@ -89,9 +91,6 @@ def test_it_imports_only_what_everybody_has(tree):
         node.module.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
     }
     assert roots <= {"djepa_jax", "jax", "numpy", "PIL", "pathlib"}
-
-
-def test_every_name_in_the_code_exists(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert all(
@@ -109,7 +108,7 @@ def test_every_name_in_the_code_exists(tree):
         if isinstance(node, ast.Call)
         for keyword in keywords_of_model(node)
     }
-    assert {"cfg_scale", "num_ar_steps"} <= settings <= {"labels", *tiny_config().sample.keys()}
+    assert {"cfg_scale", "num_ar_steps"} <= settings <= {"labels", *SETTINGS}
 
 
 def keywords_of_model(call: ast.Call) -> list[ast.keyword]:
@@ -134,7 +133,7 @@ def test_every_name_in_the_text_exists(prose):
     for name in names:
         assert_exists(name)
     settings = [span for span in spans if re.fullmatch(r"[a-z]+_[a-z_]+", span)]
-    assert settings and all(setting in tiny_config().sample for setting in settings)
+    assert settings and SETTINGS.issuperset(settings)
     for path in re.findall(r"\b(?:docs|launch)/[\w.]+|\bREADME\.md", prose):
         assert (ROOT / path).is_file(), path
     assert (
@@ -163,8 +162,7 @@ def test_it_runs_from_top_to_bottom(notebook, trained, tmp_path):
     )
 
 
-def test_without_a_model_it_says_how_to_make_one(notebook, tmp_path):
-    first = nbformat.from_dict(notebook)
-    first.cells = first.cells[:2]
-    with pytest.raises(Exception, match="make one with: bash launch/local.sh"):
-        execute(first, tmp_path, tmp_path / "cache")
+def test_without_a_model_it_says_how_to_make_one(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="make one with: bash launch/local.sh"):
+        exec(notebook.cells[1].source, {})
