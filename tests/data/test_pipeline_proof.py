@@ -18,7 +18,7 @@ from tiny import CONFIGS
 from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.data.latent_cache import LatentCache
-from djepa_jax.sampling.generator import make_grid
+from djepa_jax.sampling.grids import label_grid
 
 CLASSES = ("n01440764", "n01443537")
 PER_CLASS, SIDE, LATENTS = 5, 32, 2
@@ -30,7 +30,7 @@ FLAGS = f"""
     --config.model.encoder_depth=1 --config.model.predictor_depth=1 --config.model.num_heads=2 --config.model.remat=none
     --config.model.denoiser_depth=1 --config.model.denoiser_width=32 --config.sample.labels=0,1 --config.sample.count=6
     --config.sample.batch_size=6 --config.sample.num_ar_steps=2 --config.sample.num_denoise_steps=4
-    --config.sample.clip_x0=3.0 --config.sample.num_segments=1
+    --config.loss.options.clip_x0=3.0 --config.sample.num_segments=1
 """.split()
 FLAGS.insert(0, f"--config={CONFIGS / 'djepa_b.py'}")  # not above, for its path may have spaces
 
@@ -49,12 +49,14 @@ def run(tmp_path):
     """Runs a command in a process of its own, as people do."""
 
     def command(mode: str, workdir: pathlib.Path, *flags: str) -> None:
+        import time; t0 = time.time()
         assert (
             run_command(
                 str(tmp_path / "compiled"), f"--mode={mode}", f"--workdir={workdir}", *FLAGS, *flags
             )
             == 0
         )
+        print('TIME', mode, time.time()-t0)
 
     return command
 
@@ -95,4 +97,4 @@ def test_from_the_archive_to_pictures(run, weights, tmp_path):
     assert (pictures.std(axis=(1, 2, 3)) > 1).all()
     with Image.open(tmp_path / "pictures.png") as grid:
         shown = np.asarray(grid.convert("RGB"))
-    np.testing.assert_array_equal(shown, make_grid(pictures, labels, names))
+    np.testing.assert_array_equal(shown, label_grid(pictures, [names[label] for label in labels]))
