@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import load_config, tiny_config
 
+from djepa_jax.config.convert import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.training import compile_step as module
 from djepa_jax.training.compile_step import (
@@ -49,6 +50,8 @@ def test_choices_are_whole_packs_that_all_devices_share():
     uneven = tiny_config("--config.batch_size=96", "--config.loss.mask_group=1")
     assert counts(real_program(uneven)) == [1, 3], "three packs cannot be halved"
     assert counts(real_program(uneven.updated({"grad_accumulation_steps": 3}))) == [1, 3]
+    with pytest.raises(ConfigError, match="grad_accumulation_steps is 2.* divide 3"):
+        uneven.updated({"grad_accumulation_steps": 2})
 
 
 def plan(**sizes: int) -> types.SimpleNamespace:
