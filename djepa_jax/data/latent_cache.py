@@ -6,7 +6,6 @@ and counts, which is what makes an unfinished cache go on.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -23,7 +22,7 @@ from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.class_names import IMAGENET, imagenet, resolve
 from djepa_jax.data.records import DataError, Source
 from djepa_jax.runtime.staging import local_copy
-from djepa_jax.runtime.storage import as_path, is_remote, write_json
+from djepa_jax.runtime.storage import as_path, is_remote, write_bytes, write_json
 
 METADATA_NAME, SHARDS_NAME = "metadata.json", "shards"
 FORMAT = 1
@@ -153,8 +152,9 @@ def local_cache(path: str, staging: str) -> pathlib.Path:
     folder = as_path(path)
     metadata, text = read_metadata(folder), (folder / METADATA_NAME).read_bytes()
     files = [(f"{SHARDS_NAME}/{s.file}", s.bytes, f"sha256:{s.sha256}") for s in metadata.shards]
-    files.append((METADATA_NAME, len(text), f"sha256:{hashlib.sha256(text).hexdigest()}"))
-    return local_copy(path, staging, files=files)
+    copy = local_copy(path, staging, files=files)
+    write_bytes(copy / METADATA_NAME, text)  # not among the files: scales may change, shards stay
+    return copy
 
 
 def check_shard(folder: pathlib.Path, shard: Shard, verify: bool) -> None:

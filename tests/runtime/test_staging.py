@@ -17,14 +17,14 @@ from caches import SHA, TOTAL, entries, write_cache
 from processes import Training
 from small_autoencoder import NAME, registered, write_weights
 from staged import LATENTS, NAMES, URL, downloaded, files, upload
-from tiny import CONFIG, load_config
+from tiny import CONFIG, load_config, tiny_config
 from workdirs import RUN, compiled
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.core import sharding
 from djepa_jax.data.latent_cache import LatentCache, local_cache
-from djepa_jax.data.sources import SOURCES, local_source
+from djepa_jax.data.sources import open_data
 from djepa_jax.runtime import staging
 from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import PathError
@@ -127,14 +127,17 @@ def test_a_file_is_copied_once_by_a_process_and_anew_when_it_changes(bucket, tmp
 def test_npz_files_and_autoencoders_in_a_bucket(bucket, tmp_path):
     np.savez(tmp_path / "mine.npz", images=np.zeros((5, 4, 4), np.uint8), labels=np.arange(5))
     bucket.objects["data/mine.npz"] = (tmp_path / "mine.npz").read_bytes()
-    path = local_source("npz", "gs://bucket/data/mine.npz", str(tmp_path / "staged"))
-    assert np.load(path)["labels"].tolist() == list(range(5))
+    places = {"path": "gs://bucket/data/mine.npz", "staging": tmp_path / "staged"}
+    values = {"source": "npz", "image_size": 4, "num_classes": 5} | places
+    flags = [f"--config.data.{name}={value}" for name, value in values.items()]
+    assert open_data(tiny_config(*flags)).labels.tolist() == list(range(5))
     weights = write_weights(tmp_path / "small.safetensors")
     bucket.objects["kl/weights.safetensors"] = pathlib.Path(weights).read_bytes()
-    settings = load_config("default", f"--config.autoencoder.name={NAME}").autoencoder
-    settings.path = FILE
     mesh = sharding.make_mesh((-1, 1, 1), jax.devices()[:1])
     with registered():
+        values = {"name": NAME, "path": FILE}
+        flags = [f"--config.autoencoder.{name}={value}" for name, value in values.items()]
+        settings = load_config("default", *flags).autoencoder
         found = Autoencoder(settings, mesh, str(tmp_path / "staged"))
     assert found.sha256 == file_sha256(weights)
 
@@ -142,7 +145,6 @@ def test_npz_files_and_autoencoders_in_a_bucket(bucket, tmp_path):
 def test_local_paths_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_copy("a/b") == pathlib.Path("a/b") and local_copy("~/kl16") == tmp_path / "kl16"
-    assert all(local_source(name, "a//b") == "a//b" for name in SOURCES)
 
 
 # ---------------------------------------------------------------- the program
@@ -198,7 +200,7 @@ REFUSED = {  # flags -> words of the error
     "--config.data.latent_scale=0.5": [URL, "--config.data.latent_scale=0.25"],
     "--config.autoencoder.path=gs://bucket/kl16.ckpt": ["autoencoder.path", "kl16.ckpt"],
     "--config.autoencoder.path=gs://bucket/kl/kl16.ckpt": [SHA, "gs://bucket/kl/kl16.ckpt"],
-    "--config.data.source=tar": ["data.source", '"tar"', "prepare", "gcloud storage cp"],
+    "--config.data.source=tar": ["data.path", '"tar"', "--mode=prepare", "gcloud storage cp"],
 }
 
 

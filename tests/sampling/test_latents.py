@@ -18,7 +18,7 @@ import djepa_jax
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.checkpoints.restore import check_same_model, find_model
 from djepa_jax.config.convert import ConfigError
-from djepa_jax.data.latent_cache import LatentCache, check_decoder
+from djepa_jax.data.latent_cache import LatentCache, latents_made_by
 from djepa_jax.data.sources import SingleClass
 from djepa_jax.evaluation.evaluate import identity
 from djepa_jax.sampling import sample_to_npz
@@ -128,7 +128,7 @@ def test_exports_and_imports_carry_the_autoencoder(latents, ours, tmp_path):
 
 def test_an_unconditional_model_has_its_autoencoder_compared_too(tmp_path):
     source = SingleClass(LatentCache(write_cache(tmp_path / "cache")))
-    assert check_decoder(source, tiny_config(*LATENTS).autoencoder, "") == SHA
+    assert latents_made_by(source, tiny_config(*LATENTS).autoencoder, None) == SHA
 
 
 def test_training_does_not_go_on_with_latents_of_another_autoencoder():
