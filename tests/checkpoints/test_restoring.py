@@ -15,8 +15,8 @@ from djepa_jax.checkpoints import checkpointer, integrity
 from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, write_manifest
 from djepa_jax.checkpoints.restore import go_back
-from djepa_jax.config import experiment as configuration
-from djepa_jax.config.experiment import ConfigError
+from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.stored import to_stored
 from djepa_jax.core.train_step import init_state
 from djepa_jax.main import main
 
@@ -40,7 +40,7 @@ def workdir(saved_run, tmp_path) -> pathlib.Path:
 def training(*flags: str) -> tuple:
     """State and config of a training of the tiny model, perhaps with further flags."""
     config = tiny_config(*flags)
-    return jax.eval_shape(lambda: init_state(configuration.build(config).train)), config
+    return jax.eval_shape(lambda: init_state(config.train)), config
 
 
 def restored(workdir: pathlib.Path, restore_from: str, *flags: str) -> str:
@@ -143,7 +143,7 @@ def only_average(workdir: pathlib.Path) -> None:
     """Replace the step `STEPS` by one whose arrays are not those that its configuration needs."""
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     average = {"ema_params": {"w": np.ones(3, np.float32)}}
-    config = configuration.resolved(tiny_config())
+    config = to_stored(tiny_config())
     Checkpoints(workdir).save_imported(average, config, STEPS, 0)
 
 
