@@ -111,7 +111,8 @@ def settings(source: str, path="", num_classes: int = 2, **others) -> types.Simp
 
 def opened(source: str, path="", num_classes: int = 2, modality=PIXELS, **others):
     """A source, as training opens it."""
-    return open_data(settings(source, path, num_classes, **others), modality)
+    data = settings(source, path, num_classes, **others)
+    return open_data(types.SimpleNamespace(data=data, modality=modality))
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -89,8 +89,8 @@ def run_prepare(
         f"{metadata.count:,} images of {metadata.num_classes} classes in {len(shards)} shards; "
         f"{plan['examples'] - metadata.count} could not be read; latents have mean "
         f"{metadata.measured_mean:.4f} and standard deviation {metadata.measured_std:.4f}; train "
-        f"with --experiment.data.latent_scale={metadata.scale!r} "
-        f"--experiment.data.latent_shift={metadata.shift!r}"
+        f"with --config.data.latent_scale={metadata.scale!r} "
+        f"--config.data.latent_shift={metadata.shift!r}"
     )
     return metadata
 

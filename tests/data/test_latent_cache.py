@@ -4,6 +4,7 @@ the moments.
 
 import dataclasses
 import json
+import math
 import pathlib
 import random
 
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from caches import SHA, SHAPE, TOTAL, entries, write_cache
-from djepa_jax.core.modalities.patches import patchify
 from photos import opened, same, settings
 
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.modalities import MODALITIES
+from djepa_jax.core.modalities.image import patchify
 from djepa_jax.data import latent_cache
 from djepa_jax.data.arrays import load_digits
 from djepa_jax.data.latent_cache import (
@@ -258,7 +259,7 @@ def test_tokens_of_moments_are_shifted_and_scaled(dtype):
     mean = moments[..., :3].astype(np.float32)
     tokens = LATENTS.tokenize(moments)
     assert tokens.dtype == jnp.float32
-    assert tokens.shape == (TOTAL, LATENTS.num_tokens, LATENTS.token_dim)
+    assert tokens.shape == (TOTAL, math.prod(LATENTS.grid), LATENTS.token_dim)
     np.testing.assert_array_equal(tokens, patchify((mean + 0.5) * 0.25, 2))
     np.testing.assert_allclose(LATENTS.export(tokens)["latents"], mean, atol=1e-6)
 

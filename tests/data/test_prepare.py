@@ -2,6 +2,7 @@
 is refused.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -48,7 +49,6 @@ from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import PathError
 
 COUNT = len(labelled())
-LATENTS = MODALITIES["image_latents"](8, 4, 1, 0.2325)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,16 +87,16 @@ def pixels() -> np.ndarray:
 # what a cache holds
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cache_holds_the_moments_of_every_image_and_its_mirror_image(config, tmp_path, dtype):
-    config.prepare.dtype = dtype
-    lines = []
-    metadata = run_prepare(config, str(tmp_path), say=lines.append)
-    moments, labels, keys = read(tmp_path)
+def test_cache_holds_the_moments_of_every_image_and_its_mirror_image(config, tmp_path):
     expected = Autoencoder(config.autoencoder, sharding.make_mesh((-1, 1, 1))).encode(pixels())
-    assert same(moments, expected.astype(DTYPES[dtype]))
-    assert labels == [label for _, _, label in labelled()]
-    assert keys == [f"{key}.jpg" for key, _, _ in labelled()]
+    for dtype in DTYPES:
+        lines, folder = [], tmp_path / dtype
+        changed = config.updated({"prepare.dtype": dtype})
+        metadata = run_prepare(changed, str(folder), say=lines.append)
+        moments, labels, keys = read(folder)
+        assert same(moments, expected.astype(DTYPES[dtype]))
+        assert labels == [label for _, _, label in labelled()]
+        assert keys == [f"{key}.jpg" for key, _, _ in labelled()]
     assert metadata.count == COUNT and [shard.count for shard in metadata.shards] == [5, 5, 2]
     counts = [{"0": 5}, {"0": 1, "1": 4}, {"1": 2}]
     assert [shard.class_counts for shard in metadata.shards] == counts
@@ -116,8 +116,8 @@ def test_every_source_gives_the_same_moments(config, cache, tmp_path):
         "ilsvrc": write_ilsvrc(tmp_path / "archive", archive),
         "npz": str(tmp_path / "x.npz"),
     }.items():
-        config.prepare.source, config.prepare.path, config.data.num_threads = source, path, 1
-        run_prepare(config, str(tmp_path / source))
+        changes = {"prepare.source": source, "prepare.path": path, "data.num_threads": 1}
+        run_prepare(config.updated(changes), str(tmp_path / source))
         others, found, names = read(tmp_path / source)
         order = list(range(COUNT))
         if source == "tar":
@@ -127,13 +127,13 @@ def test_every_source_gives_the_same_moments(config, cache, tmp_path):
 
 def test_labels_and_names_are_those_of_the_config(config, cache, tmp_path):
     (tmp_path / "names").write_text("Blume\nTempel")
-    config.data.class_names = str(tmp_path / "names")
-    assert run_prepare(config, str(tmp_path / "named")).class_names == ("Blume", "Tempel")
+    named = config.updated({"data.class_names": str(tmp_path / "names")})
+    assert run_prepare(named, str(tmp_path / "named")).class_names == ("Blume", "Tempel")
     wnids = ("n01443537", "n02099601")
     images = [(f"{wnids[label]}/{key[-3:]}", data, label) for key, data, label in labelled()]
-    config.prepare.path = write_folder(tmp_path / "two of them", images)
-    config.data.num_classes, config.data.class_names = 1000, "imagenet"
-    metadata = run_prepare(config, str(tmp_path / "new"))
+    changes = {"prepare.path": write_folder(tmp_path / "two of them", images)}
+    changes |= {"data.num_classes": 1000, "data.class_names": "imagenet"}
+    metadata = run_prepare(config.updated(changes), str(tmp_path / "new"))
     moments, labels, _ = read(tmp_path / "new")
     assert labels == [(1, 207)[label] for _, _, label in labelled()]
     assert same(moments, read(cache)[0])
@@ -155,12 +155,13 @@ def test_an_unconditional_recipe_makes_a_cache_of_one_class(config, cache, tmp_p
     assert metadata.num_classes == 1 and metadata.class_names == ("0",)
     for folder in (tmp_path / "new", cache):  # one with classes will do as well
         found = load_config("djepa_l:unconditional", *flags, f"--config.data.path={folder}")
-        source = open_data(found.data, LATENTS)
+        source = open_data(found)
         assert {int(source[i]["condition"]) for i in range(COUNT)} == {0}
 
 
 def test_measured_scale_standardises_the_latents_and_stays(config, cache, tmp_path, capsys):
-    flags = [f"--config.{key}.path={config[key].path}" for key in ("prepare", "autoencoder")]
+    places = {"prepare": config.prepare.path, "autoencoder": config.autoencoder.path}
+    flags = [f"--config.{group}.path={path}" for group, path in places.items()]
     workdir, file = f"--workdir={tmp_path}/new", f"--config={CONFIGS}/default.py"
     arguments = ["djepa_jax", "--mode=prepare", workdir, file, *FLAGS, *flags]
     assert main([*arguments, "--measure-scale"]) == 0
@@ -193,9 +194,8 @@ def test_measured_scale_standardises_the_latents_and_stays(config, cache, tmp_pa
 @pytest.fixture
 def broken(config, tmp_path):
     """A folder where the first image and all of the last shard are cut off."""
-    changed = config.copy_and_resolve_references()
-    changed.prepare.path = write_folder(tmp_path / "broken", with_broken(0, 10, 11))
-    return changed
+    folder = write_folder(tmp_path / "broken", with_broken(0, 10, 11))
+    return config.updated({"prepare.path": folder})
 
 
 def test_broken_images_are_left_out_and_named(broken, cache, tmp_path):
@@ -212,21 +212,16 @@ def test_broken_images_are_left_out_and_named(broken, cache, tmp_path):
 
 
 def test_too_many_broken_images_are_an_error_and_what_is_finished_is_kept(broken, tmp_path):
-    broken.prepare.max_broken = 2
+    few, more = (broken.updated({"prepare.max_broken": count}) for count in (2, 3))
     with pytest.raises(DataError, match="3 of 12 images .* 2 are allowed: .*prepare.max_broken"):
-        run_prepare(broken, str(tmp_path / "new"))
+        run_prepare(few, str(tmp_path / "new"))
     assert len(list((tmp_path / "new" / "shards").glob("*.array_record"))) == 2
-    for index in range(3):  # which none of these sees alone
-        broken.prepare.max_broken = 2 if index < 2 else 1
-        call = (broken, str(tmp_path / "shared"), False, f"{index}/3")
-        if index < 2:
-            assert run_prepare(*call) is None
-    broken.prepare.max_broken = 2
+    for share in ("0/3", "1/3"):  # neither sees too many alone
+        assert run_prepare(few, str(tmp_path / "shared"), shard=share) is None
     with pytest.raises(DataError, match="3 of 12 images"):
-        run_prepare(*call)
-    broken.prepare.max_broken = 3
+        run_prepare(few, str(tmp_path / "shared"), shard="2/3")
     for name in ("new", "shared"):
-        assert run_prepare(broken, str(tmp_path / name)).count == 9
+        assert run_prepare(more, str(tmp_path / name)).count == 9
 
 
 def test_names_need_not_be_unicode(config, tmp_path):
@@ -235,8 +230,8 @@ def test_names_need_not_be_unicode(config, tmp_path):
     for name, data in ((b"/\xfe.jpg", labelled()[0][1]), (b"/\xff.jpg", b"broken")):
         with open(folder + name, "wb") as file:
             file.write(data)
-    config.prepare.path, config.data.num_classes = str(tmp_path / "more"), 1
-    (shard,) = run_prepare(config, str(tmp_path / "new")).shards
+    changed = config.updated({"prepare.path": str(tmp_path / "more"), "data.num_classes": 1})
+    (shard,) = run_prepare(changed, str(tmp_path / "new")).shards
     assert read(tmp_path / "new")[2] == ["caf\udce9/\udcfe.jpg"]
     assert list(shard.skipped) == ["caf\udce9/\udcff.jpg"]
 
@@ -270,10 +265,8 @@ def test_a_second_run_makes_nothing_anew_wherever_the_images_lie(
     before = {path: path.stat().st_mtime_ns for path in (cache / "shards").iterdir()}
     files = files_of(cache)
     moved = pathlib.Path(config.prepare.path).rename(tmp_path / "mounted elsewhere")
-    again = config.copy_and_resolve_references()
-    again.prepare.path = str(moved)
     monkeypatch.setattr(Autoencoder, "encode", None)
-    run_prepare(again, str(cache))
+    run_prepare(config.updated({"prepare.path": str(moved)}), str(cache))
     assert {path: path.stat().st_mtime_ns for path in (cache / "shards").iterdir()} == before
     changed = files.keys() - {"metadata.json"}  # which tells where they lie
     assert {name: files_of(cache)[name] for name in changed} == {n: files[n] for n in changed}
@@ -289,25 +282,26 @@ def test_cache_of_a_version_that_told_sources_by_their_path_goes_on(config, cach
         run_prepare(config, str(cache))
 
 
-def damaged(content: bytes) -> bytes:
-    return (
-        content.replace(b'"count": 5', b'"count": 6', 1)
-        if b'"count"' in content
-        else content[:3000] + bytes([content[3000] ^ 1]) + content[3001:]
-    )
+def cut(content: bytes) -> bytes:
+    return content[:-5]
 
 
-@pytest.mark.parametrize("damage", [lambda content: None, lambda content: content[:-5], damaged])
-@pytest.mark.parametrize("suffix", ["", ".json"])
-def test_only_what_is_missing_or_damaged_is_made_anew(config, cache, suffix, damage):
-    files = files_of(cache)
-    path = cache / "shards" / f"00001-of-00003.array_record{suffix}"
-    content = damage(path.read_bytes())
-    path.unlink() if content is None else path.write_bytes(content)
+def changed(content: bytes) -> bytes:
+    if b'"count"' in content:
+        return content.replace(b'"count": 5', b'"count": 6', 1)
+    return content[:3000] + bytes([content[3000] ^ 1]) + content[3001:]
+
+
+def test_only_what_is_missing_or_damaged_is_made_anew(config, cache):
+    files, shard = files_of(cache), "00001-of-00003.array_record"
     others = [other for other in (cache / "shards").iterdir() if other.name[:5] != "00001"]
     before = {other: other.stat().st_mtime_ns for other in others}
-    run_prepare(config, str(cache))
-    assert files_of(cache) == files
+    for name, damage in itertools.product((shard, f"{shard}.json"), (None, cut, changed)):
+        path = cache / "shards" / name
+        whole = path.read_bytes()
+        path.unlink() if damage is None else path.write_bytes(damage(whole))
+        run_prepare(config, str(cache))
+        assert files_of(cache) == files, (name, damage)
     assert {other: other.stat().st_mtime_ns for other in others} == before
 
 
@@ -338,84 +332,79 @@ def test_shares_make_the_same_cache_and_say_what_is_missing(config, cache, tmp_p
 
 # what is refused
 
-CHANGES = {
-    "examples": ("prepare.path", lambda tmp_path: write_folder(tmp_path / "more", labelled()[:11])),
+CHANGES = {  # of what the plan tells -> key, and a value made from a path
+    "examples": ("prepare.path", lambda path: write_folder(path, labelled()[:11])),
     "contents": (
         "prepare.path",
-        lambda tmp_path: write_folder(tmp_path / "more", [*labelled()[:11], ("temple/9", b"", 1)]),
+        lambda path: write_folder(path, [*labelled()[:11], ("temple/9", b"", 1)]),
     ),
-    "shard_size": ("prepare.shard_size", lambda tmp_path: 4),
-    "dtype": ("prepare.dtype", lambda tmp_path: "bfloat16"),
+    "shard_size": ("prepare.shard_size", lambda path: 4),
+    "dtype": ("prepare.dtype", lambda path: "bfloat16"),
     "autoencoder_sha256": (
         "autoencoder.path",
-        lambda tmp_path: write_weights(
-            tmp_path / "b.safetensors", **{"quant_conv.bias": np.zeros(8, np.float32)}
+        lambda path: write_weights(
+            path.with_suffix(".safetensors"), **{"quant_conv.bias": np.zeros(8, np.float32)}
         ),
     ),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_another_plan_is_refused(config, cache, tmp_path, change):
-    key, make = CHANGES[change]
-    files, (group, name) = files_of(cache), key.split(".")
-    config[group][name] = make(tmp_path)
-    words = f"holds a latent cache of something else .*{change}: .* -> .*another --workdir"
-    with pytest.raises(DataError, match=words):
-        run_prepare(config, str(cache))
-    assert files_of(cache) == files
+def test_another_plan_is_refused(config, cache, tmp_path):
+    files = files_of(cache)
+    for change, (key, make) in CHANGES.items():
+        other = config.updated({key: make(tmp_path / change)})
+        words = f"holds a latent cache of something else .*{change}: .* -> .*another --workdir"
+        with pytest.raises(DataError, match=words):
+            run_prepare(other, str(cache))
+        assert files_of(cache) == files
 
 
 def test_sizes_must_agree(config, tmp_path):
-    for group, key, value in (
-        ("data", "image_size", 4),
-        ("data", "channels", 16),
-        ("prepare", "image_size", 17),
-    ):
-        changed = config.copy_and_resolve_references()
-        changed[group][key] = value
+    for key, value in {
+        "data.image_size": 4,
+        "data.channels": 16,
+        "prepare.image_size": 17,
+    }.items():
+        other = config.updated({key: value})
         with pytest.raises(ConfigError, match=rf"autoencoder small makes .*{value}"):
-            run_prepare(changed, str(tmp_path / "new"))
+            run_prepare(other, str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        (None, ConfigError, "autoencoder.path is empty"),
-        ({}, SourceError, 'autoencoder.path ".*x.safetensors" does not exist'),
-        ({"other": np.zeros(1, np.float32)}, MismatchError, "other +surplus"),
-        ({"quant_conv.bias": np.full(8, np.nan, np.float32)}, DataError, "not finite .* weight"),
-    ],
-)
-def test_unusable_weights_are_refused(config, tmp_path, changes, error, words):
-    config.autoencoder.path = "" if changes is None else str(tmp_path / "x.safetensors")
-    if changes:
-        write_weights(tmp_path / "x.safetensors", **changes)
-    with pytest.raises(error, match=words):
-        run_prepare(config, str(tmp_path / "new"))
+def test_unusable_weights_are_refused(config, tmp_path):
+    surplus = write_weights(tmp_path / "surplus.safetensors", other=np.zeros(1, np.float32))
+    bias = {"quant_conv.bias": np.full(8, np.nan, np.float32)}
+    not_finite = write_weights(tmp_path / "nan.safetensors", **bias)
+    for path, error, words in (
+        ("", ConfigError, "autoencoder.path is empty"),
+        ("/no such/file", SourceError, 'autoencoder.path "/no such/file" does not exist'),
+        (surplus, MismatchError, "other +surplus"),
+        (not_finite, DataError, "not finite .* weight"),
+    ):
+        with pytest.raises(error, match=words):
+            run_prepare(config.updated({"autoencoder.path": path}), str(tmp_path / "new"))
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [("folder", "1 classes"), ("npz", r"\(8, 8, 3\).*\(16, 16, 3\)"), ("digits", r"\(8, 8, 1\)")],
-)
-def test_sources_that_do_not_fit_are_refused(config, tmp_path, source, words):
-    path = tmp_path / "images.npz"
-    np.savez(path, images=np.zeros((3, 8, 8, 3), np.uint8), labels=np.zeros(3, int))
-    if source == "folder":
-        path = write_folder(tmp_path / "data", [("a/x", encode(crop("flower")), 0)])
-    config.prepare.source, config.prepare.path = source, str(path)
-    config.data.num_classes = 2 if source == "folder" else 10
-    with pytest.raises(ValueError, match=words):
-        run_prepare(config, str(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()
+def test_sources_that_do_not_fit_are_refused(config, tmp_path):
+    npz, zeros = tmp_path / "images.npz", np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez(npz, images=zeros, labels=np.zeros(3, int))
+    folder = write_folder(tmp_path / "data", [("a/x", encode(crop("flower")), 0)])
+    for source, path, words in (
+        ("folder", folder, "1 classes"),
+        ("npz", str(npz), r"\(8, 8, 3\).*\(16, 16, 3\)"),
+        ("digits", "", r"\(8, 8, 1\)"),
+    ):
+        num_classes = 10 if source == "digits" else 2
+        changes = {"prepare.source": source, "prepare.path": path, "data.num_classes": num_classes}
+        with pytest.raises(ValueError, match=words):
+            run_prepare(config.updated(changes), str(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
 
 
 def test_images_that_are_all_broken_are_an_error(config, tmp_path):
-    config.prepare.path = write_folder(tmp_path / "broken", with_broken(*range(COUNT)))
+    folder = write_folder(tmp_path / "broken", with_broken(*range(COUNT)))
     with pytest.raises(DataError, match="none of the images .* can be read"):
-        run_prepare(config, str(tmp_path / "new"))
+        run_prepare(config.updated({"prepare.path": folder}), str(tmp_path / "new"))
 
 
 def test_workdir_that_is_in_use_or_cannot_be_written(config, cache):
