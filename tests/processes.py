@@ -36,6 +36,7 @@ from djepa_jax.training.reporting import Reporter
 
 FILE_LIMIT = 50_000  # bytes; metrics stay below, arrays do not
 LEASE = 0.5, 6.0  # seconds to renew, until it is stale
+SOON_COMPILED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 LIMIT = 600  # seconds after which a process counts as hanging
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes", "djepa_jax.training.loop", "sklearn.datasets"])
@@ -84,7 +85,7 @@ def run_command(compiled: str, *arguments: str) -> int:
 
 
 def _command(compiled: str, arguments: tuple[str, ...]) -> None:
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # compiles sooner
+    os.environ["XLA_FLAGS"] = SOON_COMPILED
     keep_compiled(compiled)
     sys.exit(main(["djepa_jax", *arguments]))
 
@@ -280,9 +281,7 @@ def _member(
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles sooner
-    )
+    os.environ["XLA_FLAGS"] = SOON_COMPILED
     jax.config.update("jax_num_cpu_devices", devices)
     keep_compiled(
         f"{compiled}/{devices}"
