@@ -355,7 +355,8 @@ class _Handler(BaseHTTPRequestHandler):
                 query,
                 bytearray(),
             )
-            location = f"{self.store.url}/upload/storage/v1/b/{self.store.bucket}/o?uploadType=resumable&upload_id={key}"
+            objects = f"{self.store.url}/upload/storage/v1/b/{self.store.bucket}/o"
+            location = f"{objects}?uploadType=resumable&upload_id={key}"
             self._send(200, headers={"Location": location})
         elif query["uploadType"] == "multipart":
             name, data = _parts(self.headers["Content-Type"], body)

@@ -1,4 +1,4 @@
-"""The command line: one table of what bad input gets, before any work is done, and what modes do."""
+"""The command line: a table of what bad input gets, before any work is done; what modes do."""
 
 import json
 import pathlib

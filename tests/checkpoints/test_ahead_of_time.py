@@ -41,7 +41,8 @@ import importlib, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
 class OnlyJax(PathFinder):
-    allowed = {"jax", "jaxlib", "numpy", "flatbuffers", "ml_dtypes", "opt_einsum", "scipy"} | sys.stdlib_module_names
+    allowed = {"jax", "jaxlib", "numpy", "flatbuffers", "ml_dtypes", "opt_einsum", "scipy"}
+    allowed |= sys.stdlib_module_names
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -49,7 +50,8 @@ class OnlyJax(PathFinder):
         return super().find_spec(name, path, target) if found else None
 
 sys.meta_path[:] = [BuiltinImporter, FrozenImporter, OnlyJax]
-for absent in ("djepa_jax", "configs", "flax", "optax", "orbax", "einops", "safetensors", "ml_collections"):
+others = ("flax", "optax", "orbax", "einops", "safetensors", "ml_collections")
+for absent in ("djepa_jax", "configs", *others):
     try:
         importlib.import_module(absent)
     except ModuleNotFoundError:
@@ -70,8 +72,10 @@ scalars = [np.float32(value) for value in job["scalars"]]
 results = []
 for start in range(0, len(job["labels"]), job["batch"]):
     ids = np.arange(start, start + job["batch"], dtype=np.int32)
-    results.append(sampler.call(params, np.array(job["labels"], np.int32)[ids], ids, job["seed"], *scalars))
-np.savez(job["out"], **{name: np.concatenate([result[name] for result in results]) for name in results[0]})
+    labels = np.array(job["labels"], np.int32)[ids]
+    results.append(sampler.call(params, labels, ids, job["seed"], *scalars))
+whole = {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+np.savez(job["out"], **whole)
 """
 
 

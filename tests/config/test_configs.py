@@ -42,7 +42,7 @@ def changes(variant: str) -> dict:
 
 
 def test_variants_can_be_joined_in_any_order():
-    """Either order gives the same, and two keep what each is for but where one builds on another."""
+    """Either order gives the same, and two keep what each is for, unless one builds on another."""
     built_on = {("pixels", "512"): "data.image_size", ("pixels", "debug"): "data.source"}
     built_on[("flow", "pixels")] = "loss.options"
     alone = {name: changes(name) for name in VARIANTS}

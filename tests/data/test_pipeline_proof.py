@@ -24,13 +24,16 @@ CLASSES = ("n01440764", "n01443537")
 PER_CLASS, SIDE, LATENTS, STEPS = 3, 32, 2, 8
 FLAGS = f"""
     --config.data.image_size={LATENTS} --config.data.random_flip=True
-    --config.prepare.image_size={SIDE} --config.prepare.shard_size=4 --config.autoencoder.batch_size=2
-    --config.autoencoder.dtype=float32 --config.compute_dtype=float32 --config.batch_size=8 --config.num_steps={STEPS}
-    --config.log_every=4 --config.optimizer.warmup_steps=2 --config.model.size=custom --config.model.width=32
-    --config.model.encoder_depth=1 --config.model.predictor_depth=1 --config.model.num_heads=2 --config.model.remat=none
-    --config.model.denoiser_depth=1 --config.model.denoiser_width=32 --config.sample.labels=0,1 --config.sample.count=2
-    --config.sample.batch_size=2 --config.sample.num_ar_steps=2 --config.sample.num_denoise_steps=4
-    --config.loss.options.clip_x0=3.0 --config.sample.num_segments=1
+    --config.prepare.image_size={SIDE} --config.prepare.shard_size=4
+    --config.autoencoder.batch_size=2 --config.autoencoder.dtype=float32
+    --config.compute_dtype=float32 --config.batch_size=8 --config.num_steps={STEPS}
+    --config.log_every=4 --config.optimizer.warmup_steps=2 --config.model.size=custom
+    --config.model.width=32 --config.model.encoder_depth=1 --config.model.predictor_depth=1
+    --config.model.num_heads=2 --config.model.remat=none --config.model.denoiser_depth=1
+    --config.model.denoiser_width=32 --config.sample.labels=0,1 --config.sample.count=2
+    --config.sample.batch_size=2 --config.sample.num_ar_steps=2
+    --config.sample.num_denoise_steps=4 --config.loss.options.clip_x0=3.0
+    --config.sample.num_segments=1
 """.split()
 FLAGS.insert(0, f"--config={CONFIGS / 'djepa_b.py'}")  # not above, for its path may have spaces
 

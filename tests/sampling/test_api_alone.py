@@ -25,7 +25,8 @@ class Installed(PathFinder):
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in {blocked!r} else PathFinder.find_spec(name, path, target)
+        is_blocked = name.partition(".")[0] in {blocked!r}
+        return None if is_blocked else PathFinder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Installed if finder is PathFinder else finder for finder in sys.meta_path]
 import djepa_jax, jax
