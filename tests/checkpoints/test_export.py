@@ -169,7 +169,8 @@ def test_exports_of_the_version_before_are_read_and_written_alike(tmp_path):
 
 def test_official_names_are_the_authors(exports):
     with safe_open(PARITY / "model_flow.safetensors", "np") as file:
-        theirs = {name for name in file.keys() if "blocks.1." not in name}  # noqa: SIM118 (two blocks there, one here)
+        names = file.keys()
+        theirs = {name for name in names if "blocks.1." not in name}  # two blocks there, one here
     with safe_open(exports["official"] / "model.safetensors", "np") as file:
         assert set(file.keys()) == theirs and file.metadata() == {"format": "pt"}
 
