@@ -68,13 +68,13 @@ def test_nothing_is_sampled_from_a_step_with_a_flipped_byte(workdir, newest):
         find_model(workdir)
 
 
-@pytest.mark.parametrize("mode", ["sample", "evaluate"])
-def test_the_command_line_refuses_a_damaged_step(workdir, newest, capsys, mode):
+def test_the_command_line_refuses_a_damaged_step(workdir, newest, capsys):
     flip(largest(newest), random.Random(0))
     before = digest(workdir)
-    flags = (f"--mode={mode}", f"--workdir={workdir}", "--config.evaluation.kind=small_images")
-    assert main(["djepa_jax", *RUN, *flags]) == 2
-    assert "differs from its checksum" in capsys.readouterr().err and digest(workdir) == before
+    flags = (f"--workdir={workdir}", "--config.evaluation.kind=small_images")
+    for mode in ("sample", "evaluate"):
+        assert main(["djepa_jax", *RUN, *flags, f"--mode={mode}"]) == 2
+        assert "differs from its checksum" in capsys.readouterr().err and digest(workdir) == before
 
 
 def test_white_space_of_a_manifest_counts(newest):
@@ -112,18 +112,19 @@ DAMAGE: dict[str, Callable[[pathlib.Path, pathlib.Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_newest_step_goes_to_quarantine_and_an_older_one_is_used(
-    workdir, older, newest, damage
-):
-    good = digest(older)
-    DAMAGE[damage](newest, older)
-    damaged = digest(newest)
-    step, said = resume(workdir)
-    assert step == EVERY and said.startswith(f"WARNING: step {STEPS} is damaged: {newest}")
-    assert steps_in(workdir) == [str(EVERY)] and digest(older) == good
-    assert digest(workdir / "quarantine" / str(STEPS)) == damaged
-    assert resume(workdir) == (EVERY, "")
+def test_damaged_newest_step_goes_to_quarantine_and_an_older_one_is_used(saved_run, tmp_path):
+    for name, damage in DAMAGE.items():
+        workdir = shutil.copytree(saved_run, tmp_path / name)
+        older, newest = (workdir / "checkpoints" / str(step) for step in (EVERY, STEPS))
+        good = digest(older)
+        damage(newest, older)
+        damaged = digest(newest)
+        step, said = resume(workdir)
+        assert step == EVERY, name
+        assert said.startswith(f"WARNING: step {STEPS} is damaged: {newest}")
+        assert steps_in(workdir) == [str(EVERY)] and digest(older) == good
+        assert digest(workdir / "quarantine" / str(STEPS)) == damaged
+        assert resume(workdir) == (EVERY, "")
 
 
 def test_training_after_damage_ends_at_the_same_bits(saved_run, workdir, newest):
@@ -148,15 +149,17 @@ def test_a_file_more_does_no_harm(workdir, newest):
     assert resume(workdir) == (STEPS, "")
 
 
-@pytest.mark.parametrize("damage", ["arrays cut", "manifest gone", "everything gone"])
-def test_without_a_usable_step_nothing_is_changed(workdir, older, newest, damage, capsys):
-    for step in (older, newest):
-        DAMAGE[damage](step, older)
-    before = digest(workdir)
-    assert main(["djepa_jax", *RUN, f"--workdir={workdir}"]) == 2
-    message = capsys.readouterr().err
-    assert digest(workdir) == before
-    assert all(word in message for word in (str(older), str(newest), "--restore_from=PATH@STEP"))
+def test_without_a_usable_step_nothing_is_changed(saved_run, tmp_path, capsys):
+    for name in ("arrays cut", "manifest gone", "everything gone"):
+        workdir = shutil.copytree(saved_run, tmp_path / name)
+        steps = [workdir / "checkpoints" / str(step) for step in (EVERY, STEPS)]
+        for step in steps:
+            DAMAGE[name](step, steps[0])
+        before = digest(workdir)
+        assert main(["djepa_jax", *RUN, f"--workdir={workdir}"]) == 2
+        message = capsys.readouterr().err
+        assert digest(workdir) == before
+        assert all(word in message for word in (*map(str, steps), "--restore_from=PATH@STEP"))
 
 
 def test_recorded_step_that_is_gone_is_no_fresh_start(workdir):

@@ -1,6 +1,7 @@
 """--restore_from: a workdir goes on from a certain step, of its own or of another workdir."""
 
 import functools
+import itertools
 import json
 import pathlib
 import shutil
@@ -16,8 +17,9 @@ from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, write_manifest
 from djepa_jax.checkpoints.restore import go_back
 from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
-from djepa_jax.core.train_step import init_state
+from djepa_jax.core.train_step import TrainState, init_state
 from djepa_jax.main import main
 
 BOTH = [str(EVERY), str(STEPS)]
@@ -37,10 +39,10 @@ def workdir(saved_run, tmp_path) -> pathlib.Path:
 
 
 @functools.cache
-def training(*flags: str) -> tuple:
-    """State and config of a training of the tiny model, perhaps with further flags."""
-    config = tiny_config(*flags)
-    return jax.eval_shape(lambda: init_state(config.train)), config
+def training(*flags: str) -> tuple[TrainState, Experiment]:
+    """Abstract state and configuration of a tiny training, perhaps with further flags."""
+    experiment = tiny_config(*flags)
+    return jax.eval_shape(lambda: init_state(experiment.train)), experiment
 
 
 def restored(workdir: pathlib.Path, restore_from: str, *flags: str) -> str:
@@ -64,13 +66,13 @@ def in_quarantine(workdir: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-@pytest.mark.parametrize(("number", "step"), [(f"@{EVERY}", EVERY), ("", STEPS)])
-def test_a_new_workdir_begins_with_a_step_of_another(other, tmp_path, number, step):
-    before, fresh = digest(other), tmp_path / "fresh"
-    assert f"restored {other}/checkpoints/{step}" in restored(fresh, f"{other}{number}")
-    assert steps_in(fresh) == [str(step)] and Checkpoints(fresh).recorded() == (step, None)
-    assert digest(fresh / "checkpoints" / str(step)) == digest(other / "checkpoints" / str(step))
-    assert digest(other) == before
+def test_a_new_workdir_begins_with_a_step_of_another(other, tmp_path):
+    before = digest(other)
+    for number, step in ((f"@{EVERY}", EVERY), ("", STEPS)):
+        fresh, name = tmp_path / f"fresh{step}", f"checkpoints/{step}"
+        assert f"restored {other}/{name}" in restored(fresh, f"{other}{number}")
+        assert steps_in(fresh) == [str(step)] and Checkpoints(fresh).recorded() == (step, None)
+        assert digest(fresh / name) == digest(other / name) and digest(other) == before
 
 
 def test_a_workdir_goes_back_to_a_step_of_its_own(workdir, tmp_path):
@@ -143,8 +145,7 @@ def only_average(workdir: pathlib.Path) -> None:
     """Replace the step `STEPS` by one whose arrays are not those that its configuration needs."""
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     average = {"ema_params": {"w": np.ones(3, np.float32)}}
-    config = to_stored(tiny_config())
-    Checkpoints(workdir).save_imported(average, config, STEPS, 0)
+    Checkpoints(workdir).save_imported(average, to_stored(tiny_config()), STEPS, 0)
 
 
 def later_format(workdir: pathlib.Path) -> None:
@@ -160,19 +161,18 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("fault", UNFIT)
-def test_a_step_that_training_cannot_go_on_from_changes_nothing(workdir, other, fault, own):
+def test_a_step_that_training_cannot_go_on_from_changes_nothing(saved_run, tmp_path):
     """Neither of another workdir nor of its own; without the flag the same training goes on."""
-    spoil, reason = UNFIT[fault]
-    rename_step(workdir, EVERY, STEPS + 1)
-    source = workdir if own else other
-    spoil(source)
-    before = digest(workdir)
-    with pytest.raises((CheckpointError, ConfigError), match=reason):
-        restored(workdir, f"{source}@{STEPS}", *([WIDER] if fault == "another model" else []))
-    assert digest(workdir) == before
-    assert Checkpoints(workdir).step_to_resume() == STEPS + 1
+    for own, (fault, (spoil, reason)) in itertools.product((True, False), UNFIT.items()):
+        workdir = shutil.copytree(saved_run, tmp_path / f"{fault}, own {own}")
+        rename_step(workdir, EVERY, STEPS + 1)
+        source = workdir if own else shutil.copytree(saved_run, tmp_path / f"{fault}, other")
+        spoil(source)
+        before = digest(workdir)
+        with pytest.raises((CheckpointError, ConfigError), match=reason):
+            restored(workdir, f"{source}@{STEPS}", *([WIDER] if fault == "another model" else []))
+        assert digest(workdir) == before
+        assert Checkpoints(workdir).step_to_resume() == STEPS + 1
 
 
 def test_the_command_line_refuses_a_step_of_another_model(workdir, other, capsys):
@@ -196,12 +196,10 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=[name for _, name in PLACES])
-@pytest.mark.parametrize("again", [True, False])
-def test_one_that_was_cut_off_is_repeated(workdir, other, monkeypatch, place, again):
+@pytest.mark.parametrize(("owner", "name"), PLACES, ids=[name for _, name in PLACES])
+def test_one_that_was_cut_off_is_repeated(workdir, other, monkeypatch, owner, name):
     """By the same command; without --restore_from the workdir can be used, too."""
     rename_step(workdir, STEPS, 70)
-    owner, name = place
     function = getattr(owner, name)
 
     def cut_off(*arguments):
@@ -213,13 +211,12 @@ def test_one_that_was_cut_off_is_repeated(workdir, other, monkeypatch, place, ag
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, cut_off)
         restored(workdir, f"{other}@{STEPS}")
-    if again:
-        restored(workdir, f"{other}@{STEPS}")
-        assert steps_in(workdir) == BOTH and "70" in in_quarantine(workdir)
-        assert digest(workdir / "checkpoints") == digest(other / "checkpoints")
-        return
-    assert Checkpoints(workdir).step_to_resume() in (STEPS, 70)
-    assert not any("tmp" in name for name in steps_in(workdir))
+    without = shutil.copytree(workdir, workdir.with_name("without"))
+    assert Checkpoints(without).step_to_resume() in (STEPS, 70)
+    assert not any("tmp" in name for name in steps_in(without))
+    restored(workdir, f"{other}@{STEPS}")
+    assert steps_in(workdir) == BOTH and "70" in in_quarantine(workdir)
+    assert digest(workdir / "checkpoints") == digest(other / "checkpoints")
 
 
 def test_damage_while_copying_is_noticed(workdir, other, monkeypatch):

@@ -3,6 +3,7 @@ the moments.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -41,11 +42,6 @@ FITTING = {"image_size": 4, "channels": 3, "num_classes": 3, "latent_scale": 0.2
 FITTING["latent_shift"] = -0.5
 
 
-@pytest.fixture(params=DTYPES)
-def dtype(request):
-    return request.param
-
-
 @pytest.fixture
 def cache(tmp_path) -> pathlib.Path:
     return write_cache(tmp_path / "cache")
@@ -58,41 +54,43 @@ def data_with(path="CACHE", **changes):
 # records and reading
 
 
-def test_records_come_back(dtype):
-    for key in ("", "imagenet2012#train[3]", "é/ü.jpg", "caf\udce9/\udcff.jpg", "long" * 999):
-        moments = entries(dtype)[3][2]
-        label, found, read = unpack(pack(999, key, moments), SHAPE, DTYPES[dtype])
-        assert label == 999 and found == key and same(read, moments)
+def test_records_come_back():
+    for dtype in DTYPES:
+        for key in ("", "imagenet2012#train[3]", "é/ü.jpg", "caf\udce9/\udcff.jpg", "long" * 999):
+            moments = entries(dtype)[3][2]
+            label, found, read = unpack(pack(999, key, moments), SHAPE, DTYPES[dtype])
+            assert label == 999 and found == key and same(read, moments)
 
 
-def test_examples_come_back_in_any_order(tmp_path, dtype):
-    source, expected = LatentCache(write_cache(tmp_path / "cache", dtype)), entries(dtype)
-    assert len(source) == TOTAL and source.class_names == ("a", "b", "c")
-    assert source.labels.tolist() == [0, 1, 2]
-    for i in np.random.default_rng(0).permutation(2 * TOTAL) % TOTAL:
-        label, key, moments = expected[i]
-        item = source[int(i)]
-        assert source.key(int(i)) == key
-        assert item.keys() == {"example", "mirror", "condition"}
-        assert same(item["example"], moments[0]) and same(item["mirror"], moments[1])
-        assert item["condition"] == label and item["condition"].dtype == np.int32
+def test_examples_come_back_in_any_order(tmp_path):
+    for dtype in DTYPES:
+        source, expected = LatentCache(write_cache(tmp_path / dtype, dtype)), entries(dtype)
+        assert len(source) == TOTAL and source.class_names == ("a", "b", "c")
+        assert source.labels.tolist() == [0, 1, 2]
+        for i in np.random.default_rng(0).permutation(2 * TOTAL) % TOTAL:
+            label, key, moments = expected[i]
+            item = source[int(i)]
+            assert source.key(int(i)) == key
+            assert item.keys() == {"example", "mirror", "condition"}
+            assert same(item["example"], moments[0]) and same(item["mirror"], moments[1])
+            assert item["condition"] == label and item["condition"].dtype == np.int32
 
 
-@pytest.mark.parametrize("random_flip", [False, True])
-def test_stream_gives_the_image_or_its_mirror_image_as_stored(cache, random_flip):
-    stream = example_stream(LatentCache(cache), 3, random_flip)
-    stored = {
-        both[side].tobytes(): (label, side) for label, _, both in entries() for side in (0, 1)
-    }
-    batches, mirrored = row_batches(stream, 4, consumed=0), 0
-    for _ in range(0, 8 * TOTAL, 4):
-        batch = next(batches)
-        assert batch.keys() == {"example", "condition"}
-        for image, condition in zip(batch["example"], batch["condition"], strict=True):
-            label, side = stored[image.tobytes()]
-            assert condition == label
-            mirrored += side
-    assert 30 < mirrored < 66 if random_flip else mirrored == 0  # of 96
+def test_stream_gives_the_image_or_its_mirror_image_as_stored(cache):
+    for random_flip in (False, True):
+        stream = example_stream(LatentCache(cache), 3, random_flip)
+        stored = {
+            both[side].tobytes(): (label, side) for label, _, both in entries() for side in (0, 1)
+        }
+        batches, mirrored = row_batches(stream, 4, consumed=0), 0
+        for _ in range(0, 8 * TOTAL, 4):
+            batch = next(batches)
+            assert batch.keys() == {"example", "condition"}
+            for image, condition in zip(batch["example"], batch["condition"], strict=True):
+                label, side = stored[image.tobytes()]
+                assert condition == label
+                mirrored += side
+        assert 30 < mirrored < 66 if random_flip else mirrored == 0  # of 96
 
 
 # damage
@@ -158,19 +156,17 @@ def test_unfinished_and_absent_caches_are_told_apart(cache, tmp_path):
             opened("latents", path, 3, LATENTS)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
+def test_metadata_of_another_format_or_place_is_refused(cache):
+    path = cache / "metadata.json"
+    whole = path.read_text()
+    for old, new, words in (
         ('"format": 1', '"format": 2', "format 2, this version reads 1"),
         ('"00001-of-00003.array_record"', '"/etc/hostname"', "/etc/hostname is not the name"),
         ('"00001-of-00003.array_record"', '"../../secret"', "../../secret is not the name"),
-    ],
-)
-def test_metadata_of_another_format_or_place_is_refused(cache, old, new, words):
-    path = cache / "metadata.json"
-    path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(DataError, match=f"metadata.json cannot be read .*{words}"):
-        LatentCache(cache)
+    ):
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(DataError, match=f"metadata.json cannot be read .*{words}"):
+            LatentCache(cache)
 
 
 def test_damaged_metadata_is_one_clear_error(cache):
@@ -212,24 +208,21 @@ NUMBERS = tuple(map(str, range(1000)))
 OWN = ("one", "two", *NUMBERS[2:])
 
 
-@pytest.mark.parametrize(
-    ("names", "fitting"),
-    [
-        ("imagenet", (NAMES, WNIDS, NUMBERS)),
-        ("", (NAMES, WNIDS, NUMBERS, OWN)),
-        ("file", (OWN, NUMBERS)),
-    ],
-)
-def test_class_names_of_a_cache_are_those_of_the_config_or_none(cache, tmp_path, names, fitting):
+def test_class_names_of_a_cache_are_those_of_the_config_or_none(cache, tmp_path):
     (tmp_path / "file").write_text("\n".join(OWN))
-    names = names.replace("file", f"{tmp_path}/file")
-    for found in (NAMES, WNIDS, NUMBERS, OWN):
+    fitting = {
+        "imagenet": (NAMES, WNIDS, NUMBERS),
+        "": (NAMES, WNIDS, NUMBERS, OWN),
+        f"{tmp_path}/file": (OWN, NUMBERS),
+    }
+    for names, found in itertools.product(fitting, (NAMES, WNIDS, NUMBERS, OWN)):
         metadata = dataclasses.replace(read_metadata(cache), num_classes=1000, class_names=found)
-        if found in fitting:
-            check_cache(metadata, data_with(num_classes=1000, class_names=names))
+        data = data_with(num_classes=1000, class_names=names)
+        if found in fitting[names]:
+            check_cache(metadata, data)
         else:
             with pytest.raises(DataError, match="has a class .*names calls it .*name a file"):
-                check_cache(metadata, data_with(num_classes=1000, class_names=names))
+                check_cache(metadata, data)
 
 
 def test_only_the_autoencoder_of_the_cache_may_decode(cache, tmp_path):
@@ -253,15 +246,16 @@ def test_only_the_autoencoder_of_the_cache_may_decode(cache, tmp_path):
 # moments as tokens
 
 
-def test_tokens_of_moments_are_shifted_and_scaled(dtype):
-    moments = np.stack([both[0] for _, _, both in entries(dtype)])
-    LATENTS.check_example(moments[0])
-    mean = moments[..., :3].astype(np.float32)
-    tokens = LATENTS.tokenize(moments)
-    assert tokens.dtype == jnp.float32
-    assert tokens.shape == (TOTAL, math.prod(LATENTS.grid), LATENTS.token_dim)
-    np.testing.assert_array_equal(tokens, patchify((mean + 0.5) * 0.25, 2))
-    np.testing.assert_allclose(LATENTS.export(tokens)["latents"], mean, atol=1e-6)
+def test_tokens_of_moments_are_shifted_and_scaled():
+    for dtype in DTYPES:
+        moments = np.stack([both[0] for _, _, both in entries(dtype)])
+        LATENTS.check_example(moments[0])
+        mean = moments[..., :3].astype(np.float32)
+        tokens = LATENTS.tokenize(moments)
+        assert tokens.dtype == jnp.float32
+        assert tokens.shape == (TOTAL, math.prod(LATENTS.grid), LATENTS.token_dim)
+        np.testing.assert_array_equal(tokens, patchify((mean + 0.5) * 0.25, 2))
+        np.testing.assert_allclose(LATENTS.export(tokens)["latents"], mean, atol=1e-6)
 
 
 def test_latents_without_moments_are_taken_as_they_are():

@@ -32,17 +32,13 @@ from djepa_jax.data.records import MAX_PIXELS, DataError, match_classes
 from djepa_jax.data.sources import open_source
 
 COUNT = 2 * PER_CLASS
+KINDS = ("folder", "tar")
 SOME = ("n01443537", "n02099601", "n15075141")  # classes 1, 207 and 999 of ImageNet
 IDS = tuple(wnid for wnid, _ in imagenet())
 
 
 def expected(index: int, size: int = 32) -> np.ndarray:
     return center_crop(decode_image(labelled()[index][1], MAX_PIXELS), size)
-
-
-@pytest.fixture(params=["folder", "tar"])
-def kind(request):
-    return request.param
 
 
 def write(kind: str, root, images=None) -> str:
@@ -82,22 +78,26 @@ def test_folder_and_tar_give_identical_images(tmp_path):
         assert twin["condition"] == folder[i]["condition"] == tar.labels[by_key[folder.key(i)]]
 
 
-def test_channels_follow_the_modality(tmp_path, kind):
-    source = opened(kind, write(kind, tmp_path), modality=MODALITIES["image_pixels"](16, 1, 4))
-    luminance = np.asarray(Image.fromarray(expected(0, 16)).convert("L"))
-    assert same(source[0]["example"], luminance[..., None])
+def test_channels_follow_the_modality(tmp_path):
+    for kind in KINDS:
+        source = opened(
+            kind, write(kind, tmp_path / kind), modality=MODALITIES["image_pixels"](16, 1, 4)
+        )
+        luminance = np.asarray(Image.fromarray(expected(0, 16)).convert("L"))
+        assert same(source[0]["example"], luminance[..., None])
 
 
-def test_grain_reads_in_threads(tmp_path, kind):
-    source = opened(kind, write(kind, tmp_path, with_broken(1, 8)))
-    stream = example_stream(source, seed=3, random_flip=True)
-    one_by_one = [stream[i] for i in range(8)]
-    batches = row_batches(stream, 4, consumed=0)
-    for start in (0, 4):
-        batch = next(batches)
-        for row in range(4):
-            assert same(batch["example"][row], one_by_one[start + row]["example"])
-            assert batch["condition"][row] == one_by_one[start + row]["condition"]
+def test_grain_reads_in_threads(tmp_path):
+    for kind in KINDS:
+        source = opened(kind, write(kind, tmp_path / kind, with_broken(1, 8)))
+        stream = example_stream(source, seed=3, random_flip=True)
+        one_by_one = [stream[i] for i in range(8)]
+        batches = row_batches(stream, 4, consumed=0)
+        for start in (0, 4):
+            batch = next(batches)
+            for row in range(4):
+                assert same(batch["example"][row], one_by_one[start + row]["example"])
+                assert batch["condition"][row] == one_by_one[start + row]["condition"]
 
 
 def test_folder_finds_what_it_should(tmp_path):
@@ -121,16 +121,17 @@ def test_names_need_not_be_unicode(tmp_path):
     assert os.fsencode(source.key(0)) == b"caf\xe9/\xff.jpg" and len(source.digest()) == 64
 
 
-def test_checksum_tells_what_is_there_and_not_where(tmp_path, kind):
-    def digest(name: str, images=None) -> str:
-        return opened(kind, write(kind, tmp_path / name, images)).source.digest()
+def test_checksum_tells_what_is_there_and_not_where(tmp_path):
+    def digest(kind: str, name: str, images=None) -> str:
+        return opened(kind, write(kind, tmp_path / kind / name, images)).source.digest()
 
     images = labelled()
     renamed = [("flower/other", *images[0][1:]), *images[1:]]
     moved = [("temple/000x", images[0][1], 1), *images[1:]]
-    assert digest("a") == digest("b/c")
-    others = {digest("d", renamed), digest("e", moved), digest("f", images[:-1])}
-    assert len({digest("a"), *others}) == 4
+    others = {"d": renamed, "e": moved, "f": images[:-1]}
+    for kind in KINDS:
+        assert digest(kind, "a") == digest(kind, "b/c")
+        assert len({digest(kind, "a"), *(digest(kind, *other) for other in others.items())}) == 4
 
 
 def test_unusable_folder_is_refused(tmp_path):
@@ -208,15 +209,18 @@ def test_broken_image_is_replaced_by_the_next(tmp_path):
     assert all("truncated" in reason.lower() for reason in source.broken.values())
 
 
-def test_too_many_broken_images_are_an_error(tmp_path, kind):
-    path = write(kind, tmp_path, with_broken(*range(1, COUNT)))
-    source = opened(kind, path, max_broken=4)
-    first = next(i for i in range(COUNT) if source.source.key(i).endswith("flower/000.jpg"))
-    assert same(source[first]["example"], expected(0))
-    with pytest.raises(DataError, match="5 of 12 images .* 4 are allowed.*raise data.max_broken"):
-        source[(first + 1) % COUNT]
-    with pytest.raises(DataError, match="1 of 12 images"):
-        opened(kind, path, max_broken=0)[(first + 1) % COUNT]
+def test_too_many_broken_images_are_an_error(tmp_path):
+    for kind in KINDS:
+        path = write(kind, tmp_path / kind, with_broken(*range(1, COUNT)))
+        source = opened(kind, path, max_broken=4)
+        first = next(i for i in range(COUNT) if source.source.key(i).endswith("flower/000.jpg"))
+        assert same(source[first]["example"], expected(0))
+        with pytest.raises(
+            DataError, match="5 of 12 images .* 4 are allowed.*raise data.max_broken"
+        ):
+            source[(first + 1) % COUNT]
+        with pytest.raises(DataError, match="1 of 12 images"):
+            opened(kind, path, max_broken=0)[(first + 1) % COUNT]
 
 
 def test_what_is_no_file_of_an_image_is_broken(tmp_path, monkeypatch):

@@ -146,16 +146,16 @@ def test_missing_and_cut_files_are_named(damaged, monkeypatch):
             opened("tfds", f"photos@{damaged}")[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"image": None}, 'features .*label.* it needs.*"image"'),
-        ({"label": tfds.features.Scalar(np.int64), "shift": -1}, r"train\[\d+\] is of class -1"),
-        ({}, "2 classes .flower, temple., data.num_classes is 1000"),
-    ],
-)
-def test_features_and_labels_are_checked(tmp_path, monkeypatch, changes, words):
-    for name, value in changes.items():
-        monkeypatch.setattr(Photos, name, value)
-    with pytest.raises(DataError, match=words):
-        list(opened("tfds", f"photos@{prepare(tmp_path)}", 1000))
+def test_features_and_labels_are_checked(tmp_path, monkeypatch):
+    numbers = {"label": tfds.features.Scalar(np.int64), "shift": -1}
+    for number, (changes, words) in enumerate(
+        (
+            ({"image": None}, 'features .*label.* it needs.*"image"'),
+            (numbers, r"train\[\d+\] is of class -1"),
+            ({}, "2 classes .flower, temple., data.num_classes is 1000"),
+        )
+    ):
+        with monkeypatch.context() as patch, pytest.raises(DataError, match=words):
+            for name, value in changes.items():
+                patch.setattr(Photos, name, value)
+            list(opened("tfds", f"photos@{prepare(tmp_path / str(number))}", 1000))

@@ -68,18 +68,18 @@ def test_files_are_written_whole_whatever_their_name(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failed_write_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch, step):
+def test_a_failed_write_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_bytes(path, b"old")
 
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space.*'{path}'"):
-        patch.setattr(os if step == "fsync" else type(as_path(path)), step, fail)
-        write_bytes(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    for owner, step in ((os, "fsync"), (type(as_path(path)), "replace")):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space.*'{path}'"):
+            patch.setattr(owner, step, fail)
+            write_bytes(path, b"new")
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_arrays_can_be_read(tmp_path):
@@ -132,8 +132,7 @@ def test_a_bucket_that_refuses_is_named_and_not_made(empty):
     assert not made and not empty.objects
 
 
-@pytest.mark.parametrize("mode", ["train", "sample"])
-def test_storage_that_cannot_be_reached_is_one_line(empty, mode, monkeypatch, capsys):
+def test_storage_that_cannot_be_reached_is_one_line(empty, monkeypatch, capsys):
     async def no_time(seconds: float) -> None:
         pass
 
@@ -142,8 +141,9 @@ def test_storage_that_cannot_be_reached_is_one_line(empty, mode, monkeypatch, ca
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        line = refusal(capsys, f"--config={CONFIG}", f"--workdir={WORKDIR}", f"--mode={mode}")
-    assert line.startswith("error: ") and "Cannot connect to host 127.0.0.1" in line
+        for mode in ("train", "sample"):
+            line = refusal(capsys, f"--config={CONFIG}", f"--workdir={WORKDIR}", f"--mode={mode}")
+            assert line.startswith("error: ") and "Cannot connect to host 127.0.0.1" in line
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
