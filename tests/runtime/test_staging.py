@@ -94,6 +94,13 @@ def test_another_cache_at_the_same_address_is_noticed(bucket, again, tmp_path):
     assert files(folder) == before, "a run may still read it"
 
 
+def test_metadata_that_was_written_anew_costs_no_shard(bucket, again):
+    again()
+    text = json.loads(bucket.objects["data/cache/metadata.json"])
+    bucket.objects["data/cache/metadata.json"] = json.dumps(text | {"scale": 0.5}).encode()
+    assert files(again()) == bucket.objects and downloaded(bucket) == []
+
+
 def test_of_two_processes_one_copies(bucket, tmp_path, capsys):
     threads = [
         threading.Thread(target=lambda: local_cache(URL, str(tmp_path / "staged")))
@@ -209,7 +216,7 @@ def test_what_does_not_fit_a_cache_is_one_line(bucket, tmp_path, capsys):
 
 
 def test_a_disk_that_cannot_take_it_is_named(bucket, again, monkeypatch, tmp_path):
-    needed = sum(map(len, bucket.objects.values()))
+    needed = sum(len(data) for name, data in bucket.objects.items() if "shards" in name)
     usage = staging.shutil.disk_usage("/")
     with monkeypatch.context() as patch, pytest.raises(PathError, match=f"needs {needed:,} bytes"):
         patch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
