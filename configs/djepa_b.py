@@ -10,7 +10,7 @@
     # 32 TPU v6e, from a workstation; workers copy cache and autoencoder from the bucket
     bash launch/train_tpu_vm.sh --name=djepa-b --zone=ZONE --accelerator_type=v6e-32 \\
         --config=configs/djepa_b.py --workdir=gs://BUCKET/djepa_b \\
-        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.ckpt
+        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.safetensors
     # raw pixels, without latents and autoencoder
     bash launch/train_gpu.sh --config=configs/djepa_b.py:pixels --workdir=DIR \\
         --config.data.path=IMAGENET/train

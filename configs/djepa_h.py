@@ -10,7 +10,7 @@
     # 32 TPU v6e, from a workstation; workers copy cache and autoencoder from the bucket
     bash launch/train_tpu_vm.sh --name=djepa-h --zone=ZONE --accelerator_type=v6e-32 \\
         --config=configs/djepa_h.py --workdir=gs://BUCKET/djepa_h \\
-        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.ckpt \\
+        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.safetensors \\
         '--config.mesh=(1,-1,1)'
     # raw pixels, without latents and autoencoder
     bash launch/train_gpu.sh --config=configs/djepa_h.py:pixels --workdir=DIR \\

@@ -10,7 +10,7 @@
     # 32 TPU v6e, from a workstation; workers copy cache and autoencoder from the bucket
     bash launch/train_tpu_vm.sh --name=djepa-l --zone=ZONE --accelerator_type=v6e-32 \\
         --config=configs/djepa_l.py --workdir=gs://BUCKET/djepa_l \\
-        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.ckpt
+        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.safetensors
     # raw pixels, without latents and autoencoder
     bash launch/train_gpu.sh --config=configs/djepa_l.py:pixels --workdir=DIR \\
         --config.data.path=IMAGENET/train

@@ -3,11 +3,11 @@
 # all its workers, install, train; and begin again from the last checkpoint when a spot TPU was taken away.
 #
 #   bash launch/train_tpu_vm.sh --name=NAME --zone=ZONE --accelerator_type=TYPE --config=FILE|--config_json=FILE
-#       --workdir=gs://BUCKET/DIR [--cache=gs://BUCKET/CACHE] [--autoencoder=gs://BUCKET/kl16.ckpt] [--spot]
+#       --workdir=gs://BUCKET/DIR [--cache=gs://BUCKET/CACHE] [--autoencoder=gs://BUCKET/kl16.safetensors] [--spot]
 #       [--project=ID] [--runtime_version=IMAGE] [--max_restarts=100] [--poll_seconds=30] [--dry_run]
 #       [--config.KEY=VALUE ...] [-- more flags for djepa_jax.main]
 #   bash launch/train_tpu_vm.sh --name=djepa --zone=us-east5-b --accelerator_type=v6e-16 --spot \
-#       --config=configs/djepa_l.py --workdir=gs://mine/l --cache=gs://mine/latents --autoencoder=gs://mine/kl16.ckpt
+#       --config=configs/djepa_l.py --workdir=gs://mine/l --cache=gs://mine/latents --autoencoder=gs://mine/kl16.safetensors
 #
 # --cache and --autoencoder become --config.data.path and --config.autoencoder.path; every worker copies them to its disk.
 # The training outlives a lost connection and Ctrl-C here; the same command stops it, once it has saved, and goes on with

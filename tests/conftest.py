@@ -30,7 +30,7 @@ LONG = (
     "test_distributed_processes",
     "test_train",
     "test_pipeline_proof",
-    "test_recipes",
+    "test_configs",
     "test_profiling",
     "test_kill",
     "test_mesh_programs",
