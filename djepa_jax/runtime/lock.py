@@ -93,7 +93,8 @@ def _acquire(storage, address: str, mine: bytes, what: str) -> None:
             storage.pipe_file(address, mine, mode="create")
             return
         with contextlib.suppress(FileNotFoundError):  # it was given back meanwhile
-            found, generation = storage.cat_file(address), storage.info(address)["generation"]
+            # In this order: what is read is never older than the generation.
+            generation, found = storage.info(address)["generation"], storage.cat_file(address)
             if found == mine:  # it was created, but the answer was lost
                 return
             owner = found.decode(errors="replace").partition("\n")[0]

@@ -3,7 +3,6 @@ training -> pictures.
 """
 
 import json
-import logging
 import pathlib
 
 import numpy as np
@@ -63,7 +62,6 @@ def run(tmp_path):
 
 
 def test_from_the_archive_to_pictures(run, weights, tmp_path):
-    logging.getLogger("absl").setLevel(logging.ERROR)
     images = {
         wnid: {
             f"{wnid}_{i}.JPEG": encode(crop(NAMES[number], 10 * number + i))

@@ -1,6 +1,5 @@
 """Data sets of TensorFlow Datasets as a source, without TensorFlow."""
 
-import logging
 import pathlib
 import shutil
 import sys
@@ -62,7 +61,6 @@ def prepare(folder: pathlib.Path, **options) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> pathlib.Path:
-    logging.getLogger("absl").setLevel(logging.ERROR)
     return prepare(tmp_path_factory.mktemp("tfds"))
 
 

@@ -38,7 +38,7 @@ case "$3 $4" in
   "tpu-vm ssh")
     case $command in *djepa_jax.main*) run=$(next runs) ;; *) run=$(next installations) ;; esac
     case $run in
-      wait) echo waiting && sleep 60 ;;
+      wait) echo waiting; exec sleep 60 ;; # no child: a signal while one is forked would be lost
       real) cd "$HOME/vm" && HOME=$PWD exec bash -c "$command" ;;
       *) exit "$run" ;;
     esac
