@@ -73,9 +73,8 @@ def _loss() -> ConfigDict:
     loss.noise_multiplicity = 4  # draws of (time, noise) per token and step
     loss.mask_ratio_min = 0.7
     loss.mask_ratio_std = 0.25
-    loss.mask_group = (
-        1  # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
-    )
+    # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
+    loss.mask_group = 1
     return loss
 
 
@@ -103,9 +102,8 @@ def _data() -> ConfigDict:
     # digits, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache of --mode=prepare)
     data.source = "latents"
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
-    data.staging = (
-        ""  # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
-    )
+    # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
+    data.staging = ""
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
@@ -122,9 +120,8 @@ def _data() -> ConfigDict:
     # imagenet (told by WordNet ids), a text file with one name per line, or "" for numbers
     data.class_names = "imagenet"
     data.random_flip = False
-    data.num_threads = (
-        4  # of each process, that read examples; their number changes nothing but the speed
-    )
+    # of each process, that read examples; their number changes nothing but the speed
+    data.num_threads = 4
     return data
 
 

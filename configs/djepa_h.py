@@ -1,20 +1,7 @@
 """D-JEPA-H on ImageNet 256 in KL-16 latents: 1,427 M parameters, 320 epochs at batch 2048.
 
-    # the latents, once, from an image folder (a folder per class) or ILSVRC's archive
-    djepa --mode=prepare --config=djepa_h --workdir=CACHE \\
-        --config.prepare.source=folder --config.prepare.path=IMAGENET/train \\
-        --config.autoencoder.path=kl16.ckpt
-    # 8 H200
-    bash launch/train_gpu.sh --config=configs/djepa_h.py --workdir=DIR \\
-        --config.data.path=CACHE --config.autoencoder.path=kl16.ckpt
-    # 32 TPU v6e, from a workstation; workers copy cache and autoencoder from the bucket
-    bash launch/train_tpu_vm.sh --name=djepa-h --zone=ZONE --accelerator_type=v6e-32 \\
-        --config=configs/djepa_h.py --workdir=gs://BUCKET/djepa_h \\
-        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.safetensors \\
-        '--config.mesh=(1,-1,1)'
-    # raw pixels, without latents and autoencoder
-    bash launch/train_gpu.sh --config=configs/djepa_h.py:pixels --workdir=DIR \\
-        --config.data.path=IMAGENET/train
+Commands, from the archive of images to samples: docs/imagenet.md.
+On 32 TPU v6e add '--config.mesh=(1,-1,1)', which splits the state.
 
 Work: 1,163 EFLOP (`core/flops.py`, nothing wasted). Time at 40 % of the speed named, a calculation
 and not a measurement:

@@ -1,19 +1,6 @@
 """D-JEPA-L on ImageNet 256 in KL-16 latents: 688 M parameters, 480 epochs at batch 2048.
 
-    # the latents, once, from an image folder (a folder per class) or ILSVRC's archive
-    djepa --mode=prepare --config=djepa_l --workdir=CACHE \\
-        --config.prepare.source=folder --config.prepare.path=IMAGENET/train \\
-        --config.autoencoder.path=kl16.ckpt
-    # 8 H200
-    bash launch/train_gpu.sh --config=configs/djepa_l.py --workdir=DIR \\
-        --config.data.path=CACHE --config.autoencoder.path=kl16.ckpt
-    # 32 TPU v6e, from a workstation; workers copy cache and autoencoder from the bucket
-    bash launch/train_tpu_vm.sh --name=djepa-l --zone=ZONE --accelerator_type=v6e-32 \\
-        --config=configs/djepa_l.py --workdir=gs://BUCKET/djepa_l \\
-        --cache=gs://BUCKET/CACHE --autoencoder=gs://BUCKET/kl16.safetensors
-    # raw pixels, without latents and autoencoder
-    bash launch/train_gpu.sh --config=configs/djepa_l.py:pixels --workdir=DIR \\
-        --config.data.path=IMAGENET/train
+Commands, from the archive of images to samples: docs/imagenet.md.
 
 Work: 839 EFLOP (`core/flops.py`, nothing wasted). Time at 40 % of the speed named, a calculation
 and not a measurement:

@@ -25,9 +25,7 @@ def flow(config: ConfigDict) -> None:
 
 
 def no_jepa(config: ConfigDict) -> None:
-    """Without the JEPA loss and its head: masked generation with a denoiser, nothing else
-    changed.
-    """
+    """Without the JEPA loss and its head; nothing else changes."""
     config.loss.jepa_weight = 0.0
 
 
@@ -42,9 +40,7 @@ def unconditional(config: ConfigDict) -> None:
 
 
 def pixels(config: ConfigDict) -> None:
-    """Raw pixels in patches of 16 x 16: 256 tokens of 768 values, no autoencoder. Images are
-    decoded while training.
-    """
+    """Raw pixels in patches of 16 x 16, no autoencoder; images are decoded while training."""
     config.data.modality = "image_pixels"
     config.data.source = "folder"
     config.data.image_size = 256
@@ -61,9 +57,7 @@ def size_512(config: ConfigDict) -> None:
 
 
 def debug(config: ConfigDict) -> None:
-    """The same code, tiny, on made-up examples (latents with their posterior): under a minute on
-    two cores, to see it run.
-    """
+    """The same code, tiny, on made-up examples, to see it run in about a minute."""
     config.data.source = "synthetic"
     config.model.size = "custom"
     config.model.width, config.model.num_heads = 32, 2
@@ -75,11 +69,9 @@ def debug(config: ConfigDict) -> None:
     config.optimizer.warmup_steps = 5
     config.log_every, config.sample_every, config.checkpoint_every = 5, 0, 10
     config.sample.count = config.sample.batch_size = 4
-    config.sample.num_ar_steps, config.sample.num_denoise_steps, config.sample.num_segments = (
-        4,
-        5,
-        1,
-    )
+    config.sample.num_ar_steps = 4
+    config.sample.num_denoise_steps = 5
+    config.sample.num_segments = 1
 
 
 # In the order in which they are applied, whatever the order typed: a later one may build on those

@@ -81,23 +81,55 @@ def benchmark(values: flags.FlagValues, experiment: Experiment) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a mode does, the flags that it needs, and an example of its own flags."""
+    """What a mode does, the flags that it needs, an example, and flags that are its alone."""
 
     run: Callable
     needs: tuple[str, ...]
     example: str
+    own: tuple[str, ...] = ()
+    one_process: bool = False
 
 
 MODES = {
-    "train": Mode(train, ("config", "workdir"), "--config=digits --workdir=runs/digits"),
-    "sample": Mode(sample, ("config", "workdir"), "--out=three.png --config.sample.labels=3"),
+    "train": Mode(
+        train,
+        ("config", "workdir"),
+        "--config=digits --workdir=runs/digits",
+        own=("restore_from",),
+    ),
+    "sample": Mode(
+        sample,
+        ("config", "workdir"),
+        "--out=three.png --config.sample.labels=3",
+        own=("latents_only",),
+    ),
     "evaluate": Mode(evaluate, ("config", "workdir"), ""),
-    "export": Mode(export, ("workdir", "out"), "--out=exports/digits --format=safetensors"),
-    "import": Mode(import_weights, ("config", "workdir", "source"), "--source=FILE.pth"),
-    "prepare": Mode(prepare, ("config", "workdir"), "--config.prepare.path=IMAGES"),
-    "benchmark": Mode(benchmark, ("config",), "--config=digits --parts=train"),
+    "export": Mode(
+        export,
+        ("workdir", "out"),
+        "--out=exports/digits --format=safetensors",
+        one_process=True,
+    ),
+    "import": Mode(
+        import_weights,
+        ("config", "workdir", "source"),
+        "--source=FILE.pth",
+        one_process=True,
+    ),
+    "prepare": Mode(
+        prepare,
+        ("config", "workdir"),
+        "--config.prepare.path=IMAGES",
+        own=("measure_scale", "shard"),
+        one_process=True,
+    ),
+    "benchmark": Mode(
+        benchmark,
+        ("config",),
+        "--config=digits --parts=train",
+        one_process=True,
+    ),
 }
-ALONE = ("import", "export", "benchmark")  # modes for one process
 
 
 def usage() -> str:
@@ -137,9 +169,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "process_id": (-1, -1, "Which one this is, from 0."),
         "rendezvous_timeout": (distributed.TIMEOUT, 1, "Seconds to wait for the others."),
         "heartbeat_timeout": (distributed.HEARTBEAT, 1, "Seconds until a silent one is dead."),
-        "steps": (10, 1, "benchmark: training steps in one repeat."),
-        "repeats": (10, 1, "benchmark: timed repeats."),
-        "warmup": (2, 0, "benchmark: calls before the clock starts."),
+        "steps": (10, None, "benchmark: training steps in one repeat."),
+        "repeats": (10, None, "benchmark: timed repeats."),
+        "warmup": (2, None, "benchmark: calls before the clock starts."),
     }
     for name, (default, least, words) in numbers.items():
         flags.DEFINE_integer(name, default, words, lower_bound=least, flag_values=values)
@@ -151,18 +183,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Experiment | None]:
     """The flags' values, and the configuration, None without one (`config.flags.parse`)."""
-    needs = lambda values: MODES[values.mode].needs  # noqa: E731
-    values, experiment = parse_flags(argv, define_flags, usage(), needs)
-    only = {
-        "restore_from": "train",
-        "latents_only": "sample",
-        "measure_scale": "prepare",
-        "shard": "prepare",
-    }
-    for name, mode in only.items():
-        if values[name].value and values.mode != mode:
-            raise UsageError(f"--{name} is for --mode={mode}; leave it out of {values.mode}.")
-    if values.distributed != "none" and values.mode in ALONE:
+    values, experiment = parse_flags(argv, define_flags, usage(), lambda v: MODES[v.mode].needs)
+    for name, mode in MODES.items():
+        for flag in mode.own:
+            if values[flag].value and values.mode != name:
+                raise UsageError(f"--{flag} is for --mode={name}; leave it out of {values.mode}.")
+    if values.distributed != "none" and MODES[values.mode].one_process:
         raise UsageError(
             f"--mode={values.mode} is for one process; leave out --distributed "
             f"({distributed.VARIABLE})."

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from djepa_jax.checkpoints.convert.autoencoder_kl import from_tensors
-from djepa_jax.checkpoints.convert.tensor_files import open_tensors
+from djepa_jax.checkpoints.convert.tensor_files import SourceError, open_tensors
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
@@ -61,17 +61,19 @@ class Autoencoder:
 
 
 def find_weights(settings, staging: str = "") -> tuple[pathlib.Path, str]:
-    """The file that `config.autoencoder` names, and its sha256: empty if it is not there, which
-    reading will say. A file in a bucket is copied below `staging` first.
+    """The file that `config.autoencoder` names, and its sha256; from a bucket, below `staging`.
 
     Raises:
         ConfigError: none is named, or its sha256 is not the one that is asked for.
+        SourceError: it is not there.
     """
     if not settings.path:
         raise ConfigError(f"{FLAG} is empty; name the weights (kl16.ckpt, or a .safetensors file).")
     path = local_copy(settings.path, staging, FLAG.removeprefix("--"))
-    found = file_sha256(path) if path.is_file() else ""
-    if found and settings.sha256 and found != settings.sha256:
+    if not path.is_file():
+        raise SourceError(f'{FLAG} "{settings.path}" does not exist; name the file of weights.')
+    found = file_sha256(path)
+    if settings.sha256 and found != settings.sha256:
         raise ConfigError(
             f'{FLAG} "{settings.path}" has sha256 {found}, but the latents are those of the '
             f"autoencoder with sha256 {settings.sha256} (config.autoencoder.sha256): another one "

@@ -30,7 +30,6 @@ from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.runtime.storage import check_local, check_writable, write_json
 
-FORMATS = (ORBAX, SAFETENSORS, OFFICIAL, STABLEHLO)
 # Places on this machine are nobody's business.
 PRIVATE = {"data.path": "", "data.staging": "", "prepare.path": "", "autoencoder.path": ""}
 NO_TEXT = r"\ud800-\udfff"  # bytes of a path that are no UTF-8
@@ -51,7 +50,7 @@ def run_export(
         experiment: None for the configuration that is stored with the weights.
         workdir: a workdir, one of its steps, or another export.
         out: the folder to write.
-        form: one of `FORMATS`.
+        form: as `--format` has it.
         overwrite: replace a folder that an export wrote.
         licence: of the weights, for the card.
 
@@ -111,8 +110,10 @@ def _write_weights(folder: pathlib.Path, experiment: Experiment, params: dict, f
         save_tensors(folder / restore.TENSORS_NAME, arrays, LAYOUT)
     elif form == OFFICIAL:
         save_tensors(folder / restore.TENSORS_NAME, to_official(params), {"format": "pt"})
-    else:
+    elif form == STABLEHLO:
         stablehlo.compile_sampler(folder, experiment, params)
+    else:
+        raise CheckpointError(f"--format={form} is none of the formats of --mode=export.")
 
 
 def _describe(

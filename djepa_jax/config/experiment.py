@@ -144,11 +144,6 @@ class Experiment(Settings):
         kind, options = TOKEN_LOSSES[self.loss.name], self.loss.options
         own = {field.name for field in dataclasses.fields(kind)} - SHARED_LOSS_FIELDS
         check_options("loss.options", options, own, f"the loss {self.loss.name}")
-        if self.sample.sampler not in kind.samplers:
-            raise ConfigError(
-                f"config.sample.sampler is {self.sample.sampler!r}; the loss {self.loss.name} has "
-                f"{' and '.join(kind.samplers)}."
-            )
         try:
             return kind(
                 noise_multiplicity=self.loss.noise_multiplicity,
@@ -165,9 +160,11 @@ class Experiment(Settings):
     def network(self) -> ModelConfig:
         """The shape of the networks."""
         model, modality = self.model, self.modality
-        conditioner = CONDITIONERS[model.condition](
-            self.data.num_classes, **model.condition_options
-        )
+        options = model.condition_options
+        try:
+            conditioner = CONDITIONERS[model.condition](self.data.num_classes, **options)
+        except TypeError as error:  # of its signature, which says the option
+            raise ConfigError(f"config.model.condition_options is {options}: {error}.") from error
         return ModelConfig(
             grid=modality.grid,
             token_dim=modality.token_dim,

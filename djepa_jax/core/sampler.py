@@ -141,6 +141,7 @@ def ar_step(
     num_tokens = config.model.num_tokens
 
     def step(state: SampleState, num_new, cfg_scale, temperature) -> SampleState:
+        """Reveal the next `num_new` tokens."""
         places = state.num_visible + jnp.arange(segment.new)  # [K]
         query_ids = jnp.minimum(places, num_tokens - 1)
         cond = predict(config, model, state, draws.order, condition, query_ids, segment.visible)
@@ -223,6 +224,7 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
     counts = reveal_counts(config.model.num_tokens, config.num_ar_steps)
 
     def step(params, state: SampleState, inputs: SampleInputs, number):
+        """Reveal the tokens of step `number`."""
         draws = make_draws(config, inputs.seed, inputs.sample_ids)
         model = nnx.merge(graph, params)
         condition = embed_guided(config, model, inputs.conditions)

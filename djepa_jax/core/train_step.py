@@ -109,7 +109,7 @@ def batch_loss(config: TrainStepConfig, graph, params, ema_params, examples: dic
     x0, order, num_visible = examples["x0"], examples["order"], examples["num_visible"]
     max_visible = config.masking.max_visible
     model = nnx.merge(graph, params)
-    model.denoiser.keep_batch_split = True
+    model.denoiser.many_rows = True  # B K of them, which a mesh splits along the batch
     drops = config.model.dropout or config.model.attention_dropout
     keys = examples["dropout_keys"].T if drops else (None, None)
     condition = model.embed_condition(examples["told_conditions"])

@@ -265,30 +265,19 @@ def check_cache(metadata: Metadata, data) -> None:
         )
 
 
-def decoder_weights(autoencoder, staging: str) -> pathlib.Path | None:
-    """The local file of the autoencoder that makes pictures of samples; None if it has no path."""
-    if not autoencoder.path:
-        return None
-    file = local_copy(autoencoder.path, staging, "config.autoencoder.path")
-    if not file.is_file():
-        raise DataError(f"config.autoencoder.path is {autoencoder.path}, where there is no file.")
-    return file
-
-
-def latents_made_by(source: Source, autoencoder, weights: pathlib.Path | None) -> str:
+def latents_made_by(source: Source, autoencoder, decoder: str) -> str:
     """The sha256 of the autoencoder that made a source's latents, "" where that is not known.
 
     Raises:
-        DataError: `weights`, which decode samples, or `config.autoencoder.sha256` are of another.
+        DataError: `decoder`, the sha256 of what decodes samples, or `autoencoder.sha256` differs.
     """
     cache, made_by = getattr(source, "source", source), autoencoder.sha256  # of `SingleClass`
     if isinstance(cache, LatentCache):
         made_by = cache.metadata.autoencoder["sha256"]
-    found = {"config.autoencoder.sha256": autoencoder.sha256}
-    if weights and made_by:
-        found[f"config.autoencoder.path {autoencoder.path}"] = file_sha256(weights)
+    found = {f"config.autoencoder.path {autoencoder.path}": decoder}
+    found["config.autoencoder.sha256"] = autoencoder.sha256
     for what, sha256 in found.items():
-        if sha256 not in ("", made_by):
+        if made_by and sha256 not in ("", made_by):
             raise DataError(
                 f"the latents were made with the autoencoder of sha256 {made_by}, {what} has "
                 f"{sha256}; name the file of that one, and leave config.autoencoder.sha256 empty."

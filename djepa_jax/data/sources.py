@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from djepa_jax.checkpoints.autoencoder import weights_sha256
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
 from djepa_jax.data.ilsvrc import open_ilsvrc
@@ -9,7 +10,6 @@ from djepa_jax.data.image_folder import open_folder
 from djepa_jax.data.latent_cache import (
     LatentCache,
     check_cache,
-    decoder_weights,
     latents_made_by,
     local_cache,
     read_metadata,
@@ -102,9 +102,9 @@ def open_training_data(experiment: Experiment) -> tuple[Source, Experiment]:
     if not experiment.modality.needs_decoder:
         return open_data(experiment), experiment
     # The weights come before the data, whose copying may take long.
-    weights = decoder_weights(experiment.autoencoder, experiment.data.staging)
+    decoder = weights_sha256(experiment) if experiment.has_decoder else ""
     source = open_data(experiment)
-    made_by = latents_made_by(source, experiment.autoencoder, weights)
+    made_by = latents_made_by(source, experiment.autoencoder, decoder)
     return source, experiment.decoded_by(made_by)
 
 

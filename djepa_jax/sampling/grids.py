@@ -19,6 +19,7 @@ MAX_GRID = 100  # pictures in a grid
 GRID_GAP = 2
 MIN_TILE = 64
 LABEL_HEIGHT = 14
+MEMBERS = {"images": "arr_0"}  # of an npz file, as ADM's evaluation wants them
 
 
 def label_grid(images: np.ndarray, labels: list[str], columns: int | None = None) -> np.ndarray:
@@ -61,13 +62,17 @@ def save_png(path: os.PathLike, image: np.ndarray, texts: dict[str, str]) -> Non
     write_bytes(path, buffer.getvalue())
 
 
-def make_grid(experiment: Experiment, arrays: dict, conditions) -> np.ndarray | None:
-    """A grid of the first samples, each under its title: uint8 `[H', W', 3]`; None if unseen."""
+def save_grid(
+    png: epath.Path, experiment: Experiment, arrays: dict, conditions, settings: dict
+) -> np.ndarray | None:
+    """Write the first samples, each under its title: uint8 `[H', W', 3]`; None if unseen."""
     first = {name: array[:MAX_GRID] for name, array in arrays.items()}
     pictures = experiment.modality.preview(first)
     if pictures is None:
         return None
-    return label_grid(pictures, experiment.titles(conditions)[: len(pictures)])
+    grid = label_grid(pictures, experiment.titles(conditions)[: len(pictures)])
+    save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
+    return grid
 
 
 def output_paths(out: epath.Path) -> tuple[epath.Path, epath.Path]:
@@ -85,17 +90,13 @@ def npz_members(conditions, settings: dict) -> dict[str, np.ndarray]:
 
 def save_samples(
     out: epath.Path, experiment: Experiment, arrays: dict, conditions, settings: dict
-) -> list[epath.Path]:
-    """Write `OUT.npz` (`arr_0` are images) and, if there is something to see, a grid `OUT.png`."""
+) -> np.ndarray | None:
+    """Write `OUT.npz` and a grid `OUT.png`; the grid, None if there is nothing to see."""
     out.parent.mkdir(parents=True, exist_ok=True)
     png, npz = output_paths(out)
-    named = {"arr_0" if name == "images" else name: array for name, array in arrays.items()}
+    named = {MEMBERS.get(name, name): array for name, array in arrays.items()}
     write_npz(npz, named | npz_members(conditions, settings))
-    grid = make_grid(experiment, arrays, conditions)
-    if grid is None:
-        return [npz]
-    save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
-    return [png, npz]
+    return save_grid(png, experiment, arrays, conditions, settings)
 
 
 def stored_settings(npz: epath.Path) -> dict | None:

@@ -28,7 +28,6 @@ from djepa_jax.checkpoints.checkpointer import CheckpointError
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.flags import command_line
 from djepa_jax.core import sharding
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.lock import lock_workdir
@@ -41,7 +40,7 @@ from djepa_jax.runtime.storage import (
     write_npz,
 )
 from djepa_jax.sampling.generator import Generator, count_of
-from djepa_jax.sampling.grids import MAX_GRID, make_grid, npz_members, output_paths, save_png
+from djepa_jax.sampling.grids import MAX_GRID, MEMBERS, npz_members, output_paths, save_grid
 
 IDENTITY_NAME = "identity.json"  # what the parts are samples of
 
@@ -134,7 +133,8 @@ def write_samples(
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
     with distributed.held_by_main(lock_workdir(folder, what=f'--out "{npz}"')):
-        wanted = identity(generator, params, settings)  # of all processes: it sums over all shards
+        # Of all processes, for it sums over all shards.
+        wanted = parts_identity(generator, params, settings)
         first = distributed.run_on_main(lambda: find_parts(folder, wanted))
         batches = generator.batches(params, conditions, seed, first)
         watched = None if is_main else True  # None: where a terminal is watching
@@ -148,18 +148,16 @@ def write_samples(
             return []
         parts = sorted(folder.glob("*.npz"))
         join(parts, npz, count_of(conditions), npz_members(conditions, settings))
-        written = [npz]
-        grid = make_grid(experiment, first_rows(parts, MAX_GRID), conditions)
-        if grid is not None:
-            save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
-            written = [png, npz]
+        shown = first_rows(parts, MAX_GRID)
+        grid = save_grid(png, experiment, shown, conditions, settings)
+        written = [npz] if grid is None else [png, npz]
         if each is not None:
             written += save_each(experiment, parts, conditions, each)
         shutil.rmtree(folder)
     return written
 
 
-def identity(generator: Generator, params, settings: dict) -> dict:
+def parts_identity(generator: Generator, params, settings: dict) -> dict:
     """Everything that samples depend on: equal values mean equal samples, up to rounding."""
     experiment, sample = generator.experiment, dict(settings["sample"])
     del sample["batch_size"]  # changes no sample
@@ -227,8 +225,7 @@ def join(parts: list[pathlib.Path], npz: epath.Path, count: int, further: dict) 
     local = parts[0].with_name("joined.tmp")
     with zipfile.ZipFile(local, "w") as archive:
         for name, first in first_rows(parts[:1], 1).items():
-            member = "arr_0" if name == "images" else name  # as ADM's evaluation wants it
-            with archive.open(f"{member}.npy", "w", force_zip64=True) as file:
+            with archive.open(f"{MEMBERS.get(name, name)}.npy", "w", force_zip64=True) as file:
                 header = {
                     "descr": np.lib.format.dtype_to_descr(first.dtype),
                     "fortran_order": False,

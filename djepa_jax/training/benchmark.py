@@ -29,21 +29,26 @@ import numpy as np
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import flops, sharding
+from djepa_jax.core.bounds import Natural, Positive, check_bounds
 from djepa_jax.core.models.djepa import init_params
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler, plan_segments
-from djepa_jax.core.train_step import TrainStepConfig, init_state, make_train_step
+from djepa_jax.core.train_step import TrainStepConfig, init_state
 from djepa_jax.runtime.storage import check_writable
 from djepa_jax.training.benchmark_table import report
-from djepa_jax.training.compile_step import planned_bytes
+from djepa_jax.training.compile_step import StepProgram, planned_bytes
+from djepa_jax.training.initial_state import abstract_state, check_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """How often to run: `repeats` timed runs of `steps` training steps, after `warmup` calls."""
 
-    steps: int
-    repeats: int
-    warmup: int
+    steps: Positive
+    repeats: Positive
+    warmup: Natural
+
+    def __post_init__(self):
+        check_bounds(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +70,15 @@ def run_benchmark(
     """Measure some of `PARTS`, print the table, and write the results into `out` as JSON.
 
     Raises:
-        ConfigError: an unknown part, a count that is too small, a batch that cannot be split.
+        ConfigError: an unknown part, or a mesh that cannot split the batch.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise ConfigError(f"--parts={','.join(parts)}: the parts are {', '.join(PARTS)}.")
-    for name, least in (("steps", 1), ("repeats", 1), ("warmup", 0)):
-        if getattr(timing, name) < least:
-            raise ConfigError(f"--{name} is {getattr(timing, name)}; it must be at least {least}.")
     if out:
         check_writable(pathlib.Path(out).parent, "--out")
     mesh = sharding.make_mesh(experiment.mesh)
-    divisor = sharding.batch_divisor(mesh)
-    if experiment.batch_size % divisor:
-        raise ConfigError(
-            f"config.batch_size is {experiment.batch_size}; it must be a multiple of {divisor}, "
-            "the devices."
-        )
+    check_mesh(experiment, mesh)
     results = describe(experiment, mesh) | {"timing": dataclasses.asdict(timing)}
     for part in parts:
         results[part] = measure(PARTS[part](experiment, mesh, timing), mesh, timing)
@@ -113,11 +110,10 @@ def describe(experiment: Experiment, mesh) -> dict:
 def prepare_training(experiment: Experiment, mesh, timing: Timing) -> BenchmarkCase:
     """The donated training step, a fresh state and one random batch."""
     config = experiment.train
-    abstract = jax.eval_shape(lambda: init_state(config))
-    shardings = sharding.state_shardings(abstract, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
     state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
     batch = random_batch(experiment, mesh)
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+    step = StepProgram(config, shardings).jitted(donate=True)
     return BenchmarkCase(
         unit="step",
         function=step,
@@ -129,7 +125,7 @@ def prepare_training(experiment: Experiment, mesh, timing: Timing) -> BenchmarkC
     )
 
 
-def prepare_sampling(experiment: Experiment, mesh, timing: Timing) -> BenchmarkCase:
+def prepare_sampling(experiment: Experiment, mesh, _: Timing) -> BenchmarkCase:
     """The whole sampler, fresh parameters and one batch, rounded up to the devices."""
     config, sample = experiment.sampler, experiment.sample
     divisor = sharding.batch_divisor(mesh)

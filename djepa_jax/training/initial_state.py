@@ -8,12 +8,32 @@ import jax.numpy as jnp
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
 from djepa_jax.checkpoints.restore import check_same_model, restore_state
+from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import FILE_NAME, differences, from_stored, to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, init_state
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import write_json
+
+
+def check_mesh(experiment: Experiment, mesh) -> None:
+    """Raise ConfigError unless the axes of the mesh divide what they split."""
+    divisor = sharding.batch_divisor(mesh)
+    if experiment.batch_size % divisor:
+        raise ConfigError(
+            f"config.batch_size is {experiment.batch_size}; it must be a multiple of {divisor}, "
+            "the devices that share a batch."
+        )
+    shape = experiment.model.shape
+    splits = [("fsdp", "second", "width"), ("fsdp", "second", "denoiser_width")]
+    splits += [("tensor", "last", "num_heads"), ("tensor", "last", "denoiser_width")]
+    for axis, entry, name in splits:
+        if shape[name] % mesh.shape[axis]:
+            raise ConfigError(
+                f"config.mesh splits model.{name} {shape[name]} over {mesh.shape[axis]} devices "
+                f"({axis}); its {entry} entry must divide {shape[name]}."
+            )
 
 
 def abstract_state(experiment: Experiment, mesh) -> TrainState:

@@ -11,7 +11,6 @@ from etils import epath
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.restore import go_back
-from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
@@ -32,7 +31,11 @@ from djepa_jax.training.compile_step import (
     compile_to_fit,
     device_limit,
 )
-from djepa_jax.training.initial_state import abstract_state, restore_or_initialise
+from djepa_jax.training.initial_state import (
+    abstract_state,
+    check_mesh,
+    restore_or_initialise,
+)
 from djepa_jax.training.reporting import Reporter
 
 LAG = 2  # steps between running one and reading its metrics: the device never waits for the host
@@ -86,25 +89,6 @@ def train(
         run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop)
         stack.enter_context(contextlib.closing(run))
         return run.train(restore_from)
-
-
-def check_mesh(experiment: Experiment, mesh) -> None:
-    """Raise ConfigError unless the axes of the mesh divide what they split."""
-    divisor = sharding.batch_divisor(mesh)
-    if experiment.batch_size % divisor:
-        raise ConfigError(
-            f"config.batch_size is {experiment.batch_size}; it must be a multiple of {divisor}, "
-            "the devices that share a batch."
-        )
-    shape = experiment.model.shape
-    splits = [("fsdp", "second", "width"), ("fsdp", "second", "denoiser_width")]
-    splits += [("tensor", "last", "num_heads"), ("tensor", "last", "denoiser_width")]
-    for axis, entry, name in splits:
-        if shape[name] % mesh.shape[axis]:
-            raise ConfigError(
-                f"config.mesh splits model.{name} {shape[name]} over {mesh.shape[axis]} devices "
-                f"({axis}); its {entry} entry must divide {shape[name]}."
-            )
 
 
 class _Run:

@@ -24,7 +24,7 @@ from djepa_jax.runtime.metric_writer import MetricWriter, describe_parameters
 from djepa_jax.runtime.progress import ProgressLine, Stopwatch
 from djepa_jax.runtime.storage import as_path
 from djepa_jax.sampling.generator import Generator, Stopped
-from djepa_jax.sampling.grids import make_grid, output_paths, save_samples, stored_settings
+from djepa_jax.sampling.grids import output_paths, save_samples, stored_settings
 
 
 class Reporter:
@@ -158,8 +158,8 @@ class Reporter:
         settings = self._identity(step, state)
         if self.writer is None:
             return
-        save_samples(self._grid_path(step), experiment, arrays, conditions, settings)
-        grid = make_grid(experiment, arrays, conditions)
+        path = self._grid_path(step)
+        grid = save_samples(path, experiment, arrays, conditions, settings)
         if grid is not None:
             self.writer.write_images(step, {"samples": grid})
 

@@ -16,6 +16,8 @@ import pytest
 from caches import SHA, SHAPE, TOTAL, entries, write_cache
 from photos import opened, same, settings
 
+from djepa_jax.checkpoints.autoencoder import find_weights
+from djepa_jax.checkpoints.convert.tensor_files import SourceError
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.config.class_names import imagenet
 from djepa_jax.core.modalities import MODALITIES
@@ -26,7 +28,6 @@ from djepa_jax.data.latent_cache import (
     DTYPES,
     LatentCache,
     check_cache,
-    decoder_weights,
     find_shard,
     latents_made_by,
     pack,
@@ -228,19 +229,19 @@ def test_class_names_of_a_cache_are_those_of_the_config_or_none(cache, tmp_path)
 def test_only_the_autoencoder_of_the_cache_may_decode(cache, tmp_path):
     weights, source = tmp_path / "kl.ckpt", LatentCache(cache)
     autoencoder = settings("", str(weights), sha256="")
-    with pytest.raises(DataError, match=f"autoencoder.path is {weights}, where there is no file"):
-        decoder_weights(autoencoder, "")
+    with pytest.raises(SourceError, match=f'autoencoder.path "{weights}" does not exist'):
+        find_weights(autoencoder)
     weights.write_text("another")
-    assert decoder_weights(autoencoder, "") == weights
+    assert find_weights(autoencoder) == (weights, file_sha256(weights))
     with pytest.raises(DataError, match=f"{SHA}.*{file_sha256(weights)}.*name the file"):
-        latents_made_by(source, autoencoder, weights)
-    assert latents_made_by(load_digits(), autoencoder, weights) == "", "nothing is known of it"
-    assert latents_made_by(source, autoencoder, None) == SHA, "without pictures"
-    assert decoder_weights(settings("", ""), "") is None
+        latents_made_by(source, autoencoder, file_sha256(weights))
+    other = file_sha256(weights)
+    assert latents_made_by(load_digits(), autoencoder, other) == "", "nothing is known of it"
+    assert latents_made_by(source, autoencoder, "") == SHA, "without pictures"
     metadata = json.loads((cache / "metadata.json").read_text())
     metadata["autoencoder"]["sha256"] = file_sha256(weights)
     (cache / "metadata.json").write_text(json.dumps(metadata))
-    assert latents_made_by(LatentCache(cache), autoencoder, weights) == file_sha256(weights)
+    assert latents_made_by(LatentCache(cache), autoencoder, other) == other
 
 
 # moments as tokens

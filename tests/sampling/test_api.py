@@ -267,7 +267,7 @@ WRONG = [  # a call, words of its error
     (lambda m: m.sample(3, num_ar_steps=2.5), "num_ar_steps is 2.5; it must be a whole number"),
     (lambda m: m.sample(3, num_ar_steps=999), "num_ar_steps is 999; .* 16"),
     (lambda m: m.sample(3, cfg_scale=float("nan")), "cfg_scale is nan"),
-    (lambda m: m.sample(3, sampler="ddpm"), "sampler is 'ddpm'; .*euler and heun"),
+    (lambda m: m.sample(3, sampler="ddpm"), "sampler is 'ddpm'; .*euler, heun"),
     (lambda m: m.sample(3, time_shift=-1.0), "time_shift is -1.0"),
     (lambda m: m.stream("ten", cfg_scale=2.0), '"ten" is not a class'),  # before it is read
     (lambda m: m.encode(PIXELS[0]), r"shape \(8, 8, 1\); expected \[n, 8, 8, 1\]"),

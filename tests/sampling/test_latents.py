@@ -128,7 +128,7 @@ def test_exports_and_imports_carry_the_autoencoder(latents, ours, tmp_path):
 
 def test_an_unconditional_model_has_its_autoencoder_compared_too(tmp_path):
     source = SingleClass(LatentCache(write_cache(tmp_path / "cache")))
-    assert latents_made_by(source, tiny_config(*LATENTS).autoencoder, None) == SHA
+    assert latents_made_by(source, tiny_config(*LATENTS).autoencoder, "") == SHA
 
 
 def test_training_does_not_go_on_with_latents_of_another_autoencoder():

@@ -120,14 +120,14 @@ class Diffusion:
     prediction by hundreds, so a young model without the clip runs away.
     """
 
-    noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
-    num_denoise_steps: DenoiseSteps = 100  # reverse steps in sampling, evenly respaced
-    sampler: Annotated[str, OneOf(("ddpm", "ddim"))] = "ddpm"  # ancestral, deterministic
-    clip_x0: AtLeastZero = 0.0
-
-    samplers = ("ddpm", "ddim")
+    samplers = ("ddpm", "ddim")  # ancestral, deterministic
     out_per_channel = 2
     time_table_size = NUM_TRAIN_STEPS
+
+    noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
+    num_denoise_steps: DenoiseSteps = 100  # reverse steps in sampling, evenly respaced
+    sampler: Annotated[str, OneOf(samplers)] = "ddpm"
+    clip_x0: AtLeastZero = 0.0
 
     def __post_init__(self):
         check_bounds(self)

@@ -15,16 +15,16 @@ from djepa_jax.core.losses.base import Denoiser, guide
 class FlowMatching:
     """Straight paths xt = t x0 + (1 - t) noise to clean tokens x0, with velocity x0 - noise."""
 
-    noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
-    # Points of the time grid of sampling, so one step fewer.
-    num_denoise_steps: Annotated[int, Bound(lambda x: x >= 2, "at least 2")] = 100
-    sampler: Annotated[str, OneOf(("euler", "heun"))] = "euler"
-    time_shift: AboveZero = 1.0  # s in t / (t + s - s t), which bends the grid; 1 leaves it even
-
     samplers = ("euler", "heun")
     out_per_channel = 1
     noises_per_token = 1
     time_table_size = 0
+
+    noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
+    # Points of the time grid of sampling, so one step fewer.
+    num_denoise_steps: Annotated[int, Bound(lambda x: x >= 2, "at least 2")] = 100
+    sampler: Annotated[str, OneOf(samplers)] = "euler"
+    time_shift: AboveZero = 1.0  # s in t / (t + s - s t), which bends the grid; 1 leaves it even
 
     def __post_init__(self):
         check_bounds(self)

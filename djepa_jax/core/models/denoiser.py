@@ -44,7 +44,7 @@ class Denoiser(nnx.Module):
 
     # Set in training, where rows are many and their first axis is the batch's. Sampling has so few
     # that gathering kernels split over `fsdp` may cost more than splitting the rows' width.
-    keep_batch_split = False
+    many_rows = False
 
     def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
         width, dtype = config.denoiser_width, config.dtype
@@ -73,7 +73,7 @@ class Denoiser(nnx.Module):
         x = self.input_proj(xt)
         x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, activated.shape))
         activated = jnp.broadcast_to(activated, x.shape)
-        keep = keep_batch_split if self.keep_batch_split else lambda x: x
+        keep = keep_batch_split if self.many_rows else lambda x: x
         graph, params = nnx.split(self.blocks)
 
         def body(x, block_params):
