@@ -36,8 +36,6 @@ RENAMED = {  # keys of earlier versions
     "sample.clip_x0": "loss.options.clip_x0",
     "sample.time_shift": "loss.options.time_shift",
 }
-
-
 # Flags that belong to one start and not to the run.
 OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "restore_from")
 OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout")
@@ -83,23 +81,26 @@ def parse(
     flags.DEFINE_string("config", None, "NAME[:VARIANT] or FILE.py", flag_values=values)
     flags.DEFINE_string("config_json", None, "JSON over the defaults", flag_values=values)
     overrides = [word for word in argv if word.startswith("--config.")]
-    try:
-        rest = values([word for word in argv if not word.startswith("--config.")])[1:]
-    except flags.UnrecognizedFlagError as error:
-        if error.flagname in keys_of(Experiment):
-            raise UsageError(
-                f"--{error.flagname} is a key of the configuration: write "
-                f"--config.{error.flagname}=VALUE."
-            ) from error
-        raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
-    except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
-    if rest:
-        raise UsageError(f'"{rest[0]}" is not a flag; flags are written --flag=VALUE.\n{usage}')
+    _read_flags(values, [word for word in argv if not word.startswith("--config.")], usage)
     for name in required(values):
         if not values[name].value and not (name == "config" and values.config_json):
             raise UsageError(f"--{name} is missing.\n{usage}")
     return values, read_config(values.config, values.config_json, overrides)
+
+
+def _read_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+    """Let flags take their values from the command line; UsageError if they cannot."""
+    try:
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        flag = getattr(error, "flagname", "")  # of one that there is not
+        if flag in keys_of(Experiment):
+            raise UsageError(
+                f"--{flag} is a key of the configuration: write --config.{flag}=VALUE."
+            ) from error
+        raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
+    if rest:
+        raise UsageError(f'"{rest[0]}" is not a flag; flags are written --flag=VALUE.\n{usage}')
 
 
 def command_line(*extra: str) -> str:

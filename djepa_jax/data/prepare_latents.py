@@ -50,9 +50,7 @@ def run_prepare(
     With a `shard` "i/n" only every n-th shard is made, from the i-th on.
     """
     check_local(folder, "--workdir", PUBLISH)
-    share = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
-    if share is None or int(share[1]) >= int(share[2]):
-        raise ConfigError(f'--shard is "{shard}"; write i/n, with i from 0 to n - 1, such as 0/4.')
+    own = parse_share(shard)
     images = ImagePixels(experiment.prepare.image_size, 3, 1)
     source = open_source("prepare", experiment.prepare, experiment.data, images)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
@@ -64,14 +62,13 @@ def run_prepare(
     name = f"{LOCK_NAME}-{shard.replace('/', '-of-')}" if shard else LOCK_NAME
     with lock_workdir(folder, name):
         claim(path, plan, experiment.prepare.path)
-        own = list(parts)[int(share[1]) :: int(share[2])]
-        missing = [name for name in own if find_shard(path, name, verify=True) is None]
-        if len(missing) < len(own):
-            say(f"{len(own) - len(missing)} of {len(own)} shards are finished already")
+        names = list(parts)[own]
+        missing = [name for name in names if find_shard(path, name, verify=True) is None]
+        if len(missing) < len(names):
+            say(f"{len(names) - len(missing)} of {len(names)} shards are finished already")
         wanted = {name: parts[name] for name in missing}
-        make_shards(
-            path, wanted, source, autoencoder, experiment.prepare, experiment.data.num_threads, say
-        )
+        num_threads = experiment.data.num_threads
+        make_shards(path, wanted, source, autoencoder, experiment.prepare, num_threads, say)
         shards = [find_shard(path, name) for name in parts]
         if None in shards:
             say(
@@ -81,10 +78,7 @@ def run_prepare(
             return None
         claim(path, plan, experiment.prepare.path)  # others may have begun at the same moment
         metadata = make_metadata(path, plan, experiment, source.class_names, measure_scale, shards)
-        write_json(path / latent_cache.METADATA_NAME, dataclasses.asdict(metadata))
-        for leftover in (path / SHARDS_NAME).iterdir():
-            if leftover.suffix in (".unfinished", ".tmp"):  # of processes that were killed
-                leftover.unlink(missing_ok=True)
+        finish(path, metadata)
     say(
         f"{metadata.count:,} images of {metadata.num_classes} classes in {len(shards)} shards; "
         f"{plan['examples'] - metadata.count} could not be read; latents have mean "
@@ -93,6 +87,22 @@ def run_prepare(
         f"--config.data.latent_shift={metadata.shift!r}"
     )
     return metadata
+
+
+def parse_share(shard: str) -> slice:
+    """Which shards "i/n" stands for; all of them for ""."""
+    share = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    if share is None or int(share[1]) >= int(share[2]):
+        raise ConfigError(f'--shard is "{shard}"; write i/n, with i from 0 to n - 1, such as 0/4.')
+    return slice(int(share[1]), None, int(share[2]))
+
+
+def finish(folder: pathlib.Path, metadata: Metadata) -> None:
+    """Write the metadata, which make a cache complete, and remove what killed processes left."""
+    write_json(folder / latent_cache.METADATA_NAME, dataclasses.asdict(metadata))
+    for leftover in (folder / SHARDS_NAME).iterdir():
+        if leftover.suffix in (".unfinished", ".tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def make_plan(experiment: Experiment, source: Source, autoencoder: Autoencoder) -> dict:
