@@ -41,6 +41,15 @@ logging.getLogger("absl").addFilter(
 )
 
 
+def _without_closed_loops(unraisable, show=sys.unraisablehook) -> None:
+    """Leave out what TensorStore says of each read or write that ends after another has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
+
+
+sys.unraisablehook = _without_closed_loops
+
+
 @dataclasses.dataclass(frozen=True)
 class Meta:
     """What a step holds beside the arrays; `parts` are the fields of `TrainState` that it has."""
@@ -81,6 +90,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
         self.workdir = as_path(workdir)
+        integrity.check_storable(self.workdir)
         self.directory = self.workdir / STEPS_NAME
         self._record = self.workdir / RECORD_NAME
         self._keep = keep
@@ -131,7 +141,6 @@ class Checkpoints:
         with self._errors_of(step):
             self._begin(step)
             if self._writer is None:
-                sys.unraisablehook = _without_closed_loops
                 handler = ocp.CompositeCheckpointHandler()
                 self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_SECONDS)
             items = _items(arrays, Meta(config, step, examples))
@@ -284,12 +293,6 @@ class Checkpoints:
             place = place.with_name(f"{step}-{copies}")
         integrity.move_folder(self.folder(step), place)
         return place
-
-
-def _without_closed_loops(unraisable, show=sys.unraisablehook) -> None:
-    """Leave out what TensorStore says of each of the writes that end after a save has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        show(unraisable)
 
 
 def _items(state: ocp.args.CheckpointArgs, meta: Meta) -> ocp.args.Composite:

@@ -8,7 +8,6 @@ complete, never before.
 import dataclasses
 import os
 import pathlib
-import re
 import shutil
 
 import jax
@@ -21,19 +20,17 @@ from djepa_jax.checkpoints import restore, stablehlo
 from djepa_jax.checkpoints.convert.import_weights import LAYOUT
 from djepa_jax.checkpoints.convert.official import to_official
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
-from djepa_jax.checkpoints.integrity import CheckpointError, write_manifest
+from djepa_jax.checkpoints.integrity import CheckpointError, check_storable, write_manifest
 from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
 from djepa_jax.checkpoints.restore import OFFICIAL, ORBAX, SAFETENSORS, StoredModel
 from djepa_jax.checkpoints.stablehlo import STABLEHLO
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
-from djepa_jax.runtime.storage import check_local, check_writable, write_json
+from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
 
 # Places on this machine are nobody's business.
 PRIVATE = {"data.path": "", "data.staging": "", "prepare.path": "", "autoencoder.path": ""}
-NO_TEXT = r"\ud800-\udfff"  # bytes of a path that are no UTF-8
-PATTERNS = r"*?\[\\"  # as which Orbax takes the path that it writes to
 
 
 def run_export(
@@ -86,13 +83,9 @@ def run_export(
 def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
     """The folder to write, found to be free, or an export that may be replaced."""
     check_local(out, "--out")
-    target = pathlib.Path(os.path.expanduser(out)).resolve()  # what a link names, not the link
-    odd = re.search(f"[{NO_TEXT}{PATTERNS if form == ORBAX else ''}]", str(target))
-    if odd:
-        raise CheckpointError(
-            f'--out "{target}" has {odd[0]!a} in it, with which --format={form} cannot be written; '
-            "name another folder."
-        )
+    target = pathlib.Path(as_path(out)).resolve()  # what a link names, not the link
+    if form == ORBAX:
+        check_storable(target)
     if target.exists() and not (overwrite and restore.is_export(target)):
         found = "exists and is no export" if overwrite else "exists"
         raise CheckpointError(
@@ -125,7 +118,7 @@ def _describe(
 ) -> None:
     """Write the card and the record, then the manifest of everything."""
     card = model_card(model, experiment, form, provenance)
-    (folder / restore.CARD_NAME).write_text(card, "utf-8")
+    (folder / restore.CARD_NAME).write_text(card, "utf-8", "backslashreplace")
     sampler = {
         "arguments": stablehlo.arguments(experiment.sampler.guided),
         "batch_size": experiment.sample.batch_size,

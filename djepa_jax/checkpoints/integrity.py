@@ -5,12 +5,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 
 from etils import epath
 
 from djepa_jax.runtime.errors import UserError
-from djepa_jax.runtime.storage import is_remote, may_pass, write_bytes
+from djepa_jax.runtime.storage import as_path, is_remote, may_pass, write_bytes
 
 MANIFEST_NAME = "manifest.json"
 REMEDY = "put a good copy back, or move it away"
@@ -23,6 +24,16 @@ class CheckpointError(UserError, RuntimeError):
 
 class DamagedError(CheckpointError):
     """A step or export that is not what was written."""
+
+
+def check_storable(folder: os.PathLike) -> None:
+    """Raise CheckpointError for a path that TensorStore, which stores arrays, cannot use."""
+    odd = re.search(r"\\|[\ud800-\udfff]|(?<=/)gs:(?=/(?!/))", os.fspath(as_path(folder)))
+    if odd:
+        raise CheckpointError(
+            f'"{folder}" has {odd[0]!a} in it, which the storage of arrays does not take; give '
+            "that folder another name."
+        )
 
 
 @contextlib.contextmanager

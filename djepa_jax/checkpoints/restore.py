@@ -40,6 +40,7 @@ def _parts(abstract: TrainState, meta: Meta) -> dict:
 
 def restore_arrays(folder: epath.Path, abstract: dict) -> dict:
     """Part of the arrays that Orbax wrote; `abstract` gives shapes, dtypes and shardings."""
+    integrity.check_storable(folder)
     check_arrays(folder, abstract)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     arguments = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
@@ -68,7 +69,7 @@ def check_arrays(folder: epath.Path, abstract: dict) -> None:
 def save_arrays(folder: epath.Path, arrays: dict) -> None:
     """Write arrays with Orbax into a new folder."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save(folder, args=ocp.args.PyTreeSave(arrays))
+        writer.save(as_path(folder), args=ocp.args.PyTreeSave(arrays))
 
 
 def _reader() -> ocp.Checkpointer:

@@ -124,13 +124,13 @@ def tar_members(file: str, inner: Member | None = None, limit=MAX_FILE_BYTES) ->
 
 def open_tars(path: str, where: str) -> TarRecords:
     """All images of the tar files of a folder, of one file, of `train-{000..127}.tar` or a glob."""
-    path = os.path.expanduser(path)
+    folder, name = os.path.split(path)
     if os.path.isdir(path):
-        names = [os.path.join(glob.escape(path), "*.tar")]
-    else:
-        names = [glob.escape(path)] if os.path.isfile(path) else expand_braces(path, where)
-    matches = [sorted(glob.glob(name)) if glob.has_magic(name) else [name] for name in names]
-    files = list(dict.fromkeys(file for found in matches for file in found))
+        folder, name = path, "*.tar"
+    elif not os.path.isdir(folder):  # its name may be a pattern, too
+        folder, name = "", path
+    names = [name] if os.path.exists(path) else expand_braces(name, where)
+    files = list(dict.fromkeys(file for name in names for file in _matching(folder, name)))
     missing = [file for file in files if not os.path.isfile(file)]
     if missing or not files:
         raise DataError(
@@ -142,6 +142,13 @@ def open_tars(path: str, where: str) -> TarRecords:
     if not len(records):
         raise DataError(f"the {len(files)} tar files of {where} hold no images; name others.")
     return records
+
+
+def _matching(folder: str, name: str) -> list[str]:
+    """The files in a folder that a glob stands for; the name of a file that is there is none."""
+    is_glob = glob.has_magic(name) and not os.path.exists(os.path.join(folder, name))
+    found = sorted(glob.glob(name, root_dir=folder)) if is_glob else [name]
+    return [os.path.join(folder, file) for file in found]
 
 
 def expand_braces(pattern: str, where: str) -> list[str]:

@@ -5,6 +5,7 @@ the other way round.
 """
 
 import errno
+import glob
 import importlib.util
 import io
 import json
@@ -17,6 +18,7 @@ import uuid
 import fsspec
 import numpy as np
 from etils import epath
+from etils.epath.gpath import PosixGPath
 
 from djepa_jax.runtime.errors import STORAGE_PACKAGES, UserError
 
@@ -35,11 +37,19 @@ class PathError(UserError, ValueError):
     """A file or folder that cannot be used as asked; the message names it and the remedy."""
 
 
+class LiteralPath(PosixGPath):
+    """A path that etils and Orbax may search below, though its own name looks like a pattern."""
+
+    def glob(self, pattern: str):
+        """What matches below this path."""
+        return epath.Path(glob.escape(os.fspath(self))).glob(pattern)
+
+
 def as_path(text: str | os.PathLike) -> epath.Path:
     """An absolute path, local or `gs://...`; PathError for other addresses, or without gcsfs."""
     text = os.fspath(text)
     if "://" not in text:
-        return epath.Path(pathlib.Path(os.path.expanduser(text)).absolute())
+        return LiteralPath(pathlib.Path(os.path.expanduser(text)).absolute())
     if not text.startswith(BUCKET) or not text.removeprefix(BUCKET).partition("/")[0]:
         raise PathError(
             f'"{text}" is neither a local path nor {BUCKET}BUCKET/FOLDER; name one of those.'
@@ -51,7 +61,7 @@ def as_path(text: str | os.PathLike) -> epath.Path:
     # Never answer from a listing that was true some time ago.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is reported anyway
-    return epath.Path(text)
+    return LiteralPath(text)
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.checkpoints.integrity import check_storable
 from djepa_jax.checkpoints.restore import go_back
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
@@ -78,6 +79,7 @@ def train(
     check_mesh(experiment, mesh)
     source, experiment = open_training_data(experiment)
     open_metric(experiment, source)  # refuses data that it cannot judge by
+    check_storable(workdir)
     distributed.run_on_main(lambda: check_writable(workdir))
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.held_by_main(lock_workdir(workdir)))

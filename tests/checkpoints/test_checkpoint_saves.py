@@ -5,6 +5,8 @@ were saved.
 import dataclasses
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from damage import cut, resume
 from workdirs import EVERY, arrays, assert_same_arrays, digest, run, steps_in
 
-from djepa_jax.checkpoints import integrity
+from djepa_jax.checkpoints import checkpointer, integrity
 from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step, read_meta
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError
 from djepa_jax.checkpoints.restore import restore_arrays, restore_state
@@ -51,6 +53,25 @@ def test_a_step_is_saved_once(tmp_path):
     with pytest.raises(CheckpointError, match="saving step 1 .* exists already"):
         checkpoints.save(state(1), {}, 0)
     assert digest(tmp_path) == before and checkpoints.poll() is None
+
+
+def test_a_workdir_may_look_like_a_pattern(tmp_path, monkeypatch):
+    folder = tmp_path / "[1]" / "**?[!a]"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)  # nor is it what the user wrote that counts
+    checkpoints = Checkpoints("run")
+    save(checkpoints, 1)
+    check_step(checkpoints.folder(1))
+    found = restore_state(checkpoints.folder(1), state(0), read_meta(checkpoints.folder(1)))
+    np.testing.assert_array_equal(found["params"]["table"], state(1).params["table"])
+
+
+def test_storage_says_nothing_of_what_ends_after_a_failure():
+    shown, hook = [], checkpointer._without_closed_loops
+    assert sys.unraisablehook is hook
+    for text in ("Event loop is closed", "something else"):
+        hook(types.SimpleNamespace(exc_value=RuntimeError(text)), show=shown.append)
+    assert [str(entry.exc_value) for entry in shown] == ["something else"]
 
 
 @pytest.mark.parametrize("keep", [1, 3])

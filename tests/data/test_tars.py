@@ -33,12 +33,12 @@ def contents(file) -> dict[str, bytes]:
 # finding tar files
 
 
-def test_ways_to_name_shards(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", write_shards(tmp_path))
+def test_ways_to_name_shards(tmp_path):
+    root = write_shards(tmp_path)
     (tmp_path / ".hidden.tar").write_bytes(b"")
     names = [f"train-{i:03d}.tar" for i in range(3)]
     for pattern in ("", "train-{000..002}.tar", "train-*.tar", f"{{{','.join(names)}}}"):
-        source = opened("tar", f"~/{pattern}")
+        source = opened("tar", f"{root}/{pattern}")
         assert len(source) == len(labelled())
         assert [os.path.basename(file) for file in source.source.records.files] == names
 
@@ -47,6 +47,10 @@ def test_names_with_brackets_and_braces_are_found(tmp_path):
     root = write_shards(tmp_path / "odd [1] {a,b}")
     assert len(opened("tar", root)) == len(labelled())
     assert len(opened("tar", f"{root}/train-001.tar")) == len(labelled()) // 3
+    for pattern in ("train-{000..002}.tar", "train-*.tar", "t[r]ain-00?.tar"):
+        assert len(opened("tar", f"{root}/{pattern}")) == len(labelled())
+    with pytest.raises(DataError, match="1 of 4 tar files are missing"):
+        opened("tar", f"{root}/train-{{000..003}}.tar")
 
 
 def test_braces():

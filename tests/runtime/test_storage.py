@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 from buckets import WORKDIR, refusal
+from etils import epath
 from tiny import CONFIG
 
 from djepa_jax.runtime import storage
@@ -42,6 +43,15 @@ def test_local_paths_are_made_absolute(tmp_path, monkeypatch):
     for text, expected in paths.items():
         assert os.fspath(as_path(text)) == str(tmp_path / expected)
         assert not is_remote(as_path(text))
+
+
+def test_what_lies_in_a_folder_is_found_whatever_its_name(tmp_path):
+    for name in ("[a]*?", "**", "plain"):
+        folder = as_path(tmp_path) / name
+        folder.mkdir()
+        (folder / "x.json").touch()
+        for path in (folder, as_path(folder)):
+            assert [found.name for found in path.glob("*.json")] == ["x.json"]
 
 
 def test_addresses_of_buckets_stay_as_they_are(monkeypatch):
@@ -75,7 +85,7 @@ def test_a_failed_write_names_the_file_and_keeps_the_old_one(tmp_path, monkeypat
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for owner, step in ((os, "fsync"), (type(as_path(path)), "replace")):
+    for owner, step in ((os, "fsync"), (type(epath.Path(path)), "replace")):
         with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space.*'{path}'"):
             patch.setattr(owner, step, fail)
             write_bytes(path, b"new")
