@@ -137,12 +137,24 @@ def test_no_network_is_one_line_and_is_tried_again(machine):
     ]
 
 
-def test_wheel_has_the_package_the_configs_and_the_command(tmp_path):
-    checkout = copy_repository(tmp_path, "djepa_jax", "configs")
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> pathlib.Path:
+    """A clone, called as its repository is."""
+    copied = copy_repository(tmp_path_factory.mktemp("clone"), "djepa_jax", "configs")
+    return copied.rename(copied.with_name("djepa_jax"))
+
+
+@pytest.fixture(scope="module")
+def wheel_path(checkout) -> pathlib.Path:
+    """A wheel of the package, beside the clone."""
     pip = [sys.executable, "-m", "pip", "wheel", ".", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "-w", str(tmp_path)], cwd=checkout, check=True)
-    (path,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(path) as wheel:
+    subprocess.run([*pip, "-w", str(checkout.parent)], cwd=checkout, check=True)
+    (path,) = checkout.parent.glob("*.whl")
+    return path
+
+
+def test_wheel_has_the_package_the_configs_and_the_command(wheel_path, checkout):
+    with zipfile.ZipFile(wheel_path) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         (points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
         assert "djepa = djepa_jax.main:main" in wheel.read(points).decode()
@@ -153,3 +165,38 @@ def test_wheel_has_the_package_the_configs_and_the_command(tmp_path):
         for file in (checkout / folder).rglob("*")
         if file.is_file()
     }
+
+
+def test_an_installed_wheel_has_its_configurations_anywhere(wheel_path, tmp_path):
+    """Beside a foreign package called configs, too."""
+    shutil.unpack_archive(wheel_path, tmp_path / "site", "zip")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("raise RuntimeError('a foreign package')")
+    (tmp_path / "mine.json").write_text('{"seed": 1}')
+    names = ("--config=configs/digits.py", "--config=digits:diffusion", "--config_json=mine.json")
+    program = "import sys; from djepa_jax.main import main\nfor name in sys.argv[1:]:\n"
+    program += "    print(main(['djepa', name, '--mode=export', '--workdir=none', '--out=x']))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *names],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}/site", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["2", "2", "2"], done.stderr
+    assert done.stderr.count('none" does not exist') == 3, done.stderr
+
+
+def test_an_editable_install_is_found_from_the_folder_above_the_clone(checkout):
+    """A folder called djepa_jax, without an __init__.py, is there a namespace package."""
+    site, backend = checkout.parent / "site", "import setuptools.build_meta as m; m.build_editable"
+    site.mkdir()
+    command = [sys.executable, "-c", f"{backend}({str(site)!r})"]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    (built,) = site.glob("*.whl")
+    shutil.unpack_archive(built, site, "zip")
+    program = "import site; site.addsitedir('site'); import djepa_jax; print(djepa_jax.load)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=checkout.parent, env={}, capture_output=True, text=True
+    )
+    assert "function load" in done.stdout, done.stderr
