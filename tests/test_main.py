@@ -1,5 +1,6 @@
 """The command line: a table of what bad input gets, before any work is done; what modes do."""
 
+import io
 import json
 import pathlib
 import shutil
@@ -37,6 +38,11 @@ BAD_INPUT = [
     (["--mode=sample", "--latents_only"], ["--latents_only", "leave it out"]),
     (["--mode=export", "--out=x", "--distributed=tpu"], ["one process", "--distributed"]),
     (["--mode=benchmark", "--parts=fly"], ["--parts", "fly", "train"]),
+    (["--workdir=runs/back\\slash"], ["back\\slash", "another name"]),
+    (["--workdir=\udcff"], ["--workdir", "\\udcff", "UTF-8"]),
+    (["--mode=sample", "--out=\udcff.png"], ["--out", "\\udcff", "UTF-8"]),
+    (["--mode=benchmark", "--out=/"], ["--out", "is a folder"]),
+    (["--mode=benchmark", "--out=new/"], ["--out", "is a folder"]),
     (["--config.mesh=(3,1,1)"], ["mesh", "3", "-1"]),
     (["--config.batch_size=12"], ["batch_size", "12", "8"]),
     (["--config.mesh=(1,8,1)", "--config.model.width=12"], ["mesh", "model.width", "12"]),
@@ -83,6 +89,42 @@ def test_modules_that_are_commands(module, tmp_path):
     env = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert ended.returncode == 2 and "fly" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_home_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "names").write_text("\n".join("abcdefghij"))
+    (tmp_path / "mine.py").write_text(
+        "from djepa_jax.config.files import builtin\n\n\ndef get_config():\n"
+        '    config = builtin("digits").get_config()\n'
+        '    config.prepare.path = "~/photos"\n    return config\n'
+    )
+    (tmp_path / "mine.json").write_text('{"data.staging": "~/copies"}')
+    flags = ("--workdir=~/run", "--out=~/each/", "--source=~/a.pth", "--restore_from=~/old@3")
+    keys = ("--config.data.path=~/a [1]", "--config.data.class_names=~/names")
+    values, experiment = cli.parse(["djepa", "--config=~/mine.py", *flags, *keys])
+    found = (values.workdir, values.out, values.source, values.restore_from)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("run", "each/", "a.pth", "old@3"))
+    assert experiment.data.path == f"{tmp_path}/a [1]"
+    assert experiment.prepare.path == f"{tmp_path}/photos"
+    assert experiment.class_names == tuple("abcdefghij")
+    changed = experiment.updated({"autoencoder.path": "~/kl16"})
+    assert changed.autoencoder.path == f"{tmp_path}/kl16"
+    _, experiment = cli.parse(["djepa", "--config_json=~/mine.json", "--workdir=x"])
+    assert experiment.data.staging == f"{tmp_path}/copies"
+
+
+def test_any_path_can_be_printed_anywhere(tmp_path, monkeypatch):
+    def show(values, experiment):
+        """Show."""
+        print(values.workdir)
+
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setitem(cli.MODES, "train", cli.Mode(show, ("config", "workdir"), ""))
+    assert run(f"--config={CONFIG}", f"--workdir={tmp_path}/né") == 0
+    printed.seek(0)
+    assert printed.read() == f"{tmp_path}/n\\xe9\n"
 
 
 BROKEN_CONFIGS = {
@@ -164,10 +206,13 @@ def test_sample_mode_writes_grid_and_arrays(trained, tmp_path, capsys):
 
 def test_unusable_out_is_refused_before_sampling(trained, tmp_path, capsys):
     (tmp_path / "file").touch()
-    for out in (tmp_path, tmp_path / "file" / "grid.png"):
+    bucket = "gs://bucket/each/"
+    for out in (tmp_path, tmp_path / "file" / "grid.png", tmp_path / "grid.jpg", bucket):
         flags = (f"--config={CONFIG}", f"--workdir={trained}", "--mode=sample", f"--out={out}")
         assert run(*flags, *TINY) == 2
-        assert f'--out "{tmp_path}' in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f'--out "{bucket if out == bucket else tmp_path}' in error
+        assert (".png" in error and ".npz" in error) == ("jpg" in str(out))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -4,7 +4,6 @@ import difflib
 import functools
 import importlib.resources
 import operator
-import os
 from collections.abc import Sequence
 
 IMAGENET = "imagenet"
@@ -51,7 +50,7 @@ def _read(path: str) -> tuple[str, ...]:
     if path == IMAGENET:
         return tuple(name for _, name in imagenet())
     try:
-        with open(os.path.expanduser(path), "rb") as file:
+        with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")

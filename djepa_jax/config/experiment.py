@@ -6,6 +6,7 @@ line nobody sees the ConfigDict of a configuration file.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from djepa_jax.config.convert import (
     unknown_key,
 )
 from djepa_jax.config.settings import (
+    PATHS,
     AutoencoderSettings,
     DataSettings,
     DebugSettings,
@@ -86,6 +88,9 @@ class Experiment(Settings):
             ConfigError: a key that is unknown or missing, or a value that cannot work.
         """
         values = convert_group(values, cls)
+        for group, name in (key.split(".") for key in PATHS):
+            if isinstance(values[group][name], str):
+                values[group][name] = os.path.expanduser(values[group][name])
         values["optimizer"]["num_steps"] = values["num_steps"]
         group = ""
         try:

@@ -1,7 +1,6 @@
 """Configuration files: the built-in ones by name, others by path, all of them Python programs."""
 
 import importlib.util
-import os
 import pathlib
 import types
 
@@ -49,7 +48,7 @@ def _split(spec: str) -> tuple[str, str, str]:
 
 
 def _find(name: str, spec: str) -> pathlib.Path:
-    path = pathlib.Path(os.path.expanduser(f"{name}.py"))
+    path = pathlib.Path(f"{name}.py")
     if path.is_file():
         return path
     inside = FOLDER / path.name

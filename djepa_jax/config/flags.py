@@ -36,6 +36,8 @@ RENAMED = {  # keys of earlier versions
     "sample.clip_x0": "loss.options.clip_x0",
     "sample.time_shift": "loss.options.time_shift",
 }
+# Flags that name files and folders.
+PATHS = ("config", "config_json", "workdir", "out", "source", "restore_from")
 # Flags that belong to one start and not to the run.
 OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "restore_from")
 OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout")
@@ -82,6 +84,7 @@ def parse(
     flags.DEFINE_string("config_json", None, "JSON over the defaults", flag_values=values)
     overrides = [word for word in argv if word.startswith("--config.")]
     _read_flags(values, [word for word in argv if not word.startswith("--config.")], usage)
+    _expand_paths(values)
     for name in required(values):
         if not values[name].value and not (name == "config" and values.config_json):
             raise UsageError(f"--{name} is missing.\n{usage}")
@@ -101,6 +104,17 @@ def _read_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> No
         raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
     if rest:
         raise UsageError(f'"{rest[0]}" is not a flag; flags are written --flag=VALUE.\n{usage}')
+
+
+def _expand_paths(values: flags.FlagValues) -> None:
+    """Let `~` be the home folder, which no shell does after "="; UsageError for bytes."""
+    for name in PATHS:
+        path = os.path.expanduser(values[name].value or "")
+        if any("\ud800" <= character <= "\udfff" for character in path):
+            raise UsageError(
+                f"--{name}={path!a} is not UTF-8, which some files cannot store; rename it."
+            )
+        values[name].value = path
 
 
 def command_line(*extra: str) -> str:
@@ -186,7 +200,7 @@ def _complete_options(config: ConfigDict, name: str) -> None:
 def _read_json(path: str) -> dict:
     """All keys of a configuration: those in a JSON file, the others as in `configs/default.py`."""
     try:
-        with open(os.path.expanduser(path), "rb") as file:
+        with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")

@@ -29,6 +29,8 @@ from djepa_jax.core.models.vit import REMAT_POLICIES
 from djepa_jax.core.schedules import GUIDANCE, ORDERS
 
 Options = dict[str, Any]  # keyword arguments of what a table names
+# Keys that name files and folders; data.class_names may also be the names themselves.
+PATHS = ("data.path", "data.staging", "data.class_names", "prepare.path", "autoencoder.path")
 Dtype = Annotated[str, OneOf(("float32", "bfloat16"))]
 Sha256 = Annotated[
     str,

@@ -15,7 +15,7 @@ MAX_CLASS_BYTES = 2**40
 
 def open_ilsvrc(path: str, where: str) -> TarRecords:
     """The images of the archive, or of the one in a folder; labels count the sorted WordNet ids."""
-    file = Path(path).expanduser()
+    file = Path(path)
     file = file / TRAIN if file.is_dir() else file
     if not file.is_file():
         raise DataError(

@@ -56,7 +56,7 @@ def open_folder(path: str, where: str) -> FolderRecords:
     Images may lie in folders inside those of their class. Hidden files and folders are left out;
     links to folders are followed for classes only.
     """
-    root = pathlib.Path(path).expanduser()
+    root = pathlib.Path(path)
     try:
         entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
         names = sorted(entry.name for entry in entries if entry.is_dir())

@@ -35,7 +35,7 @@ from djepa_jax.data.records import DataError, Source, check_broken
 from djepa_jax.data.sources import SingleClass, open_source
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
 from djepa_jax.runtime.progress import format_seconds
-from djepa_jax.runtime.storage import check_local, check_writable, write_json
+from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
 
 AHEAD = 3  # batches of images that may wait, read, for the autoencoder
 PUBLISH = "prepare into a folder and copy it with gcloud storage cp -r CACHE gs://BUCKET/CACHE"
@@ -58,7 +58,7 @@ def run_prepare(
     plan = make_plan(experiment, source, autoencoder)
     source = SingleClass(source) if experiment.data.unconditional else source
     check_writable(folder)
-    path, parts = pathlib.Path(folder), shard_parts(plan["examples"], plan["shard_size"])
+    path, parts = pathlib.Path(as_path(folder)), shard_parts(plan["examples"], plan["shard_size"])
     name = f"{LOCK_NAME}-{shard.replace('/', '-of-')}" if shard else LOCK_NAME
     with lock_workdir(folder, name):
         claim(path, plan, experiment.prepare.path)

@@ -38,12 +38,12 @@ def local_copy(
     """
     text = os.fspath(url)
     if not is_remote(text):
-        return pathlib.Path(os.path.expanduser(text))
+        return pathlib.Path(text)
     as_path(text)  # sets up the access
     root = user_cache("staged")
     if folder:
         check_local(folder, "--config.data.staging")
-        root = pathlib.Path(os.path.expanduser(folder)).absolute()
+        root = pathlib.Path(folder).absolute()
     if root is None:
         raise PathError("this user has no cache folder; name one with --config.data.staging.")
     try:

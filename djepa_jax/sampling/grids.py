@@ -15,6 +15,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import command_line
 from djepa_jax.runtime.storage import as_path, write_bytes, write_npz
 
+ENDINGS = (".png", ".npz")
 MAX_GRID = 100  # pictures in a grid
 GRID_GAP = 2
 MIN_TILE = 64
@@ -57,7 +58,7 @@ def save_png(path: os.PathLike, image: np.ndarray, texts: dict[str, str]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
-        info.add_text(name, text)
+        info.add_text(name, text.encode(errors="backslashreplace").decode())  # any path
     Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
     write_bytes(path, buffer.getvalue())
 
@@ -77,8 +78,9 @@ def save_grid(
 
 def output_paths(out: epath.Path) -> tuple[epath.Path, epath.Path]:
     """The grid's and the arrays' file for a name given with either ending, or with none."""
-    base = out.with_suffix("") if out.suffix in (".png", ".npz") else out
-    return base.with_name(base.name + ".png"), base.with_name(base.name + ".npz")
+    ending = out.suffix.lower()
+    base = out.with_suffix("") if ending in ENDINGS else out
+    return tuple(out if ending == e else base.with_name(base.name + e) for e in ENDINGS)
 
 
 def npz_members(conditions, settings: dict) -> dict[str, np.ndarray]:

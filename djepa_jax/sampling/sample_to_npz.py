@@ -33,6 +33,7 @@ from djepa_jax.runtime import distributed
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import (
     as_path,
+    check_local,
     check_writable,
     is_remote,
     user_cache,
@@ -40,7 +41,14 @@ from djepa_jax.runtime.storage import (
     write_npz,
 )
 from djepa_jax.sampling.generator import Generator, count_of
-from djepa_jax.sampling.grids import MAX_GRID, MEMBERS, npz_members, output_paths, save_grid
+from djepa_jax.sampling.grids import (
+    ENDINGS,
+    MAX_GRID,
+    MEMBERS,
+    npz_members,
+    output_paths,
+    save_grid,
+)
 
 IDENTITY_NAME = "identity.json"  # what the parts are samples of
 
@@ -77,7 +85,7 @@ def run_sample(
         settings["autoencoder"] = generator.autoencoder.sha256  # read before the work
     params = model.restore(placed_params(experiment, mesh))
     distributed.run_on_main(lambda: check_writable(target.parent, "--out"))
-    each = pathlib.Path(out) if out.endswith("/") else None
+    each = target.parent if out.endswith("/") else None
     return write_samples(target, generator, params, settings, each)
 
 
@@ -94,7 +102,7 @@ def check_pictures(experiment: Experiment, out: str, latents_only: bool) -> None
         raise ConfigError(
             "--latents_only is for models of latents, and this one makes none; leave it out."
         )
-    if latents_only and out.endswith(".png"):
+    if latents_only and out.lower().endswith(".png"):
         raise ConfigError(
             f'--out "{out}" with --latents_only: latents are no picture; let the name end in .npz.'
         )
@@ -109,7 +117,13 @@ def check_target(out: str, workdir: str) -> epath.Path:
     """Where the samples go; raises CheckpointError if there is a folder."""
     target = as_path(out or as_path(workdir) / "samples" / "sample.png")
     if out.endswith("/"):
+        check_local(out, "--out", "name one for a file per sample")
         return target / "samples.npz"
+    if target.suffix.lower() not in ("", *ENDINGS):
+        raise CheckpointError(
+            f'--out "{out}" ends in {target.suffix}; write {" or ".join(ENDINGS)}, or neither, '
+            "for a grid and its arrays, or a folder with / at its end."
+        )
     if any(path.is_dir() for path in (target, *output_paths(target))):
         raise CheckpointError(
             f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}, or '
@@ -123,7 +137,7 @@ def write_samples(
     generator: Generator,
     params,
     settings: dict,
-    each: pathlib.Path | None = None,
+    each: epath.Path | None = None,
 ) -> list[epath.Path]:
     """Draw the samples that an experiment asks for, those that are not there yet, into files."""
     experiment, is_main = generator.experiment, distributed.is_main_process()
@@ -244,9 +258,7 @@ def join(parts: list[pathlib.Path], npz: epath.Path, count: int, further: dict) 
         local.replace(npz)
 
 
-def save_each(
-    experiment: Experiment, parts, conditions, folder: pathlib.Path
-) -> list[pathlib.Path]:
+def save_each(experiment: Experiment, parts, conditions, folder: epath.Path) -> list[epath.Path]:
     """Write every sample into a file of its own, called by its number and title."""
     titles, start = experiment.titles(conditions), 0
     for part in parts:

@@ -14,9 +14,7 @@ FLOPs are those of one training step, or of one batch of samples, over all devic
 """
 
 import dataclasses
-import json
 import os
-import pathlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +31,7 @@ from djepa_jax.core.bounds import Natural, Positive, check_bounds
 from djepa_jax.core.models.djepa import init_params
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler, plan_segments
 from djepa_jax.core.train_step import TrainStepConfig, init_state
-from djepa_jax.runtime.storage import check_writable
+from djepa_jax.runtime.storage import as_path, check_writable, write_json
 from djepa_jax.training.benchmark_table import report
 from djepa_jax.training.compile_step import StepProgram, planned_bytes
 from djepa_jax.training.initial_state import abstract_state, check_mesh
@@ -76,7 +74,9 @@ def run_benchmark(
     if unknown or not parts:
         raise ConfigError(f"--parts={','.join(parts)}: the parts are {', '.join(PARTS)}.")
     if out:
-        check_writable(pathlib.Path(out).parent, "--out")
+        check_writable(as_path(out).parent, "--out")
+        if out.endswith("/") or as_path(out).is_dir():
+            raise ConfigError(f'--out "{out}" is a folder; name a file in it.')
     mesh = sharding.make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     results = describe(experiment, mesh) | {"timing": dataclasses.asdict(timing)}
@@ -84,7 +84,7 @@ def run_benchmark(
         results[part] = measure(PARTS[part](experiment, mesh, timing), mesh, timing)
     print(report(results, parts))
     if out:
-        pathlib.Path(out).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(as_path(out), results)
         print(f"wrote {out}")
     return results
 

@@ -141,9 +141,8 @@ def test_npz_files_and_autoencoders_in_a_bucket(bucket, tmp_path):
     assert found.sha256 == file_sha256(weights)
 
 
-def test_local_paths_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert local_copy("a/b") == pathlib.Path("a/b") and local_copy("~/kl16") == tmp_path / "kl16"
+def test_local_paths_are_left_alone():
+    assert local_copy("a/b") == pathlib.Path("a/b")
     assert local_cache("a/b", "") == pathlib.Path("a/b")
 
 

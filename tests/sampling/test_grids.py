@@ -7,7 +7,13 @@ from PIL import Image
 from tiny import arrays_of, tiny_config
 
 from djepa_jax.runtime.storage import as_path
-from djepa_jax.sampling.grids import label_grid, save_png, save_samples, stored_settings
+from djepa_jax.sampling.grids import (
+    label_grid,
+    output_paths,
+    save_png,
+    save_samples,
+    stored_settings,
+)
 
 
 def test_grid_shows_every_picture_enlarged():
@@ -25,6 +31,20 @@ def test_png_keeps_its_command(tmp_path):
     save_png(path, np.zeros((4, 4, 3), np.uint8), {"command": "python -m djepa_jax.main"})
     with Image.open(path) as image:
         assert image.text == {"command": "python -m djepa_jax.main"}
+    save_png(path, np.zeros((4, 4, 3), np.uint8), {"command": "--config.data.path=\udcff"})
+    with Image.open(path) as image:
+        assert image.text == {"command": "--config.data.path=\\udcff"}, "bytes that are no text"
+
+
+def test_a_name_may_have_either_ending_or_none():
+    for name, png, npz in (
+        ("a", "a.png", "a.npz"),
+        ("a.png", "a.png", "a.npz"),
+        ("a.PNG", "a.PNG", "a.npz"),
+        ("a.Npz", "a.png", "a.Npz"),
+        ("v1.5.png", "v1.5.png", "v1.5.npz"),
+    ):
+        assert [path.name for path in output_paths(as_path(name))] == [png, npz]
 
 
 def test_samples_are_stored_with_all_conditions_and_their_settings(tmp_path):

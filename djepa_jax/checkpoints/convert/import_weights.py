@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 
 import jax
@@ -53,7 +52,7 @@ def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
         SourceError: the file cannot be read, or holds what it should not.
         CheckpointError: the workdir cannot be used, or holds checkpoints already.
     """
-    path = pathlib.Path(os.path.expanduser(source))
+    path = pathlib.Path(source)
     model = restore.find_model(path) if restore.is_export(path) else None
     if model:
         restore.check_same_model(model.config, experiment)
