@@ -286,6 +286,6 @@ def test_odd_names_work_or_are_refused_before_anything_is_done(tmp_path):
         with pytest.raises(CheckpointError, match="another name"):
             run_export(None, source, str(tmp_path / name / "out"), "orbax")
         assert contents(tmp_path) == {}
-    for form, name in (("orbax", ODD), ("orbax", ODD), ("official", f"{ODD}/back\\slash")):
-        out = run_export(None, source, str(tmp_path / name / "out"), form, overwrite=True)
+    for form, name in (("orbax", ODD), ("official", f"{ODD}/back\\slash")):
+        out = run_export(None, source, str(tmp_path / name / "out"), form)
         assert_same_values(djepa_jax.load(out).params, params)
