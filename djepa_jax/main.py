@@ -41,9 +41,11 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
     """Judge samples of the latest checkpoint."""
     from djepa_jax.evaluation.evaluate import describe, run_evaluate
 
-    record, path = run_evaluate(experiment, values.workdir)
+    record, path, is_new = run_evaluate(experiment, values.workdir, values.overwrite)
     if distributed.is_main_process():
-        print(f"step {record['step']}: {describe(record['metrics'])}\nwrote {path}")
+        print(f"step {record['step']}: {describe(record['metrics'])}")
+        again = "made before of the same weights, settings and data; --overwrite makes it again"
+        print(f"wrote {path}" if is_new else f"{path} was {again}")
 
 
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
@@ -159,7 +161,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "export: replace an export that is there.",
+        "overwrite": "export, evaluate: replace what is there.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",
     }
     for name, words in switches.items():

@@ -58,6 +58,16 @@ def test_an_evaluation_is_given_up_too_and_made_the_next_time(sampler, tmp_path)
     assert sampler.drawn == [0, 0, 0, 16, 32, 48, 64]
 
 
+def test_no_grid_is_made_where_there_are_to_be_none(sampler, tmp_path, capsys):
+    experiment = tiny_config("--config.sample_every=0", "--config.evaluation.kind=none")
+    result = train(experiment, str(tmp_path))
+    assert result.finished and result.grid is None and not sampler.drawn
+    assert not (tmp_path / "samples").exists()
+    reporting.summarise(result, experiment, str(tmp_path))
+    said = capsys.readouterr().out
+    assert "samples/" not in said and "--mode=sample" in said
+
+
 def test_grids_appear_while_training_goes_on(sampler, tmp_path):
     flags = ("--config.sample_every=2", "--config.evaluation.kind=none")
     result = train(tiny_config(*flags, "--config.num_steps=4"), str(tmp_path))
