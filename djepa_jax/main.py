@@ -60,10 +60,12 @@ def export(values: flags.FlagValues, experiment: Experiment | None) -> None:
     """Make a folder of a trained model that can be taken anywhere."""
     from djepa_jax.checkpoints.export import run_export
 
-    options = (values.format, values.overwrite, values.license)
+    options = (values.format, values.overwrite, values.license, values.push)
     folder = run_export(experiment, values.workdir, values.out, *options)
     for path in sorted(folder.iterdir()):
         print(f"wrote {path}")
+    if values.push:
+        print(f"pushed to hf://{values.push} (private, unless it was public before)")
 
 
 def prepare(values: flags.FlagValues, experiment: Experiment) -> None:
@@ -110,6 +112,7 @@ MODES = {
         export,
         ("workdir", "out"),
         "--out=exports/digits --format=safetensors",
+        own=("push",),
         one_process=True,
     ),
     "import": Mode(
@@ -151,6 +154,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "out": "sample, export, benchmark: what to write.",
         "source": "import: a .pth or .safetensors file, or an export folder.",
         "license": "export: licence of the weights, for the model card.",
+        "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
         "restore_from": "train: PATH@STEP, go on from that step.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
