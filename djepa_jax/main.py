@@ -24,7 +24,7 @@ def train(values: flags.FlagValues, experiment: Experiment) -> None:
     from djepa_jax.training.loop import train
     from djepa_jax.training.reporting import summarise
 
-    result = train(experiment, values.workdir, restore_from=values.restore_from)
+    result = train(experiment, values.workdir, restore_from=values.restore_from, wandb=values.wandb)
     if distributed.is_main_process():
         summarise(result, experiment, values.workdir)
 
@@ -99,7 +99,7 @@ MODES = {
         train,
         ("config", "workdir"),
         "--config=digits --workdir=runs/digits",
-        own=("restore_from",),
+        own=("restore_from", "wandb"),
     ),
     "sample": Mode(
         sample,
@@ -156,6 +156,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
         "restore_from": "train: PATH@STEP, go on from that step.",
+        "wandb": "train: a project of Weights & Biases, for scalars and grids.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",

@@ -57,7 +57,6 @@ def run_export(
         push: USER/NAME on the Hugging Face Hub, where to put the export, too.
 
     Raises:
-        HubError: it cannot be pushed; if that turns out at the end, `out` is written.
         CheckpointError: nothing to export, or `out` exists or cannot be written.
         ConfigError: the configuration is of another model.
     """

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import pathlib
-import re
 import string
 from collections.abc import Callable
 
@@ -68,16 +67,14 @@ def _workdir(folder: pathlib.Path) -> pathlib.Path:
 def copy_grid(model: StoredModel, folder: pathlib.Path) -> str:
     """Copy a model's newest grid without the command in it, which names paths; its name, or ""."""
     place = model.path if is_export(model.path) else _workdir(model.path) / "samples"
-    grids = {path.name: path for path in (place.iterdir() if place.is_dir() else ())}
-    for name in sorted(grids, reverse=True):
-        parts = re.fullmatch(r"step_(\d+)\.png", name)
-        if parts and int(parts[1]) <= model.step:
-            try:
-                pixels = np.asarray(Image.open(io.BytesIO(grids[name].read_bytes())))
-            except Exception:  # damaged, in one of many ways; the weights are whole
-                continue
-            Image.fromarray(pixels).save(folder / name)
-            return name
+    for path in sorted(place.glob("step_*.png"), reverse=True):
+        try:
+            step, pixels = int(path.stem[5:]), np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+        except Exception:  # called otherwise, or damaged in one of many ways; the weights are whole
+            continue
+        if step <= model.step:
+            Image.fromarray(pixels).save(folder / path.name)
+            return path.name
     return ""
 
 

@@ -1,6 +1,5 @@
 """The `--mode=evaluate` command, and the same at the end of training."""
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -57,11 +56,7 @@ def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -
 
 
 def is_of(record: dict, expected: dict) -> bool:
-    """Whether the record of an evaluation or a grid is of what `identity` gives.
-
-    Raises:
-        TypeError: it is none.
-    """
+    """Whether the record of an evaluation or a grid is of what `identity` gives."""
     expected = json.loads(json.dumps(expected))
     return {key: expected[key] for key in ADDED if key in expected} | record == expected
 
@@ -140,7 +135,11 @@ def run_evaluate(
     """
     source = open_data(experiment)
     if open_metric(experiment, source) is None:
-        raise ConfigError(f'config.evaluation.kind is "none"; {_advice(source)}')
+        for metric in METRICS.values():
+            metric.from_data(source)  # says so if it cannot judge them
+        raise ConfigError(
+            f'config.evaluation.kind is "none"; set it to one of {", ".join(METRICS)} to evaluate.'
+        )
     mesh = sharding.make_mesh(experiment.mesh)
     model = latest_model(experiment, workdir)
     params = model.restore(placed_params(experiment, mesh))
@@ -151,18 +150,3 @@ def run_evaluate(
     if is_new:
         record = evaluate(*arguments)
     return record, as_path(workdir) / FILE_NAME, is_new
-
-
-def _advice(source) -> str:
-    """What to set in the place of "none": a metric that can judge the data, if there is one."""
-    fitting = []
-    for name, metric in METRICS.items():
-        with contextlib.suppress(ValueError):
-            metric.from_data(source)
-            fitting.append(name)
-    if fitting:
-        return f"set it to one of {', '.join(fitting)} to evaluate."
-    return (
-        f"there is no metric for these data ({', '.join(METRICS)} cannot judge them): look at "
-        "samples (--mode=sample)."
-    )

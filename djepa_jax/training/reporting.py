@@ -38,6 +38,7 @@ class Reporter:
         workdir: where to write.
         stop_requested: step -> whether the run was asked to stop; grids and evaluations are given
             up then.
+        wandb: a project of Weights & Biases, for scalars and grids; "" for none.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Reporter:
         mesh,
         workdir: epath.Path,
         stop_requested: Callable[[int], bool],
+        wandb: str = "",
     ):
         self.experiment, self.source, self.workdir = experiment, source, workdir
         self.generator, self._stop_requested = Generator(experiment, mesh), stop_requested
@@ -55,11 +57,12 @@ class Reporter:
         self.watch = Stopwatch()
         self._logged, self._rate = 0, 0.0  # step, and steps per second up to it
         self.writer: MetricWriter | None = None
+        self._wandb = wandb
 
     def open(self, step: int) -> None:
         """Begin to write metrics of the steps after `step`."""
         if distributed.is_main_process():
-            self.writer = MetricWriter(self.workdir, step)
+            self.writer = MetricWriter(self.workdir, step, self._wandb)
         self._logged = step
 
     def close(self) -> None:

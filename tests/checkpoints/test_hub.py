@@ -17,7 +17,7 @@ from hub_server import TOKEN, HubServer
 
 import djepa_jax
 from djepa_jax.checkpoints.export import run_export
-from djepa_jax.checkpoints.hub import HubError
+from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.checkpoints.restore import find_model
 from djepa_jax.main import main
 
@@ -85,7 +85,7 @@ def test_only_an_export_is_replaced_and_only_if_asked(hub, tmp_path):
         ("model", True),
         ("../model", True),
     ):
-        with pytest.raises(HubError, match="--push"):
+        with pytest.raises(CheckpointError, match="--push"):
             export(tmp_path / "other", push, overwrite=overwrite)
     assert hub.repos == before and not (tmp_path / "other").exists()
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_fetched_is_one_line_with_a_remedy(hub):
 def test_whoever_is_not_logged_in_is_told_before_the_export(hub, tmp_path, monkeypatch):
     hub.logged_in = False
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.raises(HubError, match="hf auth login"):
+    with pytest.raises(CheckpointError, match="hf auth login"):
         export(tmp_path / "out", "user/model")
     assert not (tmp_path / "out").exists() and not hub.repos
 
@@ -123,8 +123,8 @@ def test_a_push_that_fails_leaves_the_export(tmp_path, monkeypatch, capsys):
 
 def test_without_the_library_one_line_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(HubError, match=r"\[hub\]"):
+    with pytest.raises(CheckpointError, match=r"\[hub\]"):
         djepa_jax.load("hf://user/model")
-    with pytest.raises(HubError, match=r"\[hub\]"):
+    with pytest.raises(CheckpointError, match=r"\[hub\]"):
         export(tmp_path / "out", "user/model")
     assert not (tmp_path / "out").exists()
