@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 5000  # steps; one is always written at the end
     config.keep_checkpoints = 2  # the newest that stay
     config.log_every = 100  # steps between lines of metrics
-    config.sample_every = 5000  # steps between sample grids; 0 = never
+    config.sample_every = 5000  # steps between sample grids, one at the end; 0 = none at all
     config.evaluate_every = 0  # steps between evaluations; 0 = only at the end
     config.max_bad_steps = 20  # non-finite gradients in a row that end the run
 
@@ -180,7 +180,8 @@ def _debug() -> ConfigDict:
 def _evaluation() -> ConfigDict:
     """How samples are judged."""
     evaluation = ConfigDict()
-    evaluation.kind = "none"  # none, or small_images (classifier and raw-pixel Frechet distance)
+    # none, or small_images (of few pixels: a classifier, and a Frechet distance of raw pixels)
+    evaluation.kind = "none"
     evaluation.count = 1000  # class-balanced samples
     evaluation.seed = 1  # other noise than the sample grids
     return evaluation

@@ -67,7 +67,7 @@ def debug(config: ConfigDict) -> None:
     config.batch_size = 8
     config.num_steps = 20
     config.optimizer.warmup_steps = 5
-    config.log_every, config.sample_every, config.checkpoint_every = 5, 0, 10
+    config.log_every, config.sample_every, config.checkpoint_every = 5, 20, 10
     config.sample.count = config.sample.batch_size = 4
     config.sample.num_ar_steps = 4
     config.sample.num_denoise_steps = 5

@@ -25,7 +25,7 @@ def train(values: flags.FlagValues, experiment: Experiment) -> None:
     from djepa_jax.training.loop import train
     from djepa_jax.training.reporting import summarise
 
-    result = train(experiment, values.workdir, restore_from=values.restore_from)
+    result = train(experiment, values.workdir, restore_from=values.restore_from, wandb=values.wandb)
     if distributed.is_main_process():
         summarise(result, experiment, values.workdir)
 
@@ -42,9 +42,11 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
     """Judge samples of the latest checkpoint."""
     from djepa_jax.evaluation.evaluate import describe, run_evaluate
 
-    record, path = run_evaluate(experiment, values.workdir)
+    record, path, is_new = run_evaluate(experiment, values.workdir, values.overwrite)
     if distributed.is_main_process():
-        print(f"step {record['step']}: {describe(record['metrics'])}\nwrote {path}")
+        print(f"step {record['step']}: {describe(record['metrics'])}")
+        again = "made before of the same weights, settings and data; --overwrite makes it again"
+        print(f"wrote {path}" if is_new else f"{path} was {again}")
 
 
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
@@ -59,10 +61,12 @@ def export(values: flags.FlagValues, experiment: Experiment | None) -> None:
     """Make a folder of a trained model that can be taken anywhere."""
     from djepa_jax.checkpoints.export import run_export
 
-    options = (values.format, values.overwrite, values.license)
+    options = (values.format, values.overwrite, values.license, values.push)
     folder = run_export(experiment, values.workdir, values.out, *options)
     for path in sorted(folder.iterdir()):
         print(f"wrote {path}")
+    if values.push:
+        print(f"pushed to hf://{values.push} (private, unless it was public before)")
 
 
 def prepare(values: flags.FlagValues, experiment: Experiment) -> None:
@@ -96,7 +100,7 @@ MODES = {
         train,
         ("config", "workdir"),
         "--config=digits --workdir=runs/digits",
-        own=("restore_from",),
+        own=("restore_from", "wandb"),
     ),
     "sample": Mode(
         sample,
@@ -109,6 +113,7 @@ MODES = {
         export,
         ("workdir", "out"),
         "--out=exports/digits --format=safetensors",
+        own=("push",),
         one_process=True,
     ),
     "import": Mode(
@@ -150,7 +155,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "out": "sample, export, benchmark: what to write.",
         "source": "import: a .pth or .safetensors file, or an export folder.",
         "license": "export: licence of the weights, for the model card.",
+        "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
         "restore_from": "train: PATH@STEP, go on from that step.",
+        "wandb": "train: a project of Weights & Biases, for scalars and grids.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",
@@ -160,7 +167,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "export: replace an export that is there.",
+        "overwrite": "export, evaluate: replace what is there.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",
     }
     for name, words in switches.items():

@@ -18,6 +18,8 @@ OWNERS = {  # package -> the only places that may import it
     "torch": "checkpoints/convert",
     "clu": "runtime/metric_writer.py",
     "tensorboardX": "runtime/metric_writer.py",
+    "huggingface_hub": "checkpoints/hub.py",
+    "wandb": "runtime/metric_writer.py",
     "tensorflow": "nowhere",
 }
 

@@ -16,12 +16,12 @@ import optax
 from flax import traverse_util
 
 from djepa_jax import __version__
-from djepa_jax.checkpoints import restore, stablehlo
+from djepa_jax.checkpoints import hub, restore, stablehlo
 from djepa_jax.checkpoints.convert.import_weights import LAYOUT
 from djepa_jax.checkpoints.convert.official import to_official
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
 from djepa_jax.checkpoints.integrity import CheckpointError, check_storable, write_manifest
-from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
+from djepa_jax.checkpoints.model_card import Provenance, copy_grid, model_card, read_provenance
 from djepa_jax.checkpoints.restore import OFFICIAL, ORBAX, SAFETENSORS, StoredModel
 from djepa_jax.checkpoints.stablehlo import STABLEHLO
 from djepa_jax.config.experiment import Experiment
@@ -40,6 +40,7 @@ def run_export(
     form: str,
     overwrite: bool = False,
     licence: str = "",
+    push: str = "",
 ) -> pathlib.Path:
     """Write a model into the folder `out`.
 
@@ -50,6 +51,7 @@ def run_export(
         form: as `--format` has it.
         overwrite: replace a folder that an export wrote.
         licence: of the weights, for the card.
+        push: USER/NAME on the Hugging Face Hub, where to put the export, too.
 
     Raises:
         CheckpointError: nothing to export, or `out` exists or cannot be written.
@@ -62,6 +64,8 @@ def run_export(
         restore.check_same_model(model.config, experiment)
         experiment = experiment.decoded_by(model.config.autoencoder.sha256)
     target = _check_target(out, form, overwrite)
+    if push:
+        hub.check_push(push, overwrite)
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
     abstract = restore.placed_params(experiment, mesh)
     params = model.restore(abstract)
@@ -71,12 +75,14 @@ def run_export(
     try:
         unfinished.mkdir()
         _write_weights(unfinished, experiment, params, form)
-        _describe(unfinished, model, experiment, form, provenance)
+        _describe(unfinished, model, experiment, form, provenance, push)
         _check_readable(unfinished, abstract, params, form)
         _check_target(out, form, overwrite)  # somebody may have put something there meanwhile
         _publish(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    if push:
+        hub.push(target, push)
     return target
 
 
@@ -115,9 +121,11 @@ def _describe(
     experiment: Experiment,
     form: str,
     provenance: Provenance,
+    push: str,
 ) -> None:
-    """Write the card and the record, then the manifest of everything."""
-    card = model_card(model, experiment, form, provenance)
+    """Write the grid, the card and the record, then the manifest of everything."""
+    grid = copy_grid(model, folder)
+    card = model_card(model, experiment, form, provenance, grid, push)
     (folder / restore.CARD_NAME).write_text(card, "utf-8", "backslashreplace")
     sampler = {
         "arguments": stablehlo.arguments(experiment.sampler.guided),

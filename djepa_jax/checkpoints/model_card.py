@@ -1,6 +1,7 @@
 """The model card of an export: what the weights are, where they come from, how good they are."""
 
 import dataclasses
+import io
 import json
 import math
 import pathlib
@@ -8,6 +9,8 @@ import string
 from collections.abc import Callable
 
 import jax
+import numpy as np
+from PIL import Image
 
 from djepa_jax.checkpoints.restore import StoredModel, is_export, read_record
 from djepa_jax.checkpoints.stablehlo import ARRAYS_NAME, SAMPLER_NAME, STABLEHLO, arguments
@@ -15,6 +18,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.djepa import split_model
 
 FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
+MAX_NAMES = 12  # of classes
 ASSETS = pathlib.Path(__file__).with_name("assets")
 
 
@@ -32,7 +36,7 @@ def read_provenance(folder: pathlib.Path, step: int, ema_norm: float) -> Provena
     """Read the records of an export, or those of a workdir that belong to a step."""
     if is_export(folder):
         return Provenance(**read_record(folder)["provenance"])
-    workdir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    workdir = _workdir(folder)
 
     def last_metrics(text: str) -> dict:
         lines = map(json.loads, text.splitlines())
@@ -56,10 +60,36 @@ def read_provenance(folder: pathlib.Path, step: int, ema_norm: float) -> Provena
     )
 
 
+def _workdir(folder: pathlib.Path) -> pathlib.Path:
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
+def copy_grid(model: StoredModel, folder: pathlib.Path) -> str:
+    """Copy a model's newest grid without the command in it, which names paths; its name, or ""."""
+    place = model.path if is_export(model.path) else _workdir(model.path) / "samples"
+    for path in sorted(place.glob("step_*.png"), reverse=True):
+        try:
+            step, pixels = int(path.stem[5:]), np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+        except Exception:  # called otherwise, or damaged in one of many ways; the weights are whole
+            continue
+        if step <= model.step:
+            Image.fromarray(pixels).save(folder / path.name)
+            return path.name
+    return ""
+
+
 def model_card(
-    model: StoredModel, experiment: Experiment, form: str, provenance: Provenance
+    model: StoredModel,
+    experiment: Experiment,
+    form: str,
+    provenance: Provenance,
+    grid: str,
+    push: str,
 ) -> str:
-    """The card as Markdown; `experiment` says how a compiled sampler draws, `model` the rest."""
+    """The card as Markdown; `experiment` says how a compiled sampler draws, `model` the rest.
+
+    `grid` is the name of a picture beside the card, `push` where the export is on the Hub, if any.
+    """
     trained = model.config
     imported = provenance.imported
     metrics = provenance.metrics
@@ -73,10 +103,12 @@ def model_card(
         **vars(trained.data),
         **vars(trained.optimizer),
         **vars(experiment.network),
+        **_commands(trained, push),
         "num_tokens": experiment.network.num_tokens,
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(abstract)):,}",
         "loss": trained.loss.name,
-        "place": pathlib.PurePath(trained.data.path).name,
+        "data": _describe_data(trained),
+        "grid": f"![Samples of step {int(grid[5:-4])}]({grid})\n\n" if grid else "",
         "step": model.step,
         "own_steps": model.step - (imported["step"] if imported else 0),
         "imported": "nothing",
@@ -99,6 +131,31 @@ def model_card(
     if provenance.evaluation:
         values["evaluation"] = f"```json\n{json.dumps(provenance.evaluation, indent=1)}\n```"
     return _fill("model_card", values)
+
+
+def _describe_data(trained: Experiment) -> str:
+    """Source, the last part of its path, and the classes, of many the first."""
+    data, names = trained.data, trained.class_names
+    place = data.path.partition("@")[0] if data.source == "tfds" else data.path
+    place = pathlib.PurePath(place).name
+    where = f"`{data.source}`" + (f" `{place}`" if place else "")
+    shown = ", ".join(f"`{name}`" for name in names[:MAX_NAMES])
+    rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"Source {where}, {len(names)} classes: {shown}{rest}."
+
+
+def _commands(trained: Experiment, push: str) -> dict:
+    """What the ways of using an export are filled with."""
+    place, decoder = "PATH OF THIS FOLDER", "WEIGHTS OF ITS AUTOENCODER"
+    latents = trained.modality.needs_decoder
+    return {
+        "address": f"hf://{push}" if push else place,
+        "download": f"hf download {push} --local-dir export\n" if push else "",
+        "folder": "export" if push else f'"{place}"',
+        "labels": list(trained.class_names[:2]),
+        "decoded": f', autoencoder="{decoder}"' if latents else "",
+        "decoder": f' --config.autoencoder.path="{decoder}"' if latents else "",
+    }
 
 
 def _fill(name: str, values: dict) -> str:

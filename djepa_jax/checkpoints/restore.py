@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from djepa_jax.checkpoints import integrity
+from djepa_jax.checkpoints import hub, integrity
 from djepa_jax.checkpoints.checkpointer import STEPS_NAME, Checkpoints, Meta, check_step, read_meta
 from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.config.convert import ConfigError
@@ -103,7 +103,7 @@ class StoredModel:
 
 def find_model(path: str | os.PathLike) -> StoredModel:
     """Find out what `path` is and read its configuration; no array is read yet."""
-    path = as_path(path)
+    path = as_path(hub.local(path))
     if is_export(path):
         return _export(path)
     if (path / "meta").is_dir() and (path / "state").is_dir():

@@ -40,7 +40,7 @@ RENAMED = {  # keys of earlier versions
 PATHS = ("config", "config_json", "workdir", "out", "source", "restore_from")
 # Flags that belong to one start and not to the run.
 OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "restore_from")
-OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout")
+OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout", "wandb")
 
 
 class UsageError(UserError, ValueError):

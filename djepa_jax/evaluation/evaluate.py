@@ -20,6 +20,7 @@ from djepa_jax.runtime.storage import as_path, write_json
 from djepa_jax.sampling.generator import Generator, count_of, never
 
 FILE_NAME = "evaluation.json"
+ADDED = ("loss", "compute_dtype", "data")  # keys that records of earlier versions do not have
 
 
 def open_metric(experiment: Experiment, source) -> Metric | None:
@@ -46,8 +47,27 @@ def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -
     """
     norm = float(jax.jit(optax.tree.norm)(params))
     decoder = {"autoencoder": autoencoder} if experiment.modality.needs_decoder else {}
-    sample = dataclasses.asdict(experiment.sample)
-    return {"step": step, "weights": "ema", "ema_norm": norm, "sample": sample} | decoder
+    settings = {
+        "sample": dataclasses.asdict(experiment.sample),
+        "loss": dataclasses.asdict(experiment.token_loss),  # with options of its sampler
+        "compute_dtype": experiment.compute_dtype,
+    }
+    return {"step": step, "weights": "ema", "ema_norm": norm} | settings | decoder
+
+
+def is_of(record: dict, expected: dict) -> bool:
+    """Whether the record of an evaluation or a grid is of what `identity` gives."""
+    expected = json.loads(json.dumps(expected))
+    return {key: expected[key] for key in ADDED if key in expected} | record == expected
+
+
+def _subject(experiment: Experiment, generator: Generator, params, source, step: int) -> dict:
+    """What an evaluation is of: the `identity`, its own settings, and a checksum of the data."""
+    while hasattr(source, "source"):  # one that wraps another
+        source = source.source
+    data = source.digest() if hasattr(source, "digest") else str(len(source))
+    settings = {"evaluation": dataclasses.asdict(experiment.evaluation), "data": data}
+    return identity(params, experiment, step, generator.autoencoder_sha256) | settings
 
 
 def evaluate(
@@ -77,7 +97,7 @@ def evaluate(
             metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
             bar.update(stop - start)
             start = stop
-    of = identity(params, experiment, step) | {"evaluation": dataclasses.asdict(settings)}
+    of = _subject(experiment, generator, params, source, step)
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
@@ -90,33 +110,43 @@ def describe(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
-def read_evaluation(experiment: Experiment, params, step: int, workdir) -> dict | None:
-    """The workdir's record, if it can be read and is of these very weights and settings."""
-    settings = {"evaluation": dataclasses.asdict(experiment.evaluation)}
-    expected = json.loads(json.dumps(identity(params, experiment, step) | settings))
+def read_evaluation(
+    experiment: Experiment, generator: Generator, params, source, step: int, workdir
+) -> dict | None:
+    """The workdir's record, if it can be read and is of these very weights, settings and data."""
+    expected = _subject(experiment, generator, params, source, step)
     try:
         record = json.loads((as_path(workdir) / FILE_NAME).read_text())
-        return record if record == {"metrics": record["metrics"]} | expected else None
+        return record if is_of(record, {"metrics": record["metrics"]} | expected) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def run_evaluate(experiment: Experiment, workdir: str) -> tuple[dict, epath.Path]:
-    """Evaluate the latest checkpoint of a workdir: the record, and where it is.
+def run_evaluate(
+    experiment: Experiment, workdir: str, overwrite: bool = False
+) -> tuple[dict, epath.Path, bool]:
+    """Evaluate the latest checkpoint of a workdir: the record, where it is, whether it is new.
+
+    A record of the same weights, settings and data is given back, unless `overwrite` is set.
 
     Raises:
         ConfigError: no evaluation is configured, or another model than the checkpoint's.
         CheckpointError: there is no usable checkpoint.
     """
-    if experiment.evaluation.kind == "none":
+    source = open_data(experiment)
+    if open_metric(experiment, source) is None:
+        for metric in METRICS.values():
+            metric.from_data(source)  # says so if it cannot judge them
         raise ConfigError(
             f'config.evaluation.kind is "none"; set it to one of {", ".join(METRICS)} to evaluate.'
         )
-    source = open_data(experiment)
-    open_metric(experiment, source)
     mesh = sharding.make_mesh(experiment.mesh)
     model = latest_model(experiment, workdir)
     params = model.restore(placed_params(experiment, mesh))
     generator = Generator(experiment, mesh)
-    record = evaluate(experiment, generator, params, source, model.step, workdir)
-    return record, as_path(workdir) / FILE_NAME
+    arguments = (experiment, generator, params, source, model.step, workdir)
+    record = None if overwrite else read_evaluation(*arguments)
+    is_new = not distributed.run_on_main(lambda: int(record is not None))
+    if is_new:
+        record = evaluate(*arguments)
+    return record, as_path(workdir) / FILE_NAME, is_new

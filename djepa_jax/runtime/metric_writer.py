@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, one line a step, and TensorBoard event files."""
+"""Metrics of a run: `metrics.jsonl`, one line a step, TensorBoard event files, and W&B if asked."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,9 +18,11 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from djepa_jax.runtime.storage import as_path, is_remote, reason, write_bytes
+from djepa_jax.runtime.errors import UserError
+from djepa_jax.runtime.storage import as_path, is_remote, reason, write_bytes, write_json
 
 METRICS_NAME = "metrics.jsonl"
+WANDB_NAME = "wandb_runs.json"  # the run of each project
 
 
 class MetricWriter:
@@ -29,11 +32,13 @@ class MetricWriter:
     again. For a workdir in a bucket, where nothing can be appended, the files are kept in a local
     folder and copied by `flush`; a bucket that cannot be reached stops no training.
 
+    Scalars and images go to the `project` at Weights & Biases, too, if one is named.
+
     Attributes:
         folder: where the files are written; the workdir itself if it is local.
     """
 
-    def __init__(self, workdir: os.PathLike, step: int = 0):
+    def __init__(self, workdir: os.PathLike, step: int = 0, project: str = ""):
         self.folder, self._bucket = pathlib.Path(workdir), None
         self._copied: dict[str, int] = {}  # size of each file, as it is in the bucket
         if is_remote(workdir):
@@ -50,6 +55,7 @@ class MetricWriter:
             self._events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
             start = SessionLog(status=SessionLog.START)
             self._write(Event(step=step + 1, session_log=start))  # drops what is made again
+        self._wandb = _open_wandb(project, workdir, self.folder) if project else None
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write one line; a value that is not finite becomes null, as JSON has no word for it."""
@@ -57,10 +63,12 @@ class MetricWriter:
         with self._naming_the_place():
             self._file.write(json.dumps(line) + "\n")
         self._add(step, *(summary.scalar(name, value) for name, value in scalars.items()))
+        self._send(step, scalars)
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Write uint8 pictures `[H, W, 3]`."""
         self._add(step, *(summary.image(k, v, dataformats="HWC") for k, v in images.items()))
+        self._send(step, images)
 
     def write_texts(self, step: int, texts: dict[str, str]) -> None:
         """Write texts, shown in TensorBoard."""
@@ -71,6 +79,18 @@ class MetricWriter:
             for item in summaries:
                 self._write(Event(step=step, summary=item))
             self._events.flush()
+
+    def _send(self, step: int, values: dict) -> None:
+        """To W&B, which stops no training, and has all before its last step (made again here)."""
+        if self._wandb is None or step < self._wandb.step:
+            return
+        try:
+            import wandb
+
+            images = {k: wandb.Image(v) for k, v in values.items() if isinstance(v, np.ndarray)}
+            self._wandb.log(values | images, step=step)
+        except Exception as error:
+            logging.warning("Weights & Biases did not take step %d: %s", step, reason(error))
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -98,6 +118,8 @@ class MetricWriter:
         with self._naming_the_place(), contextlib.ExitStack() as stack:
             stack.callback(self._file.close)
             stack.callback(self._events.close)
+            if self._wandb is not None:
+                stack.callback(self._wandb.finish)
         if self._bucket is None:
             return
         if self.flush():
@@ -115,6 +137,41 @@ class MetricWriter:
                 f"{self.folder} cannot be written ({reason(error)}). Make room there, and run the "
                 "same command again."
             ) from error
+
+
+def check_wandb() -> None:
+    """Raise UserError unless Weights & Biases can be used: the package is there, and a login."""
+    with _asking_wandb() as wandb:
+        wandb.login()
+
+
+def _open_wandb(project: str, workdir: os.PathLike, folder: pathlib.Path):
+    """A run there, the same one whenever its workdir goes on."""
+    note = as_path(workdir) / WANDB_NAME
+    runs = json.loads(note.read_text("utf-8")) if note.exists() else {}
+    name = runs.setdefault(project, uuid.uuid4().hex[:8])
+    write_json(note, runs)
+    with _asking_wandb() as wandb:
+        settings = wandb.Settings(console="off")  # what is printed is not its business
+        return wandb.init(project=project, id=name, resume="allow", dir=folder, settings=settings)
+
+
+@contextlib.contextmanager
+def _asking_wandb() -> Iterator:
+    """The package; what it says becomes one line."""
+    try:
+        import wandb
+
+        yield wandb
+    except (ImportError, AttributeError) as error:  # or a folder `wandb`, which its runs leave
+        raise UserError(
+            '--wandb needs the package wandb: pip install "djepa_jax[wandb]".'
+        ) from error
+    except Exception as error:  # of many kinds: no login, no network, a name that it does not take
+        raise UserError(
+            f"Weights & Biases: {reason(error).rstrip('.')}; log in with wandb login, set "
+            "WANDB_MODE=offline, or leave out --wandb."
+        ) from error
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:

@@ -180,6 +180,7 @@ def parts_identity(generator: Generator, params, settings: dict) -> dict:
     decoded = experiment.autoencoder.dtype if generator.decodes else ""
     of = {"sample": sample, "conditions": digest.hexdigest(), "decoded": decoded}
     of |= {"modality": repr(experiment.modality), "djepa_jax": __version__}
+    of["loss"] = repr(experiment.token_loss)  # with the options that sampling takes
     of["ema_norm"] = float(jax.jit(optax.tree.norm)(params))  # tells weights apart
     return json.loads(json.dumps(settings | of))
 

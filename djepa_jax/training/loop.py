@@ -23,6 +23,7 @@ from djepa_jax.evaluation.evaluate import open_metric
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.lock import lock_workdir
+from djepa_jax.runtime.metric_writer import check_wandb
 from djepa_jax.runtime.profiling import ProfileWindow, debug_switches
 from djepa_jax.runtime.progress import format_seconds
 from djepa_jax.runtime.storage import as_path, check_writable
@@ -61,6 +62,7 @@ def train(
     workdir: str,
     should_stop: Callable[[int], bool] = lambda step: False,
     restore_from: str = "",
+    wandb: str = "",
 ) -> Result:
     """Train, or go on from the workdir's latest checkpoint.
 
@@ -69,6 +71,7 @@ def train(
         workdir: folder of checkpoints, metrics and samples; local or gs://.
         should_stop: asked after every step (with the number of steps made); True saves and stops.
         restore_from: PATH@STEP, a step to go on from instead (`restore.go_back`).
+        wandb: a project of Weights & Biases, for scalars and grids.
 
     Raises:
         ConfigError, ValueError: a setting that cannot work; nothing was touched.
@@ -80,6 +83,8 @@ def train(
     source, experiment = open_training_data(experiment)
     open_metric(experiment, source)  # refuses data that it cannot judge by
     check_storable(workdir)
+    if wandb:
+        distributed.run_on_main(check_wandb)
     distributed.run_on_main(lambda: check_writable(workdir))
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.held_by_main(lock_workdir(workdir)))
@@ -88,7 +93,7 @@ def train(
         distributed.check_shared(as_path(workdir))
         same = f"{experiment.to_dict()} {len(source)} {restore_from}"
         distributed.check_same(same, "the configuration, the data or --restore_from")
-        run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop)
+        run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop, wandb)
         stack.enter_context(contextlib.closing(run))
         return run.train(restore_from)
 
@@ -96,11 +101,11 @@ def train(
 class _Run:
     """One process's part of a training run."""
 
-    def __init__(self, experiment: Experiment, source, mesh, workdir, signals, should_stop):
+    def __init__(self, experiment: Experiment, source, mesh, workdir, signals, should_stop, wandb):
         self.experiment, self.source, self.mesh = experiment, source, mesh
         self.signals, self._should_stop = signals, should_stop
         self.checkpoints = Checkpoints(workdir, experiment.keep_checkpoints)
-        self.report = Reporter(experiment, source, mesh, workdir, signals.requested)
+        self.report = Reporter(experiment, source, mesh, workdir, signals.requested, wandb)
         self.saved = 0  # the newest step that is in the workdir, or on its way there
         self.blocked = 0.0  # seconds that saving it has kept training waiting
         self.unread = collections.deque()  # steps and their metrics, still on the device
@@ -217,12 +222,16 @@ class _Run:
         self._say_saved(self.checkpoints.poll())  # finds a save that failed, too
         if step == experiment.num_steps:
             return
+        grid = experiment.sample_every and step % experiment.sample_every == 0
+        judged = experiment.evaluate_every and step % experiment.evaluate_every == 0
+        if grid or judged:
+            self._read_metrics()  # those of earlier steps are written first
         with self.report.watch.paused():
             if step % experiment.checkpoint_every == 0:
                 self._save(step, state, examples)
-            if experiment.sample_every and step % experiment.sample_every == 0:
+            if grid:
                 self.report.sample_grid(step, state)
-            if experiment.evaluate_every and step % experiment.evaluate_every == 0:
+            if judged:
                 self.report.evaluate(step, state)
 
     def _save(self, step: int, state: TrainState, examples: int) -> None:

@@ -17,6 +17,7 @@ from djepa_jax.evaluation.evaluate import (
     describe,
     evaluate,
     identity,
+    is_of,
     read_evaluation,
 )
 from djepa_jax.runtime import distributed
@@ -37,6 +38,7 @@ class Reporter:
         workdir: where to write.
         stop_requested: step -> whether the run was asked to stop; grids and evaluations are given
             up then.
+        wandb: a project of Weights & Biases, for scalars and grids; "" for none.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Reporter:
         mesh,
         workdir: epath.Path,
         stop_requested: Callable[[int], bool],
+        wandb: str = "",
     ):
         self.experiment, self.source, self.workdir = experiment, source, workdir
         self.generator, self._stop_requested = Generator(experiment, mesh), stop_requested
@@ -54,11 +57,12 @@ class Reporter:
         self.watch = Stopwatch()
         self._logged, self._rate = 0, 0.0  # step, and steps per second up to it
         self.writer: MetricWriter | None = None
+        self._wandb = wandb
 
     def open(self, step: int) -> None:
         """Begin to write metrics of the steps after `step`."""
         if distributed.is_main_process():
-            self.writer = MetricWriter(self.workdir, step)
+            self.writer = MetricWriter(self.workdir, step, self._wandb)
         self._logged = step
 
     def close(self) -> None:
@@ -91,7 +95,8 @@ class Reporter:
             f"training on {devices}, mesh {shape}; {len(self.source)} examples, batches of "
             f"{experiment.batch_size}"
         )
-        if experiment.modality.needs_decoder and not experiment.has_decoder:
+        undecoded = experiment.modality.needs_decoder and not experiment.has_decoder
+        if experiment.sample_every and undecoded:
             self.say(
                 "WARNING: sample grids will hold latents (.npz) and no pictures, for "
                 "config.autoencoder.path is empty; name the autoencoder's weights there to see "
@@ -119,10 +124,15 @@ class Reporter:
             self.writer.flush()
 
     def final_grid(self, step: int, state: TrainState) -> epath.Path | None:
-        """The last grid's path, of its arrays if there are no pictures; it is not made twice."""
+        """The last grid's path, of its arrays if there are no pictures; it is not made twice.
+
+        None if there are to be no grids.
+        """
+        if not self.experiment.sample_every:
+            return None
         png, npz = output_paths(self._grid_path(step))
-        wanted = json.loads(json.dumps(self._identity(step, state)))
-        if not distributed.run_on_main(lambda: int(stored_settings(npz) == wanted)):
+        wanted = self._identity(step, state)
+        if not distributed.run_on_main(lambda: int(is_of(stored_settings(npz) or {}, wanted))):
             self.sample_grid(step, state)
         return next((path for path in (png, npz) if path.exists()), None)
 
@@ -131,7 +141,7 @@ class Reporter:
         settings = self.experiment.evaluation
         if settings.kind == "none":
             return None
-        record = read_evaluation(self.experiment, state.ema_params, step, self.workdir)
+        record = read_evaluation(*self._to_judge(step, state))
         if not distributed.run_on_main(lambda: int(record is not None)):
             self.say(f"evaluating {settings.count} samples")
             record = self.evaluate(step, state)
@@ -140,6 +150,10 @@ class Reporter:
     def _identity(self, step: int, state: TrainState) -> dict:
         decoder = self.generator.autoencoder_sha256
         return identity(state.ema_params, self.experiment, step, decoder)
+
+    def _to_judge(self, step: int, state: TrainState) -> tuple:
+        arguments = (self.experiment, self.generator, state.ema_params, self.source)
+        return (*arguments, step, self.workdir)
 
     def _grid_path(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
@@ -166,9 +180,8 @@ class Reporter:
     def evaluate(self, step: int, state: TrainState) -> dict | None:
         """Judge samples of the moving average; the record, in process 0, unless asked to stop."""
         stop = functools.partial(self._stop_requested, step)
-        arguments = (self.generator, state.ema_params, self.source, step, self.workdir, stop)
         try:
-            record = evaluate(self.experiment, *arguments)
+            record = evaluate(*self._to_judge(step, state), stop)
         except Stopped:
             self.say(f"step {step}: no evaluation, for the run was asked to stop")
             return None

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import stat
 
@@ -14,18 +15,19 @@ import jax
 import numpy as np
 import pytest
 from conftest import PARITY
+from PIL import Image
 from safetensors import safe_open
-from tiny import run, tiny_config
+from tiny import load_config, run, tiny_config
 
 import djepa_jax
 from djepa_jax.checkpoints import export as exporting
 from djepa_jax.checkpoints.convert.import_weights import run_import
 from djepa_jax.checkpoints.export import run_export
 from djepa_jax.checkpoints.integrity import CheckpointError
-from djepa_jax.checkpoints.model_card import read_provenance
-from djepa_jax.checkpoints.restore import find_model, read_record
+from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
+from djepa_jax.checkpoints.restore import StoredModel, find_model, read_record
 from djepa_jax.config.convert import ConfigError
-from djepa_jax.main import EXPORT_FORMATS
+from djepa_jax.main import EXPORT_FORMATS, main
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "exported"  # by the version before this
 SECTIONS = ["Model", "Use", "Data", "Training", "Evaluation", "Licence", "Limits", "Files"]
@@ -80,7 +82,8 @@ def test_folder_holds_weights_record_card_and_manifest(exports, trained, form):
     folder, files = exports[form], contents(exports[form])
     weights = {WEIGHTS[form]} if form in WEIGHTS else {"sampler.stablehlo", "params.npz"}
     described = {"README.md", "config.json", "manifest.json"}
-    assert {path.name for path in folder.iterdir()} == described | weights
+    grid = {"step_00000003.png"}
+    assert {path.name for path in folder.iterdir()} == described | weights | grid
     manifest = json.loads(files.pop("manifest.json"))
     expected = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -112,10 +115,86 @@ def test_card_tells_what_the_weights_are_and_how_to_use_them(exports, trained):
     count = sum(leaf.size for leaf in jax.tree.leaves(djepa_jax.load(trained).params))
     assert f"{count:,} parameters" in card["Model"] and "digits" in card["Data"]
     assert "not stated" in card["Licence"]
+    assert all(f"`{digit}`" in card["Data"] for digit in range(10))
     (program,) = re.findall(r"```python\n(.*?)```", card["Use"], flags=re.DOTALL)
     names = {}
     exec(program.replace("PATH OF THIS FOLDER", str(exports["official"])), names)
     assert names["images"].shape == (2, 8, 8, 1) and names["images"].dtype == np.uint8
+
+
+def test_commands_of_the_card_work(exports, tmp_path, monkeypatch):
+    use = card_of(exports["official"])["Use"].replace(
+        "PATH OF THIS FOLDER", str(exports["official"])
+    )
+    (commands,) = re.findall(r"```sh\n(.*?)```", use, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for line in commands.splitlines():
+        program, *words = shlex.split(line)
+        assert program == "djepa" and main(["djepa", *words]) == 0
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_the_newest_grid_goes_along_without_paths(trained, exports, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    original = workdir / "samples" / "step_00000003.png"
+    for step, text in ((2, None), (9, None), (1, b"damaged")):
+        place = original.with_name(f"step_{step:08d}.png")
+        place.write_bytes(text or original.read_bytes())
+    original.write_bytes(b"damaged")
+    run_export(None, str(workdir), str(tmp_path / "one"), "official")
+    run_export(None, str(tmp_path / "one"), str(tmp_path / "two"), "official")
+    for folder, name in (
+        (tmp_path / "one", "step_00000002.png"),
+        (tmp_path / "two", "step_00000002.png"),
+        (exports["orbax"], "step_00000003.png"),
+    ):
+        assert [path.name for path in folder.glob("*.png")] == [name]
+        assert f"({name})" in (folder / "README.md").read_text()
+        with (
+            Image.open(folder / name) as copy,
+            Image.open(original.with_name("step_00000002.png")) as of,
+        ):
+            assert not copy.text and of.text["command"]
+            np.testing.assert_array_equal(np.asarray(copy), np.asarray(of))
+    shutil.rmtree(workdir / "samples")
+    bare = run_export(None, str(workdir), str(tmp_path / "three"), "official")
+    assert not list(bare.glob("*.png")) and ".png" not in (bare / "README.md").read_text().replace(
+        "samples.png", ""
+    )
+
+
+CARDS = {  # settings of a model -> what its card must say, and may not
+    "digits": ({"data.path": "/home/me/secret/pets"}, ["`pets`"], ["secret"]),
+    "djepa_b:pixels": (
+        {"data.source": "tfds", "data.path": "mnist:3.0.1@/home/me/secret#test"},
+        ["`mnist:3.0.1`", "`tench`", "988 more", "labels=['tench', 'goldfish']"],
+        ["secret", "autoencoder="],
+    ),
+    "djepa_l": (
+        {"data.path": "/home/me/secret/cache/"},
+        ["`latents` `cache`", "autoencoder=", "--config.autoencoder.path"],
+        ["secret"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_of_many_kinds_of_models(name):
+    changes, present, absent = CARDS[name]
+    experiment = load_config(name).updated(changes)
+    model = StoredModel(GOLDEN, experiment, 5, lambda abstract: {})
+    card = model_card(model, experiment, "orbax", Provenance(), "", "")
+    for word in present:
+        assert word in card, word
+    assert not any(word in card for word in absent)
+
+
+def test_a_card_of_one_class_asks_for_that_class():
+    changes = {"data.num_classes": 1, "data.unconditional": True}
+    experiment = load_config("digits").updated(changes)
+    model = StoredModel(GOLDEN, experiment, 5, lambda abstract: {})
+    card = model_card(model, experiment, "orbax", Provenance(), "", "user/model")
+    assert "labels=['0']," in card and 'load("hf://user/model")' in card
 
 
 def test_card_leaves_out_an_evaluation_of_anything_else(tmp_path):

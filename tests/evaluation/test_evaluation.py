@@ -1,15 +1,21 @@
 """Quality figures against known answers, and the evaluation of samples that a stand-in draws."""
 
+import functools
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
+from dummy_sampler import DummySampler
+from PIL import Image
+from tiny import run, tiny_config
 
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.core import sharding
-from djepa_jax.data.arrays import load_digits
+from djepa_jax.data.arrays import ArraySource, load_digits
+from djepa_jax.data.sources import SingleClass, open_data
+from djepa_jax.evaluation import evaluate as evaluating
 from djepa_jax.evaluation.evaluate import evaluate, open_metric, read_evaluation, run_evaluate
 from djepa_jax.evaluation.metrics import METRICS
 from djepa_jax.evaluation.metrics.small_images import SmallImages, frechet_distance
@@ -77,23 +83,65 @@ def generator(digits) -> Generator:
 def test_samples_are_judged_batch_by_batch_and_the_record_is_known_again(
     generator, digits, tmp_path
 ):
-    experiment = generator.experiment
-    assert read_evaluation(experiment, PARAMS, 3, tmp_path) is None
-    record = evaluate(experiment, generator, PARAMS, digits, 3, tmp_path)
+    path = tmp_path / "evaluation.json"
+
+    def read(source=digits, params=PARAMS, step=3, **changes) -> dict | None:
+        experiment = generator.experiment.updated(changes)
+        return read_evaluation(experiment, generator, params, source, step, tmp_path)
+
+    assert read() is None
+    record = evaluate(generator.experiment, generator, PARAMS, digits, 3, tmp_path)
     assert record["metrics"]["accuracy"] == 1 and record["metrics"]["frechet_distance"] < 10
     assert (record["step"], record["evaluation"]["count"]) == (3, 70)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == record
-    assert read_evaluation(experiment, PARAMS, 3, tmp_path) == record
-    changed = experiment.updated({"sample.cfg_scale": 2.0})
-    for other in (
-        (experiment, PARAMS, 4),
-        (experiment, {"w": jnp.arange(3.0) + 1}, 3),
-        (changed, PARAMS, 3),
-    ):
-        assert read_evaluation(*other, tmp_path) is None
-    for text in ("{", "[]", "{}"):
-        (tmp_path / "evaluation.json").write_text(text)
-        assert read_evaluation(experiment, PARAMS, 3, tmp_path) is None
+    assert json.loads(path.read_text()) == record == read() == read(SingleClass(digits))
+    assert read(step=4) is read(params={"w": jnp.arange(3.0) + 1}) is None
+    assert read(ArraySource(digits.images, digits.labels[::-1])) is None
+    for change in ("sample.cfg_scale", "evaluation.seed", "loss.options.time_shift"):
+        assert read(**{change: 2}) is None, change
+    before = {k: v for k, v in record.items() if k not in ("loss", "compute_dtype", "data")}
+    path.write_text(json.dumps(before))
+    assert read() == before, "a record of an earlier version counts"
+    for text in ("{", "[]", "{}", '{"metrics": {}}'):
+        path.write_text(text)
+        assert read() is None
+
+
+def test_evaluating_again_shows_what_there_is_unless_asked_to_replace_it(
+    trained, monkeypatch, tmp_path, capsys
+):
+    workdir, sampler = shutil.copytree(trained, tmp_path / "run"), DummySampler()
+    dummy = functools.partial(Generator, sampler=sampler)
+    monkeypatch.setattr(evaluating, "Generator", dummy)
+    record = (workdir / "evaluation.json").read_bytes()
+    figures = evaluating.describe(json.loads(record)["metrics"])
+    command = ("--mode=evaluate", f"--workdir={workdir}")
+    assert run(*command) == 0
+    assert (workdir / "evaluation.json").read_bytes() == record and not sampler.drawn
+    said = capsys.readouterr().out
+    assert figures in said and "--overwrite" in said
+    assert run(*command, "--overwrite") == 0
+    made = (workdir / "evaluation.json").read_bytes()
+    assert made != record and sampler.drawn == [0, 40]
+    assert run(*command) == 0 and sampler.drawn == [0, 40]
+    assert run(*command, "--config.sample.temperature=0.5") == 0
+    assert sampler.drawn == [0, 40, 0, 40]
+
+
+def test_small_pictures_in_a_folder_are_judged_as_those_in_memory(digits, tmp_path):
+    count = 60
+    for index in range(count):
+        folder = tmp_path / str(digits.labels[index])
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(digits.images[index, ..., 0]).save(folder / f"{index}.png")
+    changes = {"data.source": "folder", "data.path": str(tmp_path)}
+    source = open_data(tiny_config().updated(changes))
+    few = ArraySource(digits.images[:count], digits.labels[:count])
+    samples = digits.images[100:200], digits.labels[100:200]
+    assert judged(source, *samples) == pytest.approx(judged(few, *samples))
+    alone = judged(SingleClass(source), *samples)
+    assert alone == pytest.approx({"frechet_distance": judged(few, *samples)["frechet_distance"]})
+    untold = judged(source, samples[0], np.zeros(100, np.int32))  # no class was asked for
+    assert untold.keys() == {"frechet_distance"}
 
 
 def test_an_evaluation_that_is_stopped_writes_nothing(generator, digits, tmp_path):
@@ -111,26 +159,29 @@ def test_an_evaluation_that_is_stopped_writes_nothing(generator, digits, tmp_pat
     assert len(asked) == 3 and not list(tmp_path.iterdir())
 
 
-class Examples:
-    """A source of pictures in memory."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-
-def test_data_that_cannot_be_judged_by_and_unknown_metrics_are_refused(digits, tmp_path):
+def test_data_that_cannot_be_judged_by_and_unknown_metrics_are_refused(digits):
     experiment = tiny_config()
-    for source, words in (
-        ([], "digits"),
-        (Examples(digits.images.astype(np.float32), digits.labels), "float32"),
-        (Examples(np.zeros((4, 64, 64, 3), np.uint8), np.arange(4)), "12288"),
-        (Examples(digits.images, np.zeros(len(digits.labels))), "two classes"),
+    for images, words in (
+        (digits.images.astype(np.float32), "float32"),
+        (np.zeros((4, 64, 64, 3), np.uint8), "12288"),
     ):
         with pytest.raises(ValueError, match=words):
-            open_metric(experiment, source)
+            open_metric(experiment, ArraySource(images, np.arange(len(images))))
     with pytest.raises(ConfigError, match="smell.*none, small_images"):
         open_metric(experiment.updated({"evaluation.kind": "smell"}), digits)
     none = experiment.updated({"evaluation.kind": "none"})
-    assert open_metric(none, []) is None
-    with pytest.raises(ConfigError, match="small_images"):
+    assert open_metric(none, digits) is None
+
+
+def test_what_evaluate_advises_can_be_followed(tmp_path):
+    """One message for data without a metric: none names a setting that leads to another one."""
+    none = tiny_config("--config.evaluation.kind=none")
+    with pytest.raises(ConfigError, match="set it to one of small_images"):
         run_evaluate(none, str(tmp_path))
+    np.savez(tmp_path / "big.npz", images=np.zeros((9, 64, 64), np.uint8), labels=np.arange(9))
+    big = {"data.source": "npz", "data.path": str(tmp_path / "big.npz"), "data.image_size": 64}
+    for kind in ("none", "small_images"):
+        experiment = none.updated({**big, "data.patch_size": 8, "evaluation.kind": kind})
+        with pytest.raises(ValueError, match="there is no metric for.*--mode=sample") as refused:
+            run_evaluate(experiment, str(tmp_path))
+        assert "set" not in str(refused.value)

@@ -4,14 +4,17 @@ Dummies stand for the sampler and for the training step.
 """
 
 import functools
+import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
 from dummy_sampler import DummySampler
+from fake_wandb import FakeWandb
 from processes import simple_step
-from tiny import arrays_of, tiny_config
+from tiny import arrays_of, run, tiny_config
 
 from djepa_jax.checkpoints.restore import find_model
 from djepa_jax.sampling.generator import Generator
@@ -58,6 +61,16 @@ def test_an_evaluation_is_given_up_too_and_made_the_next_time(sampler, tmp_path)
     assert sampler.drawn == [0, 0, 0, 16, 32, 48, 64]
 
 
+def test_no_grid_is_made_where_there_are_to_be_none(sampler, tmp_path, capsys):
+    experiment = tiny_config("--config.sample_every=0", "--config.evaluation.kind=none")
+    result = train(experiment, str(tmp_path))
+    assert result.finished and result.grid is None and not sampler.drawn
+    assert not (tmp_path / "samples").exists()
+    reporting.summarise(result, experiment, str(tmp_path))
+    said = capsys.readouterr().out
+    assert "samples/" not in said and "--mode=sample" in said
+
+
 def test_grids_appear_while_training_goes_on(sampler, tmp_path):
     flags = ("--config.sample_every=2", "--config.evaluation.kind=none")
     result = train(tiny_config(*flags, "--config.num_steps=4"), str(tmp_path))
@@ -67,3 +80,58 @@ def test_grids_appear_while_training_goes_on(sampler, tmp_path):
     assert result.grid.name == "step_00000004.png"
     found = [arrays_of(tmp_path / "samples" / f"{step}.npz")["arr_0"] for step in steps]
     assert found[0].shape == (10, 8, 8, 1) and np.any(found[0] != found[1])
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_scalars_and_grids_go_to_wandb_and_a_resumed_run_goes_on_there(sampler, wandb, tmp_path):
+    flags = ("--config.sample_every=2", "--config.evaluate_every=2", "--config.checkpoint_every=3")
+    experiment = tiny_config(*flags, "--config.num_steps=5")
+    train(experiment, str(tmp_path), should_stop=lambda step: step == 4, wandb="digits")
+    go_back = f"{tmp_path}@3"  # the steps after it are made again, and are there already
+    result = train(experiment, str(tmp_path), restore_from=go_back, wandb="digits")
+    assert result.finished and all(run.finished for run in wandb.runs)
+    ((identity, sent),) = wandb.sent.items()
+    assert json.loads((tmp_path / "wandb_runs.json").read_text()) == {"digits": identity}
+    assert wandb.runs[0].settings["project"] == "digits"
+    assert [step for step, name, _ in sent if name == "loss"] == [1, 2, 3, 4, 5]
+    grids = [(step, value.shape[-1]) for step, name, value in sent if name == "samples"]
+    assert grids == [(2, 3), (4, 3), (5, 3)]
+    assert {step for step, name, _ in sent if name == "evaluation/accuracy"} == {2, 4, 5}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    local = {(line["step"], name) for line in lines for name in line if name != "step"}
+    assert {(step, name) for step, name, _ in sent if name != "samples"} == local
+    train(experiment, str(tmp_path), wandb="other")
+    assert len(wandb.sent) == 2
+
+
+def test_wandb_that_fails_stops_no_training(sampler, wandb, tmp_path, monkeypatch, caplog):
+    def init(**_):
+        run = FakeWandb.init(wandb, **_)
+        run.log = lambda values, step: 1 / 0
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    experiment = tiny_config("--config.sample_every=0", "--config.evaluation.kind=none")
+    assert train(experiment, str(tmp_path), wandb="digits").finished
+    assert "did not take step 3" in caplog.text
+
+
+def test_without_wandb_or_a_login_nothing_is_touched(wandb, tmp_path, monkeypatch, capsys):
+    command = (f"--workdir={tmp_path / 'run'}", "--wandb=digits")
+    wandb.logged_in = False
+    assert run(*command) == 2
+    error = capsys.readouterr().err
+    assert "No API key" in error and "WANDB_MODE=offline" in error and error.count("\n") == 1
+    for module in (None, type(sys)("wandb")):  # no package; a folder that has its name
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        assert run(*command) == 2
+        assert "[wandb]" in capsys.readouterr().err
+    assert run(*command, "--mode=sample") == 2
+    assert "--mode=train" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ import optax
 from etils import epath
 from flax import traverse_util
 
-from djepa_jax.checkpoints import restore
+from djepa_jax.checkpoints import hub, restore
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.convert import official, tensor_files
 from djepa_jax.checkpoints.convert.mismatch import check_shapes
@@ -52,7 +52,7 @@ def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
         SourceError: the file cannot be read, or holds what it should not.
         CheckpointError: the workdir cannot be used, or holds checkpoints already.
     """
-    path = pathlib.Path(source)
+    path = pathlib.Path(hub.local(source))
     model = restore.find_model(path) if restore.is_export(path) else None
     if model:
         restore.check_same_model(model.config, experiment)

@@ -10,7 +10,7 @@ import numpy as np
 GAMMA, C = 0.064, 10  # of the classifier; gamma is for one pixel and is shared out among them
 PIXEL_TOP = 16.0  # the classifier sees values from 0 to 16, the range of the digits data set
 MAX_PIXELS = 1024  # times channels; a covariance of raw pixels means little beyond
-MAX_TRAINING = 10_000  # real images that the classifier learns from
+MAX_REAL = 10_000  # images that the classifier learns from, and that are read from files
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -34,49 +34,38 @@ def accuracy(
     """Share of uint8 samples `[n, H, W, C]` that a support-vector classifier of the real data gives
     their label.
 
-    It learns from `MAX_TRAINING` of the real images at most, always the same ones.
+    It learns from `MAX_REAL` of the real images at most, always the same ones.
     """
     from sklearn.svm import SVC  # a second of import that only this needs
 
-    chosen = np.random.default_rng(0).permutation(len(real_images))[:MAX_TRAINING]
+    chosen = np.random.default_rng(0).permutation(len(real_images))[:MAX_REAL]
     training = _flat(real_images[chosen]) * PIXEL_TOP
     classifier = SVC(gamma=GAMMA / training.shape[1], C=C).fit(training, real_labels[chosen])
     return float((classifier.predict(_flat(images) * PIXEL_TOP) == labels).mean())
 
 
 class SmallImages:
-    """`accuracy` and `frechet_distance` (of values 0..1) against all real images of a source.
-
-    Args:
-        images: real ones, uint8 `[n, H, W, C]`.
-        labels: their classes `[n]`.
+    """`accuracy`, where there are classes, and `frechet_distance` (of values 0..1) against the real
+    images of a source: all of an array, `MAX_REAL` of files.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self._real = images, labels
+    def __init__(self, source):
+        self._source = source
         self._samples: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
 
     @classmethod
     def from_data(cls, source) -> "SmallImages":
-        """Real images in memory, small ones, of at least two classes; ValueError for others."""
-        if not hasattr(source, "images"):
-            raise ValueError(
-                'evaluation.kind "small_images" needs data.source "digits" or "npz"; set '
-                'evaluation.kind to "none".'
-            )
-        if source.images.dtype != np.uint8 or source.images[0].size > MAX_PIXELS:
+        """Against any small pictures, of which one is read now; ValueError for other examples."""
+        example = source[0]["example"]
+        if example.dtype != np.uint8 or example.size > MAX_PIXELS:
             raise ValueError(
                 f'evaluation.kind "small_images" judges uint8 pictures of at most {MAX_PIXELS} '
-                f"values, these are {source.images.dtype} with {source.images[0].size}; set "
-                'evaluation.kind to "none".'
+                f"values, these are {example.dtype} with {example.size}; there is no metric for "
+                "them: train with --config.evaluation.kind=none, and look at samples "
+                "(--mode=sample)."
             )
-        if len(np.unique(source.labels)) < 2:
-            raise ValueError(
-                'evaluation.kind "small_images" needs data of at least two classes; set '
-                'evaluation.kind to "none".'
-            )
-        return cls(source.images, source.labels)
+        return cls(source)
 
     def update(self, arrays: dict[str, np.ndarray], conditions: np.ndarray) -> None:
         """Keep samples `images` `[n, H, W, C]` and the labels `[n]` asked for."""
@@ -89,12 +78,22 @@ class SmallImages:
         self._labels += other._labels
 
     def result(self) -> dict[str, float]:
-        """Both figures."""
+        """The figures."""
         samples, labels = np.concatenate(self._samples), np.concatenate(self._labels)
-        return {
-            "accuracy": accuracy(samples, labels, *self._real),
-            "frechet_distance": frechet_distance(_flat(samples), _flat(self._real[0])),
-        }
+        images, real_labels = _read(self._source)
+        figures = {}
+        if min(len(np.unique(labels)), len(np.unique(real_labels))) > 1:
+            figures["accuracy"] = accuracy(samples, labels, images, real_labels)
+        return figures | {"frechet_distance": frechet_distance(_flat(samples), _flat(images))}
+
+
+def _read(source) -> tuple[np.ndarray, np.ndarray]:
+    """Real images uint8 `[n, H, W, C]` and their labels `[n]`, always the same ones."""
+    if hasattr(source, "images"):  # an array in memory
+        return source.images, source.labels
+    chosen = np.random.default_rng(0).permutation(len(source))[:MAX_REAL]
+    examples = [source[index] for index in chosen.tolist()]
+    return tuple(np.stack([each[key] for each in examples]) for key in ("example", "condition"))
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
