@@ -15,12 +15,15 @@ from djepa_jax.config.flags import HelpRequest, UsageError
 from djepa_jax.config.flags import parse as parse_flags
 from djepa_jax.runtime import distributed, errors
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
+from djepa_jax.runtime.streams import ignore_lost_readers
 
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 
 
 def train(values: flags.FlagValues, experiment: Experiment) -> None:
     """Train, or go on with training."""
+    if distributed.is_main_process():
+        print(f"training in {values.workdir}: reading the program and the data")
     from djepa_jax.training.loop import train
     from djepa_jax.training.reporting import summarise
 
@@ -100,7 +103,7 @@ MODES = {
     "sample": Mode(
         sample,
         ("config", "workdir"),
-        "--out=three.png --config.sample.labels=3",
+        "--workdir=runs/digits --out=three.png --config.sample.labels=3",
         own=("latents_only",),
     ),
     "evaluate": Mode(evaluate, ("config", "workdir"), ""),
@@ -214,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
+    ignore_lost_readers()
     try:
         values, experiment = parse(argv if len(argv) > 1 else [*argv, "--help"])
         connect(values)
