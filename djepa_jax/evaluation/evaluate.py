@@ -7,7 +7,6 @@ from collections.abc import Callable
 import jax
 import optax
 from etils import epath
-from tqdm import tqdm
 
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
@@ -70,13 +69,11 @@ def evaluate(
     conditions = experiment.network.conditioner.in_turn(settings.count)
     start = 0
     batches = generator.batches(params, conditions, settings.seed, should_stop=should_stop)
-    with tqdm(total=settings.count, desc="evaluation", unit="sample", disable=None) as bar:
-        for arrays in batches:
-            stop = start + count_of(arrays)
-            rows = slice(start, stop)
-            metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
-            bar.update(stop - start)
-            start = stop
+    for arrays in batches:
+        stop = start + count_of(arrays)
+        rows = slice(start, stop)
+        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
+        start = stop
     of = identity(params, experiment, step) | {"evaluation": dataclasses.asdict(settings)}
     if not distributed.is_main_process():
         return {}
@@ -117,6 +114,6 @@ def run_evaluate(experiment: Experiment, workdir: str) -> tuple[dict, epath.Path
     mesh = sharding.make_mesh(experiment.mesh)
     model = latest_model(experiment, workdir)
     params = model.restore(placed_params(experiment, mesh))
-    generator = Generator(experiment, mesh)
+    generator = Generator(experiment, mesh, progress=True)
     record = evaluate(experiment, generator, params, source, model.step, workdir)
     return record, as_path(workdir) / FILE_NAME

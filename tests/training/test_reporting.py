@@ -4,16 +4,20 @@ Dummies stand for the sampler and for the training step.
 """
 
 import functools
+import json
 import os
+import re
 import signal
 
 import numpy as np
 import pytest
 from dummy_sampler import DummySampler
+from event_files import shown
 from processes import simple_step
 from tiny import arrays_of, tiny_config
 
 from djepa_jax.checkpoints.restore import find_model
+from djepa_jax.runtime.metric_writer import METRICS_NAME
 from djepa_jax.sampling.generator import Generator
 from djepa_jax.training import compile_step, reporting
 from djepa_jax.training.loop import train
@@ -56,6 +60,23 @@ def test_an_evaluation_is_given_up_too_and_made_the_next_time(sampler, tmp_path)
     assert result.evaluation["step"] == 3 and (tmp_path / "evaluation.json").exists()
     assert train(experiment, str(tmp_path)) == result, "nothing is made twice"
     assert sampler.drawn == [0, 0, 0, 16, 32, 48, 64]
+
+
+def test_going_back_shows_every_step_once(sampler, tmp_path, capsys):
+    """Rates are possible ones: saving, which happens between the steps, is no part of their time.
+    The terminal keeps the losses; the table of parameters lies in a file.
+    """
+    flags = ("--config.checkpoint_every=2", "--config.log_every=1", "--config.num_steps=6")
+    experiment = tiny_config(*flags, "--config.evaluation.kind=none")
+    train(experiment, str(tmp_path))
+    said, table = capsys.readouterr().out, (tmp_path / "parameters.txt").read_text()
+    assert "step 1/6  loss" in said and "step 6/6  loss" in said
+    total = re.search(r"Total: ([\d,]+)", table)[1]
+    assert f"{total} parameters" in said and "context_encoder" not in said
+    train(experiment, str(tmp_path), restore_from=f"{tmp_path}@4")
+    lines = (tmp_path / METRICS_NAME).read_text().splitlines()
+    assert shown(tmp_path)["loss"] == [1, 2, 3, 4, 5, 6] == [json.loads(li)["step"] for li in lines]
+    assert all(json.loads(line)["images_per_second"] > 0 for line in lines)
 
 
 def test_grids_appear_while_training_goes_on(sampler, tmp_path):
