@@ -17,15 +17,8 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """Work that can be counted: a bar on a terminal, and everywhere a line that stays of its
-    first part, of its last, and of one every `EVERY` seconds.
-
-    Args:
-        what: is done, such as "sampling".
-        unit: of what is counted.
-        total: how many there are.
-        done: how many were done before.
-        quiet: show nothing.
+    """Work that can be counted, such as "sampling" of so many of a unit: a bar on a terminal, and
+    everywhere a line that stays of its first part, of its last, and of one every `EVERY` seconds.
     """
 
     def __init__(self, what: str, unit: str, total: int, done: int = 0, quiet: bool = False):
@@ -39,8 +32,8 @@ class Progress:
         self._bar = tqdm(desc=what, unit=unit, total=total, initial=done, **look)
 
     def show(self, done: int, text: str = "") -> None:
-        """So many are done; the text tells more of the last one."""
-        self._bar.set_postfix_str(text, refresh=False)
+        """So many are done; the text tells more of the last one, parts of it after two spaces."""
+        self._bar.set_postfix_str(text.partition("  ")[0], refresh=False)  # leaves room for the bar
         self._bar.update(done - self._done)
         now, self._done = time.monotonic(), done
         if not self.quiet and (not self._said or done >= self.total or now >= self._said + EVERY):

@@ -29,7 +29,6 @@ from djepa_jax.sampling.grids import output_paths, save_samples, stored_settings
 
 SHOWN = ("loss", "token_loss", "jepa_loss")  # of the metrics, in the terminal
 PARAMETERS_NAME = "parameters.txt"
-WIDTH = 100  # columns, which commands to be copied fit
 
 
 class Reporter:
@@ -217,9 +216,7 @@ def summarise(result, experiment: Experiment, workdir: str) -> None:
         print(f"Quality:  {figures} ({as_path(workdir) / FILE_NAME})")
     print(f"Try next (in {pathlib.Path.cwd()}):")
     for extra in next_steps(experiment):
-        start, rest = shlex.join([*program(), f"--workdir={workdir}"]), shlex.join(extra)
-        fits = len(f"  {start} {rest}") <= WIDTH
-        print(f"  {start} {rest}" if fits else f"  {start} \\\n      {rest}")
+        print(f"  {shlex.join([*program(), f'--workdir={workdir}'])} \\\n      {shlex.join(extra)}")
 
 
 def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
