@@ -16,12 +16,15 @@ from djepa_jax.config.flags import HelpRequest, UsageError
 from djepa_jax.config.flags import parse as parse_flags
 from djepa_jax.runtime import distributed, errors
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
+from djepa_jax.runtime.streams import ignore_lost_readers
 
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 
 
 def train(values: flags.FlagValues, experiment: Experiment) -> None:
     """Train, or go on with training."""
+    if distributed.is_main_process():
+        print(f"training in {values.workdir}: reading the program and the data")
     from djepa_jax.training.loop import train
     from djepa_jax.training.reporting import summarise
 
@@ -105,7 +108,7 @@ MODES = {
     "sample": Mode(
         sample,
         ("config", "workdir"),
-        "--out=three.png --config.sample.labels=3",
+        "--workdir=runs/digits --out=three.png --config.sample.labels=3",
         own=("latents_only",),
     ),
     "evaluate": Mode(evaluate, ("config", "workdir"), ""),
@@ -222,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
+    ignore_lost_readers()
     for stream in (sys.stdout, sys.stderr):
         # Any path can be printed, whatever the terminal can show. Notebooks have other streams, and
         # one that has become a pipe cannot be changed.

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from tiny import CONFIG, TINY, load_config
 from djepa_jax import main as cli
 from djepa_jax.runtime import errors
 from djepa_jax.runtime.lock import lock_workdir
-from djepa_jax.training.reporting import next_steps
+from djepa_jax.training import reporting
+from djepa_jax.training.loop import Result
 
 # What is typed, and what the one line of error must name. `tests/config` has the configuration's.
 BAD_INPUT = [
@@ -197,7 +199,7 @@ def test_sample_mode_writes_grid_and_arrays(trained, tmp_path, capsys):
         assert arrays["arr_1"].tolist() == [3, 7, 3, 7, 3]
         assert json.loads(str(arrays["settings"]))["sample"]["cfg_scale"] == 2.0
     with Image.open(out) as grid:
-        assert "djepa_jax.main" in grid.text["command"]
+        assert "djepa" in grid.text["command"]
     assert run(*flags, f"--out={tmp_path}/each/", "--config.sample.order=raster") == 0
     names = sorted(path.name for path in (tmp_path / "each").iterdir())
     assert names[:2] == ["000000_3.png", "000001_7.png"]
@@ -225,14 +227,36 @@ def test_evaluate_mode_writes_its_record(trained, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_finished_run_says_so_and_names_what_to_try(trained, capsys):
+def test_finished_run_says_so_and_names_what_to_try(trained, tmp_path, capsys):
     assert run(f"--config={CONFIG}", f"--workdir={trained}", *TINY) == 0
     output = capsys.readouterr().out
     assert "step_00000003.png" in output and "accuracy" in output
-    assert output.count("-m djepa_jax.main") == 3
-    for name in ("digits", "digits:diffusion", "djepa_l"):
-        for extra in next_steps(load_config(name)):
-            load_config(name, *(flag for flag in extra if flag.startswith("--config.")))
+    tries = output.partition("):\n")[2].replace("\\\n", " ").splitlines()
+    words = shlex.split(tries[0])
+    assert len(tries) == 3 and f"--workdir={trained}" in words
+    assert run(*words[words.index(f"--workdir={trained}") :], f"--out={tmp_path}/three.png") == 0
+    assert (tmp_path / "three.png").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits:diffusion", "djepa_l"])
+def test_what_to_try_is_short_and_can_be_run(name, monkeypatch, capsys):
+    monkeypatch.setattr(
+        reporting, "program", lambda: ["/home/ada/djepa/.venv/bin/python", "-m", "djepa_jax"]
+    )
+    reporting.summarise(Result(9, True), load_config(name), "runs/imagenet/large-2")
+    tries = capsys.readouterr().out.partition("):\n")[2]
+    assert all(len(line) <= 100 for line in tries.splitlines()), tries
+    for command in tries.replace("\\\n", " ").splitlines():
+        load_config(name, *(word for word in shlex.split(command) if word.startswith("--config.")))
+
+
+def test_a_workdir_brings_its_configuration(trained, tmp_path, capsys):
+    """Values on the command line come on top; a workdir without one needs a --config."""
+    values, experiment = cli.parse(["djepa", f"--workdir={trained}", "--config.seed=5"])
+    assert experiment == load_config(CONFIG, *TINY, "--config.seed=5")
+    assert run(f"--workdir={tmp_path / 'none'}") == 2
+    assert "--config is missing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lost_checkpoints_are_never_a_start_from_scratch(trained, tmp_path, capsys):

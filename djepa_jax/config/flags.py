@@ -1,7 +1,8 @@
 """The command line: flags of each mode, and the configuration with what the command line changes.
 
 A configuration is a Python file (`--config`) or data (`--config_json`: a JSON object of keys that
-differ from `configs/default.py`, or the `config.json` of a workdir or an export).
+differ from `configs/default.py`, or the `config.json` of a workdir or an export). A workdir that
+has one needs neither.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,9 +28,10 @@ from djepa_jax.config.convert import (
     unknown_key,
 )
 from djepa_jax.config.experiment import SHARED_LOSS_FIELDS, Experiment
-from djepa_jax.config.stored import upgrade
+from djepa_jax.config.stored import FILE_NAME, upgrade
 from djepa_jax.core.losses import TOKEN_LOSSES
 from djepa_jax.runtime.errors import UserError
+from djepa_jax.runtime.storage import as_path
 
 MAX_BYTES = 2**20  # of a JSON file
 RENAMED = {  # keys of earlier versions
@@ -85,7 +88,11 @@ def parse(
     overrides = [word for word in argv if word.startswith("--config.")]
     _read_flags(values, [word for word in argv if not word.startswith("--config.")], usage)
     _expand_paths(values)
-    for name in required(values):
+    needed = required(values)
+    if "config" in needed and values.workdir and not (values.config or values.config_json):
+        stored = as_path(values.workdir) / FILE_NAME
+        values.config_json = str(stored) if stored.exists() else None
+    for name in needed:
         if not values[name].value and not (name == "config" and values.config_json):
             raise UsageError(f"--{name} is missing.\n{usage}")
     return values, read_config(values.config, values.config_json, overrides)
@@ -119,9 +126,6 @@ def _expand_paths(values: flags.FlagValues) -> None:
 
 def command_line(*extra: str) -> str:
     """The command that is running, with `extra` flags, ready to be pasted where it was started."""
-    python = pathlib.Path(sys.executable)
-    if python.is_relative_to(pathlib.Path.cwd()):
-        python = python.relative_to(pathlib.Path.cwd())
     kept, words = [], iter(sys.argv[1:])
     for word in words:
         name, equals, _ = word.partition("=")
@@ -129,7 +133,17 @@ def command_line(*extra: str) -> str:
             kept.append(word)
         elif not equals:
             next(words, None)  # its value
-    return shlex.join([str(python), "-m", "djepa_jax.main", *kept, *extra])
+    return shlex.join([*program(), *kept, *extra])
+
+
+def program() -> list[str]:
+    """The words that start this program: `djepa`, if a shell finds the one of this Python."""
+    python, found = pathlib.Path(sys.executable), shutil.which("djepa")
+    if found and pathlib.Path(found).parent == python.parent:
+        return ["djepa"]
+    if python.is_relative_to(pathlib.Path.cwd()):
+        python = python.relative_to(pathlib.Path.cwd())
+    return [str(python), "-m", "djepa_jax"]
 
 
 def _with_underscores(word: str) -> str:
@@ -200,7 +214,7 @@ def _complete_options(config: ConfigDict, name: str) -> None:
 def _read_json(path: str) -> dict:
     """All keys of a configuration: those in a JSON file, the others as in `configs/default.py`."""
     try:
-        with open(path, "rb") as file:
+        with as_path(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")

@@ -12,13 +12,11 @@ import json
 import math
 import pathlib
 import re
-import time
 from collections.abc import Iterator
 
 import grain
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from djepa_jax import __version__
 from djepa_jax.checkpoints.autoencoder import Autoencoder
@@ -34,7 +32,7 @@ from djepa_jax.data.latent_cache import DTYPES, SHARDS_NAME, Metadata, find_shar
 from djepa_jax.data.records import DataError, Source, check_broken
 from djepa_jax.data.sources import SingleClass, open_source
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
-from djepa_jax.runtime.progress import format_seconds
+from djepa_jax.runtime.progress import Progress, say
 from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
 
 AHEAD = 3  # batches of images that may wait, read, for the autoencoder
@@ -42,7 +40,7 @@ PUBLISH = "prepare into a folder and copy it with gcloud storage cp -r CACHE gs:
 
 
 def run_prepare(
-    experiment: Experiment, folder: str, measure_scale=False, shard="", say=print
+    experiment: Experiment, folder: str, measure_scale=False, shard="", say=say
 ) -> Metadata | None:
     """Make a latent cache in `folder`, or complete one; its metadata once it is complete.
 
@@ -173,16 +171,17 @@ def make_shards(
 
     options = grain.ReadOptions(num_threads, max(AHEAD * autoencoder.batch_size, num_threads))
     stream = grain.MapDataset.source(numbers).map(read).to_iter_dataset(options)
-    images = iter(tqdm(stream, total=len(numbers), unit="image", disable=None))
-    start, done, skipped = time.monotonic(), 0, {}
-    for name, part in parts.items():
-        records, contents = _encode(itertools.islice(images, len(part)), autoencoder, prepare.dtype)
-        skipped |= contents["skipped"]
-        check_broken(skipped, len(source), prepare.max_broken, "prepare.max_broken")
-        write_shard(folder / SHARDS_NAME / name, records, contents)
-        done += len(part)
-        left = format_seconds((time.monotonic() - start) / done * (len(numbers) - done))
-        say(f"shard {name} is finished; {done:,} of {len(numbers):,} images, {left} left")
+    done, skipped = 0, {}
+    with contextlib.closing(Progress("encoding", "image", len(numbers))) as progress:
+        images = progress.over(stream)
+        for name, part in parts.items():
+            some = itertools.islice(images, len(part))
+            records, contents = _encode(some, autoencoder, prepare.dtype)
+            skipped |= contents["skipped"]
+            check_broken(skipped, len(source), prepare.max_broken, "prepare.max_broken")
+            write_shard(folder / SHARDS_NAME / name, records, contents)
+            done += len(part)
+            say(f"shard {name} is finished; {done:,} of {len(numbers):,} images")
 
 
 def _encode(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import jax
 import optax
 from etils import epath
-from tqdm import tqdm
 
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
@@ -90,13 +89,11 @@ def evaluate(
     conditions = experiment.network.conditioner.in_turn(settings.count)
     start = 0
     batches = generator.batches(params, conditions, settings.seed, should_stop=should_stop)
-    with tqdm(total=settings.count, desc="evaluation", unit="sample", disable=None) as bar:
-        for arrays in batches:
-            stop = start + count_of(arrays)
-            rows = slice(start, stop)
-            metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
-            bar.update(stop - start)
-            start = stop
+    for arrays in batches:
+        stop = start + count_of(arrays)
+        rows = slice(start, stop)
+        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
+        start = stop
     of = _subject(experiment, generator, params, source, step)
     if not distributed.is_main_process():
         return {}
@@ -143,7 +140,7 @@ def run_evaluate(
     mesh = sharding.make_mesh(experiment.mesh)
     model = latest_model(experiment, workdir)
     params = model.restore(placed_params(experiment, mesh))
-    generator = Generator(experiment, mesh)
+    generator = Generator(experiment, mesh, progress=True)
     arguments = (experiment, generator, params, source, model.step, workdir)
     record = None if overwrite else read_evaluation(*arguments)
     is_new = not distributed.run_on_main(lambda: int(record is not None))

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ SHARED_SECONDS = 5.0  # that a file may take to be seen by all processes
 # What a signal leads to: while a checkpoint is read, while training, and after the last save.
 STARTING = "stopping as soon as the checkpoint is read"
 SAVING = "saving a checkpoint, then stopping"
-SAVED = "everything is saved; leaving out samples and evaluation that are not made yet"
+SAVED = "leaving out samples and evaluation that are not made yet (everything is saved)"
 
 
 class HostsError(UserError, ValueError):
@@ -206,15 +206,16 @@ def wait_for_all(name: str) -> None:
 
 
 class StopSignals:
-    """A context in which the first SIGINT or SIGTERM is a request to save and stop (`requested`),
-    and a second SIGINT ends the process at once.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP is a request to save and stop
+    (`requested`), and a second SIGINT ends the process at once. A SIGHUP that was ignored before,
+    as under `nohup`, stays ignored.
 
     A signal to any of several processes stops all of them after the same question, which is why
     they have to ask the same questions in the same order.
     """
 
     def __init__(self):
-        self._answer = SAVING
+        self._answer, self._busy = SAVING, ""
         self._caught, self._agreed, self._questions = False, False, 0
         self._together = jax.process_count() > 1
         self._previous: dict = {}
@@ -222,6 +223,8 @@ class StopSignals:
     def __enter__(self):
         # With several processes SIGTERM is JAX's: it tells the others.
         numbers = [signal.SIGINT] if self._together else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         with contextlib.suppress(ValueError):  # not the main thread: somebody else's business
             for number in numbers:
                 self._previous[number] = signal.signal(number, self._catch)
@@ -234,6 +237,15 @@ class StopSignals:
     def announce(self, answer: str) -> None:
         """Say what a signal leads to from now on."""
         self._answer = answer
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Name what has to end before a signal is answered."""
+        before, self._busy = self._busy, what
+        try:
+            yield
+        finally:
+            self._busy = before
 
     def requested(self, step: int) -> bool:
         """Whether to stop now, with `step` steps made; once it was so, it stays so."""
@@ -256,6 +268,8 @@ class StopSignals:
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
         name = signal.Signals(number).name
-        text = f"\n{name}: {self._answer}; press Ctrl-C again to stop at once.\n"
+        wait = f"waiting for {self._busy}, then " if self._busy else ""
+        again = " again" if number == signal.SIGINT else ""
+        text = f"\n{name}: {wait}{self._answer}; press Ctrl-C{again} to stop at once.\n"
         with contextlib.suppress(OSError):  # nobody may be listening any more
             os.write(1, text.encode())  # not by print, which may be what the signal interrupted

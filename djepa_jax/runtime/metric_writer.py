@@ -52,7 +52,8 @@ class MetricWriter:
             self._file = open(self.folder / METRICS_NAME, "a", buffering=1)  # noqa: SIM115
             # tensorboardX's SummaryWriter leaves writing to a thread: on a full disk the thread
             # ends without a word, and training waits for ever once the queue to it is full.
-            self._events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
+            # Its names tell seconds apart; TensorBoard reads files in the order of their names.
+            self._events = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
             start = SessionLog(status=SessionLog.START)
             self._write(Event(step=step + 1, session_log=start))  # drops what is made again
         self._wandb = _open_wandb(project, workdir, self.folder) if project else None

@@ -1,44 +1,59 @@
 """What people see of the progress of a run, and the time that it takes."""
 
 import contextlib
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-SHOWN = ("loss", "token_loss", "jepa_loss")
+from tqdm import tqdm
+
+EVERY = 30.0  # seconds between lines that stay
 
 
-class ProgressLine:
-    """One line that stays at the bottom of a terminal; plain lines where there is no terminal."""
+def say(text: str) -> None:
+    """Print a line, above a bar if there is one; nobody need read it."""
+    with tqdm.external_write_mode(file=sys.stdout), contextlib.suppress(OSError):
+        print(text, flush=True)
 
-    def __init__(self, num_steps: int, stream=None, quiet: bool = False):
-        self.num_steps, self.quiet = num_steps, quiet
-        self.stream = stream or sys.stdout
-        self.live = self.stream.isatty() and not quiet
 
-    def show(self, step: int, metrics: dict[str, float], rate: float, seconds_left: float) -> None:
-        """Report a step: losses, images per second, time left."""
-        losses = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
-        left = format_seconds(seconds_left)
-        line = f"step {step}/{self.num_steps}  {losses}  {rate:.0f} images/s  {left} left"
-        if metrics.get("skipped_steps"):
-            line += f"  {int(metrics['skipped_steps'])} steps skipped"
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            self._write("\r" + line[:width].ljust(width))
-        else:
-            self._write(line + "\n")
+class Progress:
+    """Work that can be counted, such as "sampling" of so many of a unit: a bar on a terminal, and
+    everywhere a line that stays of its first part, of its last, and of one every `EVERY` seconds.
+    """
 
-    def say(self, text: str) -> None:
-        """Print a line of its own."""
-        width = shutil.get_terminal_size().columns - 1
-        self._write(f"\r{'':{width}}\r{text}\n" if self.live else f"{text}\n")
+    def __init__(self, what: str, unit: str, total: int, done: int = 0, quiet: bool = False):
+        self.unit, self.total, self.quiet = unit, total, quiet
+        self._first = self._done = done
+        self._start, self._said = time.monotonic(), 0.0
+        if done < total and not quiet:
+            say(f"{what} {total - done:,} {unit}s")
+        off = quiet or None  # None: unless it is a terminal
+        look = {"leave": False, "dynamic_ncols": True, "disable": off, "file": sys.stdout}
+        self._bar = tqdm(desc=what, unit=unit, total=total, initial=done, **look)
 
-    def _write(self, text: str) -> None:
-        if not self.quiet:
-            self.stream.write(text)
-            self.stream.flush()
+    def show(self, done: int, text: str = "") -> None:
+        """So many are done; the text tells more of the last one, parts of it after two spaces."""
+        self._bar.set_postfix_str(text.partition("  ")[0], refresh=False)  # leaves room for the bar
+        self._bar.update(done - self._done)
+        now, self._done = time.monotonic(), done
+        if not self.quiet and (not self._said or done >= self.total or now >= self._said + EVERY):
+            self._said = now
+            spent, rest = now - self._start, self.total - done
+            left = f"{format_seconds(spent / max(done - self._first, 1) * rest)} left"
+            time_text = left if rest > 0 else f"in {format_seconds(spent)}"
+            say("  ".join(filter(None, (f"{self.unit} {done}/{self.total}", text, time_text))))
+        if done >= self.total:
+            self.close()
+
+    def over(self, items: Iterable) -> Iterator:
+        """The items, each of them done once the next one is asked for."""
+        for item in items:
+            yield item
+            self.show(self._done + 1)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
 
 
 class Stopwatch:

@@ -1,5 +1,6 @@
 """From a trained model to arrays: batches of samples, and samples that grow step by step."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,10 @@ from djepa_jax.core.sampler import (
     make_step,
     plan_segments,
 )
+from djepa_jax.runtime import distributed
+from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
+from djepa_jax.runtime.progress import Progress, say
 
 
 class Stopped(Exception):
@@ -53,6 +57,7 @@ class Generator:
         mesh: of the devices.
         autoencoder: in place of the one that the configuration names.
         decode: whether to make pictures of latents, where there is an autoencoder.
+        progress: whether to show how far it is.
         sampler: `(SamplerConfig, mesh) -> ((params, SampleInputs) -> tokens)`; tests give another.
     """
 
@@ -62,10 +67,12 @@ class Generator:
         mesh,
         autoencoder: Autoencoder | None = None,
         decode: bool = True,
+        progress: bool = False,
         sampler: Callable[[SamplerConfig, Any], Callable] = jitted_sampler,
     ):
         self.experiment, self.mesh = experiment, mesh
         self._make_sampler, self._autoencoder = sampler, autoencoder
+        self._progress = progress
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-experiment.sample.batch_size // divisor) * divisor
         self.decodes = decode and experiment.has_decoder
@@ -98,13 +105,16 @@ class Generator:
             Stopped: it was asked to.
         """
         total, start = count_of(conditions), first
-        while start < total:
-            if should_stop():
-                raise Stopped
-            tokens = self._sample_batch(params, conditions, start, seed)  # [B, N, C]
-            count = min(len(tokens), total - start)
-            yield self.export(tokens, count)
-            start += count
+        quiet = not (self._progress and distributed.is_main_process())
+        with contextlib.closing(Progress("sampling", "sample", total, first, quiet)) as progress:
+            while start < total:
+                if should_stop():
+                    raise Stopped
+                tokens = self._sample_batch(params, conditions, start, seed)  # [B, N, C]
+                count = min(len(tokens), total - start)
+                yield self.export(tokens, count)
+                start += count
+                progress.show(start)
 
     def tokens(self, params, conditions, seed: int) -> np.ndarray:
         """One token map per condition: `[n, N, C]` float32."""
@@ -117,16 +127,16 @@ class Generator:
         sampler = self._make_sampler(self.experiment.sampler, self.mesh)
         while True:
             try:
-                return np.asarray(sampler(params, self._inputs(conditions, start, seed)))
+                with without_alarms():
+                    return np.asarray(sampler(params, self._inputs(conditions, start, seed)))
             except jax.errors.JaxRuntimeError as error:  # processes would have to halve together
                 divisor = sharding.batch_divisor(self.mesh)
                 half = self.batch_size // 2 // divisor * divisor
                 if OUT_OF_MEMORY not in str(error) or jax.process_count() > 1 or not half:
                     raise
-                print(
+                say(
                     f"WARNING: not enough memory for {self.batch_size} samples at a time; going "
-                    f"on with {half}",
-                    flush=True,
+                    f"on with {half}"
                 )
                 self.batch_size = half
 

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 import optax
 from etils import epath
-from tqdm import tqdm
 
 from djepa_jax import __version__
 from djepa_jax.checkpoints.checkpointer import CheckpointError
@@ -75,7 +74,7 @@ def run_sample(
     experiment = experiment.decoded_by(model.config.autoencoder.sha256)
     target = check_target(out, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
-    generator = Generator(experiment, mesh, decode=not latents_only)
+    generator = Generator(experiment, mesh, decode=not latents_only, progress=True)
     settings = {
         "step": model.step,
         "model": describe_network(experiment),
@@ -151,13 +150,10 @@ def write_samples(
         wanted = parts_identity(generator, params, settings)
         first = distributed.run_on_main(lambda: find_parts(folder, wanted))
         batches = generator.batches(params, conditions, seed, first)
-        watched = None if is_main else True  # None: where a terminal is watching
-        with tqdm(total=count_of(conditions), initial=first, unit="sample", disable=watched) as bar:
-            for arrays in batches:
-                if is_main:
-                    write_npz(folder / f"{first:08d}.npz", arrays)
-                first += count_of(arrays)
-                bar.update(count_of(arrays))
+        for arrays in batches:
+            if is_main:
+                write_npz(folder / f"{first:08d}.npz", arrays)
+            first += count_of(arrays)
         if not is_main:
             return []
         parts = sorted(folder.glob("*.npz"))

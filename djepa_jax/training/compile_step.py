@@ -14,6 +14,7 @@ from etils import epath
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, TrainStepConfig, make_train_step
 from djepa_jax.runtime import distributed
+from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
 from djepa_jax.runtime.progress import format_bytes
 from djepa_jax.runtime.storage import write_json
@@ -87,7 +88,8 @@ def describe_memory(compiled, limit: int | None) -> str:
 
 def compile_step(program: StepProgram, state, batch, limit: int | None, say: Callable[[str], None]):
     """The step as one program for arguments like these, with its memory plan said."""
-    compiled = program.jitted(donate=True).lower(state, batch).compile()
+    with without_alarms():
+        compiled = program.jitted(donate=True).lower(state, batch).compile()
     say(describe_memory(compiled, limit))
     return compiled
 

@@ -136,15 +136,18 @@ class _Run:
             state, examples, stopped = self._loop(state, examples)
             step = int(state.step)
         if self.saved != step:
+            self.report.say(f"saving step {step}")
             self._save(step, state, examples)
         self._say_saved(self.checkpoints.wait())
         # Asked again: that save may have taken long.
         if self.signals.requested(step) or stopped or step < experiment.num_steps:
             return Result(step, False)
         self.signals.announce(distributed.SAVED)
-        grid, evaluation = report.final_grid(step, state), None
-        if not self.signals.requested(step):
-            evaluation = report.final_evaluation(step, state)
+        evaluation = None
+        with self.signals.during("the batch of samples"):
+            grid = report.final_grid(step, state)
+            if not self.signals.requested(step):
+                evaluation = report.final_evaluation(step, state)
         return Result(step, not self.signals.requested(step), grid, evaluation)
 
     def _loop(self, state: TrainState, examples: int) -> tuple[TrainState, int, bool]:
@@ -152,12 +155,13 @@ class _Run:
         experiment, step, watch = self.experiment, int(state.step), self.report.watch
         batches = device_batches(experiment, self.source, self.mesh, examples)
         batch = next(batches)
-        train_step = self._compile(state, batch)
+        with self.signals.during("the compilation"):
+            train_step = self._compile(state, batch)
         debug = experiment.debug
         profile = ProfileWindow(self.report.local_folder, debug.profile_start, debug.profile_steps)
-        watch.lap()  # compiling is not training
+        self.report.start(step)  # compiling is not training
         stopped = self._asked_to_stop(step)
-        with contextlib.closing(profile):
+        with contextlib.closing(profile), self.signals.during("the running step"):
             while step < experiment.num_steps and not stopped:
                 profile.before_step()
                 state, metrics = train_step(state, batch)
@@ -222,23 +226,23 @@ class _Run:
         self._say_saved(self.checkpoints.poll())  # finds a save that failed, too
         if step == experiment.num_steps:
             return
-        grid = experiment.sample_every and step % experiment.sample_every == 0
-        judged = experiment.evaluate_every and step % experiment.evaluate_every == 0
-        if grid or judged:
-            self._read_metrics()  # those of earlier steps are written first
-        with self.report.watch.paused():
-            if step % experiment.checkpoint_every == 0:
+        everies = (experiment.checkpoint_every, experiment.sample_every, experiment.evaluate_every)
+        save, grid, evaluation = (every and step % every == 0 for every in everies)
+        if not (save or grid or evaluation):
+            return
+        self._read_metrics()  # what the device still does for them is training
+        with self.report.watch.paused(), self.signals.during("the save or the batch of samples"):
+            if save:
                 self._save(step, state, examples)
             if grid:
                 self.report.sample_grid(step, state)
-            if judged:
+            if evaluation:
                 self.report.evaluate(step, state)
 
     def _save(self, step: int, state: TrainState, examples: int) -> None:
-        """Start a save; metrics up to its step are in the workdir first."""
+        """Start a save; metrics up to its step, which were read, are in the workdir first."""
         start = time.perf_counter()
         self._say_saved(self.checkpoints.wait())
-        self._read_metrics()
         self.report.flush()
         self.checkpoints.save(state, to_stored(self.experiment), examples)
         self.saved, self.blocked = step, time.perf_counter() - start

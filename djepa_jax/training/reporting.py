@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import shlex
 import tempfile
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import jax
 from etils import epath
 
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.flags import command_line
+from djepa_jax.config.flags import program
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.evaluation.evaluate import (
     FILE_NAME,
@@ -22,10 +23,13 @@ from djepa_jax.evaluation.evaluate import (
 )
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.metric_writer import MetricWriter, describe_parameters
-from djepa_jax.runtime.progress import ProgressLine, Stopwatch
-from djepa_jax.runtime.storage import as_path
+from djepa_jax.runtime.progress import Progress, Stopwatch, say
+from djepa_jax.runtime.storage import as_path, write_bytes
 from djepa_jax.sampling.generator import Generator, Stopped
 from djepa_jax.sampling.grids import output_paths, save_samples, stored_settings
+
+SHOWN = ("loss", "token_loss", "jepa_loss")  # of the metrics, in the terminal
+PARAMETERS_NAME = "parameters.txt"
 
 
 class Reporter:
@@ -51,9 +55,8 @@ class Reporter:
         wandb: str = "",
     ):
         self.experiment, self.source, self.workdir = experiment, source, workdir
-        self.generator, self._stop_requested = Generator(experiment, mesh), stop_requested
-        is_main = distributed.is_main_process()
-        self.progress = ProgressLine(experiment.num_steps, quiet=not is_main)
+        self.generator = Generator(experiment, mesh, progress=True)
+        self._stop_requested, self._progress = stop_requested, None
         self.watch = Stopwatch()
         self._logged, self._rate = 0, 0.0  # step, and steps per second up to it
         self.writer: MetricWriter | None = None
@@ -67,6 +70,8 @@ class Reporter:
 
     def close(self) -> None:
         """Write what is left."""
+        if self._progress is not None:
+            self._progress.close()
         writer, self.writer = self.writer, None
         if writer is not None:
             writer.close()
@@ -79,21 +84,23 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.progress.say(text)
+        if distributed.is_main_process():
+            say(text)
 
     def announce(self, mesh, state: TrainState) -> None:
         """Say what is going to be trained on what."""
         experiment = self.experiment
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        if int(state.step) == 0:
-            self.say(describe_parameters(state.params))
-            if self.writer is not None:
-                text = json.dumps(experiment.to_dict(), indent=2)
-                self.writer.write_texts(0, {"config": text})
+        if int(state.step) == 0 and self.writer is not None:
+            text = json.dumps(experiment.to_dict(), indent=2)
+            self.writer.write_texts(0, {"config": text})
+            table = describe_parameters(state.params)
+            write_bytes(self.workdir / PARAMETERS_NAME, f"{table}\n".encode())
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         self.say(
-            f"training on {devices}, mesh {shape}; {len(self.source)} examples, batches of "
-            f"{experiment.batch_size}"
+            f"training {count:,} parameters on {devices}, mesh {shape}; {len(self.source):,} "
+            f"examples, batches of {experiment.batch_size}"
         )
         undecoded = experiment.modality.needs_decoder and not experiment.has_decoder
         if experiment.sample_every and undecoded:
@@ -102,6 +109,12 @@ class Reporter:
                 "config.autoencoder.path is empty; name the autoencoder's weights there to see "
                 "pictures"
             )
+
+    def start(self, step: int) -> None:
+        """Begin to measure the time of the steps after `step`, and to show them."""
+        self.watch.lap()
+        total, quiet = self.experiment.num_steps, not distributed.is_main_process()
+        self._progress = Progress("training", "step", total, step, quiet)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Log the metrics of a step that is over, when they are due."""
@@ -114,9 +127,12 @@ class Reporter:
             values = values | images | {"data_wait_share": share_waiting}
             if self.writer is not None:
                 self.writer.write_scalars(step, values)
-        if due or (self.progress.live and self._rate):
-            left = (experiment.num_steps - step) / self._rate
-            self.progress.show(step, values, self._rate * experiment.batch_size, left)
+        parts = [f"{name} {values[name]:.4f}" for name in SHOWN if name in values]
+        if self._rate:
+            parts.append(f"{self._rate * experiment.batch_size:.0f} images/s")
+        if values.get("skipped_steps"):
+            parts.append(f"{int(values['skipped_steps'])} steps skipped")
+        self._progress.show(step, "  ".join(parts))
 
     def flush(self) -> None:
         """Make sure that what was logged is in the workdir."""
@@ -143,7 +159,6 @@ class Reporter:
             return None
         record = read_evaluation(*self._to_judge(step, state))
         if not distributed.run_on_main(lambda: int(record is not None)):
-            self.say(f"evaluating {settings.count} samples")
             record = self.evaluate(step, state)
         return record
 
@@ -174,11 +189,13 @@ class Reporter:
             return
         path = self._grid_path(step)
         grid = save_samples(path, experiment, arrays, conditions, settings)
+        self.say(f"step {step}: wrote {path if grid is not None else output_paths(path)[1]}")
         if grid is not None:
             self.writer.write_images(step, {"samples": grid})
 
     def evaluate(self, step: int, state: TrainState) -> dict | None:
         """Judge samples of the moving average; the record, in process 0, unless asked to stop."""
+        self.say(f"step {step}: evaluating")
         stop = functools.partial(self._stop_requested, step)
         try:
             record = evaluate(*self._to_judge(step, state), stop)
@@ -212,19 +229,19 @@ def summarise(result, experiment: Experiment, workdir: str) -> None:
         print(f"Quality:  {figures} ({as_path(workdir) / FILE_NAME})")
     print(f"Try next (in {pathlib.Path.cwd()}):")
     for extra in next_steps(experiment):
-        print(f"  {command_line(*extra)}")
+        print(f"  {shlex.join([*program(), f'--workdir={workdir}'])} \\\n      {shlex.join(extra)}")
 
 
 def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
-    """Flags worth adding to the command of a finished run."""
+    """What to do with a finished run, as flags beside its workdir."""
     last = experiment.data.num_classes - 1
     few = max(1, experiment.sample.num_ar_steps // 2)
     sample, ending = ("--mode=sample",), "png"
     if experiment.modality.needs_decoder and not experiment.has_decoder:
         sample, ending = ("--mode=sample", "--latents_only"), "npz"
-    one_class = (f"--config.sample.labels={min(3, last)}", "--config.sample.count=25")
-    return [
-        (*sample, f"--out=one_class.{ending}", *one_class),
-        (*sample, f"--out=fewer_steps.{ending}", f"--config.sample.num_ar_steps={few}"),
-        (*sample, f"--out=strong_guidance.{ending}", "--config.sample.cfg_scale=4.0"),
-    ]
+    changes = {
+        "one_class": f"sample.labels={min(3, last)}",
+        "fast": f"sample.num_ar_steps={few}",
+        "guided": "sample.cfg_scale=4.0",
+    }
+    return [(*sample, f"--out={k}.{ending}", f"--config.{v}") for k, v in changes.items()]

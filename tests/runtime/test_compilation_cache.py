@@ -1,9 +1,14 @@
-"""Where compiled programs are kept between runs."""
+"""Where compiled programs are kept between runs, and what XLA may print."""
 
 import jax
 import pytest
 
-from djepa_jax.runtime.compilation_cache import DEFAULT_SECONDS, use_compilation_cache
+from djepa_jax.runtime import compilation_cache
+from djepa_jax.runtime.compilation_cache import (
+    DEFAULT_SECONDS,
+    use_compilation_cache,
+    without_alarms,
+)
 
 FOLDER, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 
@@ -30,3 +35,15 @@ def test_programs_are_kept_in_the_users_cache_unless_jax_was_told_where(told, mo
     assert told("gs://bucket/programs", 0.5) == ("gs://bucket/programs", 0.5)
     monkeypatch.setenv("XDG_CACHE_HOME", "no home")
     assert told(None)[0] is None
+
+
+@pytest.mark.parametrize("chosen", ["1", "0", "2"])
+def test_alarms_of_xla_are_off_while_it_compiles_unless_somebody_chose(chosen, monkeypatch):
+    """JAX's own level is 1; it comes back whatever happens."""
+    levels = []
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", chosen)
+    monkeypatch.setattr(compilation_cache.utils, "absl_set_min_log_level", levels.append)
+    with pytest.raises(ValueError), without_alarms():
+        assert levels == ([3] if chosen == "1" else [])
+        raise ValueError
+    assert levels == ([3, 1] if chosen == "1" else [])

@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C, wherever a run of one process is, and what else ends it early;
+"""SIGTERM, SIGHUP and Ctrl-C, wherever a run of one process is, and what else ends it early;
 `test_distributed_processes.py` has those of several.
 """
 
+import json
 import os
 import re
 import shutil
@@ -10,12 +11,13 @@ import subprocess
 import sys
 
 import pytest
-from processes import Training
+from processes import CONTEXT, Training, _train, start
 from workdirs import EVERY, RUN, STEPS, arrays, assert_same_arrays, compiled, run
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.distributed import StopSignals
+from djepa_jax.runtime.metric_writer import METRICS_NAME
 
 MAKES_THE_REST = (
     f"stopped at step {STEPS} of {STEPS}; the same command makes the samples and the evaluation."
@@ -40,10 +42,9 @@ def test_a_signal_saves_the_step_and_the_same_command_comes_to_the_same_bits(
     number, saved_run, tmp_path
 ):
     output = interrupt(tmp_path, 7, number=number)
-    assert (
-        f"{number.name}: saving a checkpoint, then stopping; press Ctrl-C again to stop at once."
-        in output
-    )
+    again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C to"
+    said = re.search(rf"{number.name}: waiting for .*, then {distributed.SAVING}; (.*)", output)
+    assert again in said[1], output
     assert "saved step 7 in " in output and Checkpoints(tmp_path).latest_step() == 7
     assert output.endswith(f"stopped at step 7 of {STEPS}; the same command goes on from there.\n")
     if number == signal.SIGINT:
@@ -65,7 +66,8 @@ def test_a_signal_during_the_last_save_is_not_lost(tmp_path):
 def test_a_signal_during_the_evaluation_ends_it(saved_run, tmp_path):
     shutil.copytree(saved_run, tmp_path / "run")
     output = interrupt(tmp_path / "run", "evaluating", "--config.evaluation.kind=small_images")
-    assert f"SIGTERM: {distributed.SAVED}" in output and output.endswith(f"{MAKES_THE_REST}\n")
+    assert f"SIGTERM: waiting for the batch of samples, then {distributed.SAVED}" in output
+    assert output.endswith(f"{MAKES_THE_REST}\n")
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
@@ -89,12 +91,29 @@ def test_a_reader_that_fails_ends_the_run_with_one_error(tmp_path):
     ), output
 
 
+def test_a_terminal_that_goes_saves_the_step_and_loses_no_metrics(tmp_path):
+    """From the first line on nobody reads; then comes SIGHUP."""
+    reader, writer = CONTEXT.Pipe(duplex=False)
+    reader.close()
+    command = (*RUN, "--config.log_every=1", f"--workdir={tmp_path}")
+    process = start(_train, compiled(), command, {"hold": 7}, writer)
+    metrics = tmp_path / METRICS_NAME
+    while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        process.join(0.05)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join()
+    assert process.exitcode == 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    saved = Checkpoints(tmp_path).latest_step()
+    assert saved <= 7 and steps == list(range(1, saved + 1))
+
+
 # ---------------------------------------------------------------- the handler
 
 
 def test_first_signal_asks_second_interrupt_ends(capfd):
     before = signal.getsignal(signal.SIGINT)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with StopSignals() as signals:
             assert not signals.requested(0)
             os.kill(os.getpid(), number)
@@ -104,6 +123,23 @@ def test_first_signal_asks_second_interrupt_ends(capfd):
             )
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_signal_names_what_it_waits_for(capfd):
+    with StopSignals() as signals, signals.during("the compilation"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert "waiting for the compilation" in capfd.readouterr().out
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.requested(1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_counts_when_nobody_reads_what_the_run_says(capfd):

@@ -3,32 +3,17 @@
 import json
 import pathlib
 import resource
-import struct
 
 import numpy as np
 import pytest
 from buckets import WORKDIR
+from event_files import events_in, shown
 from tensorboardX import event_file_writer
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter, masked_crc32c
+from tensorboardX.proto.event_pb2 import SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from djepa_jax.runtime.metric_writer import METRICS_NAME, MetricWriter
 from djepa_jax.runtime.storage import as_path
-
-
-def events_in(folder: pathlib.Path) -> list[Event]:
-    """What the event files of a folder hold now, every record with good checksums."""
-    events = []
-    for path in sorted(folder.glob("events.out.tfevents*")):
-        data = path.read_bytes()
-        while data:
-            length, of_length = struct.unpack_from("<QI", data)
-            (of_record,) = struct.unpack_from("<I", data, 12 + length)
-            record = data[12 : 12 + length]
-            assert (masked_crc32c(data[:8]), masked_crc32c(record)) == (of_length, of_record)
-            events.append(Event.FromString(record))
-            data = data[16 + length :]
-    return events
 
 
 def steps(text: str | bytes) -> list[int]:
@@ -72,6 +57,20 @@ def test_going_on_drops_what_was_not_saved(tmp_path):
     assert steps(path.read_text()) == [1, 2, 3]
     start = events_in(tmp_path)[1]
     assert (start.session_log.status, start.step) == (SessionLog.START, 3)
+
+
+def test_tensorboard_shows_no_step_twice_and_none_is_lost(tmp_path):
+    """Lives that follow one another within a second, each going back to before the last's end."""
+    for life, (first, last) in enumerate([(0, 10), (4, 8), (6, 9)]):
+        writer = MetricWriter(tmp_path, first)
+        for step in range(first + 1, last + 1):
+            writer.write_scalars(step, {"loss": float(life)})
+            if step % 2 == 0:
+                writer.write_images(step, {"samples": np.zeros((2, 2, 3), np.uint8)})
+        writer.close()
+    found = shown(tmp_path)
+    assert found["samples"] == [2, 4, 6, 8]
+    assert found["loss"] == list(range(1, 10)) == steps((tmp_path / METRICS_NAME).read_text())
 
 
 FULL = {

@@ -5,9 +5,7 @@ import io
 import pytest
 
 from djepa_jax.runtime import progress
-from djepa_jax.runtime.progress import ProgressLine, Stopwatch, format_bytes, format_seconds
-
-METRICS = {"loss": 1.5, "jepa_loss": 0.5, "skipped_steps": 2.0}
+from djepa_jax.runtime.progress import Progress, Stopwatch, format_bytes, format_seconds, say
 
 
 class Terminal(io.StringIO):
@@ -17,22 +15,48 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_names_step_losses_rate_and_time_left():
-    stream = io.StringIO()
-    ProgressLine(100, stream).show(7, METRICS, 1234.5, 65)
-    words = ["step 7/100", "loss 1.5000", "jepa_loss 0.5000", "1234 images/s", "1 min 05 s left"]
-    assert all(word in stream.getvalue() for word in [*words, "2 steps skipped"])
-    ProgressLine(100, quiet := io.StringIO(), quiet=True).show(7, METRICS, 1234.5, 65)
-    assert quiet.getvalue() == ""
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
 
 
-def test_a_live_line_stays_on_one_line():
-    line = ProgressLine(10, stream := Terminal())
-    line.show(1, METRICS, 1, 1)
-    line.show(2, METRICS, 1, 1)
-    assert "\n" not in stream.getvalue() and stream.getvalue().count("\r") == 2
-    line.say("saved")
-    assert stream.getvalue().endswith("\rsaved\n")
+def test_a_line_stays_of_the_first_the_last_and_now_and_then(clock, capsys):
+    work = Progress("training", "step", 1100, 100)
+    assert "training 1,000 steps" in capsys.readouterr().out, "something before the first step"
+    said = {}
+    for step in range(101, 1101):
+        clock[0] += 1.0
+        work.show(step, f"loss {step}.5")
+        said[step] = capsys.readouterr().out
+    assert [step for step, text in said.items() if text] == [*range(101, 1101, 30), 1100]
+    assert all(
+        f"step {step}/1100" in said[step] and f"loss {step}.5" in said[step]
+        for step in said
+        if said[step]
+    )
+    assert "16 min 39 s left" in said[101] and "left" not in said[1100] and "16 min" in said[1100]
+
+
+def test_a_terminal_has_a_bar_below_the_lines_that_stay(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stdout", stream := Terminal())
+    work = Progress("sampling", "sample", 8)
+    for count in work.over(range(7)):
+        say(f"item {count}")
+    assert "/8 [" in stream.getvalue().rpartition("\r")[2], "the bar is below"
+    work.show(8)
+    written = stream.getvalue()
+    assert all(f"\ritem {count}\n" in written for count in range(7)), "lines of their own"
+    assert "sample 8/8" in written and written.split("\r")[-2].strip() == ""
+
+
+def test_who_is_quiet_says_nothing(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stdout", stream := Terminal())
+    work = Progress("sampling", "sample", 2, quiet=True)
+    work.show(1)
+    work.show(2)
+    assert stream.getvalue() == ""
 
 
 def test_a_stopwatch_leaves_pauses_out(monkeypatch):

@@ -6,17 +6,20 @@ Dummies stand for the sampler and for the training step.
 import functools
 import json
 import os
+import re
 import signal
 import sys
 
 import numpy as np
 import pytest
 from dummy_sampler import DummySampler
+from event_files import shown
 from fake_wandb import FakeWandb
 from processes import simple_step
 from tiny import arrays_of, run, tiny_config
 
 from djepa_jax.checkpoints.restore import find_model
+from djepa_jax.runtime.metric_writer import METRICS_NAME
 from djepa_jax.sampling.generator import Generator
 from djepa_jax.training import compile_step, reporting
 from djepa_jax.training.loop import train
@@ -69,6 +72,23 @@ def test_no_grid_is_made_where_there_are_to_be_none(sampler, tmp_path, capsys):
     reporting.summarise(result, experiment, str(tmp_path))
     said = capsys.readouterr().out
     assert "samples/" not in said and "--mode=sample" in said
+
+
+def test_going_back_shows_every_step_once(sampler, tmp_path, capsys):
+    """Rates are possible ones: saving, which happens between the steps, is no part of their time.
+    The terminal keeps the losses; the table of parameters lies in a file.
+    """
+    flags = ("--config.checkpoint_every=2", "--config.log_every=1", "--config.num_steps=6")
+    experiment = tiny_config(*flags, "--config.evaluation.kind=none")
+    train(experiment, str(tmp_path))
+    said, table = capsys.readouterr().out, (tmp_path / "parameters.txt").read_text()
+    assert "step 1/6  loss" in said and "step 6/6  loss" in said
+    total = re.search(r"Total: ([\d,]+)", table)[1]
+    assert f"{total} parameters" in said and "context_encoder" not in said
+    train(experiment, str(tmp_path), restore_from=f"{tmp_path}@4")
+    lines = (tmp_path / METRICS_NAME).read_text().splitlines()
+    assert shown(tmp_path)["loss"] == [1, 2, 3, 4, 5, 6] == [json.loads(li)["step"] for li in lines]
+    assert all(json.loads(line)["images_per_second"] > 0 for line in lines)
 
 
 def test_grids_appear_while_training_goes_on(sampler, tmp_path):
