@@ -63,7 +63,7 @@ def run_export(
         experiment = model.config
     else:
         restore.check_same_model(model.config, experiment)
-        experiment = experiment.decoded_by(model.config.autoencoder.sha256)
+        experiment = experiment.completed_by(model.config)
     target = _check_target(out, form, overwrite)
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
     abstract = restore.placed_params(experiment, mesh)

@@ -59,6 +59,16 @@ def open_image(file: BinaryIO) -> Image.Image:
     raise BrokenImage(f"it is not a file of {', '.join(FORMATS)}" if head else "it is empty")
 
 
+def is_image(file: BinaryIO, ending: str) -> bool:
+    """Whether the content of a file, whose name has some `ending`, says that it is an image."""
+    try:
+        image = open_image(file)
+    except Exception:  # as above
+        return False
+    # What cameras write besides (.nef, .dng) opens as TIFF too, and shows a thumbnail.
+    return image.format != "TIFF" or not ending
+
+
 def _to_rgb(image: Image.Image, tags: dict) -> Image.Image:
     if image.mode == "F":
         raise BrokenImage("it holds floating-point values, whose range is not known")

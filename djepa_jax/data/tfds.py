@@ -18,6 +18,7 @@ class TfdsRecords:
 
     def __init__(self, data, name: str, class_names: tuple[str, ...] | None, files: Sequence[str]):
         self.data, self.name, self.class_names, self._files = data, name, class_names, files
+        self.left_out = {}  # what is prepared is images alone
 
     def __len__(self) -> int:
         return len(self.data)

@@ -13,7 +13,7 @@ from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
-from djepa_jax.data.sources import open_data
+from djepa_jax.data.sources import open_training_data
 from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import as_path, write_json
@@ -112,7 +112,7 @@ def run_evaluate(experiment: Experiment, workdir: str) -> tuple[dict, epath.Path
         raise ConfigError(
             f'config.evaluation.kind is "none"; set it to one of {", ".join(METRICS)} to evaluate.'
         )
-    source = open_data(experiment)
+    source, experiment = open_training_data(experiment)
     open_metric(experiment, source)
     mesh = sharding.make_mesh(experiment.mesh)
     model = latest_model(experiment, workdir)

@@ -47,12 +47,13 @@ class TrainingError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a call of `train` ended."""
+    """How a call of `train` ended, with the configuration as the data have completed it."""
 
     step: int
     finished: bool
     grid: epath.Path | None = None
     evaluation: dict | None = None
+    experiment: Experiment | None = None
 
 
 def train(
@@ -88,7 +89,7 @@ def train(
         distributed.check_same(same, "the configuration, the data or --restore_from")
         run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop)
         stack.enter_context(contextlib.closing(run))
-        return run.train(restore_from)
+        return dataclasses.replace(run.train(restore_from), experiment=experiment)
 
 
 class _Run:
@@ -117,7 +118,11 @@ class _Run:
             distributed.run_on_main(
                 lambda: go_back(self.checkpoints, restore_from, abstract, experiment, report.say)
             )
-        state, examples = restore_or_initialise(experiment, abstract, self.checkpoints, report.say)
+        is_folder = experiment.data.source == "folder"
+        folders = (self.source.class_names if is_folder else None) or ()
+        state, examples = restore_or_initialise(
+            experiment, abstract, self.checkpoints, report.say, folders
+        )
         step = self.saved = int(state.step)
         if self.signals.requested(step):
             return Result(step, False)

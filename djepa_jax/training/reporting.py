@@ -12,6 +12,7 @@ from etils import epath
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import command_line
 from djepa_jax.core.train_step import TrainState
+from djepa_jax.data.summary import describe_data
 from djepa_jax.evaluation.evaluate import (
     FILE_NAME,
     describe,
@@ -82,6 +83,9 @@ class Reporter:
         experiment = self.experiment
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        if distributed.is_main_process():
+            for line in describe_data(experiment, self.source):
+                self.say(line)
         if int(state.step) == 0:
             self.say(describe_parameters(state.params))
             if self.writer is not None:
@@ -204,12 +208,12 @@ def summarise(result, experiment: Experiment, workdir: str) -> None:
 
 def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
     """Flags worth adding to the command of a finished run."""
-    last = experiment.data.num_classes - 1
+    some_class = experiment.class_names[:4][-1]
     few = max(1, experiment.sample.num_ar_steps // 2)
     sample, ending = ("--mode=sample",), "png"
     if experiment.modality.needs_decoder and not experiment.has_decoder:
         sample, ending = ("--mode=sample", "--latents_only"), "npz"
-    one_class = (f"--config.sample.labels={min(3, last)}", "--config.sample.count=25")
+    one_class = (f"--config.sample.labels={some_class}", "--config.sample.count=25")
     return [
         (*sample, f"--out=one_class.{ending}", *one_class),
         (*sample, f"--out=fewer_steps.{ending}", f"--config.sample.num_ar_steps={few}"),
