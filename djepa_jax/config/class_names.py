@@ -101,9 +101,8 @@ def find_class(wanted: int | str, names: Sequence[str]) -> int:
     """
     number = as_number(wanted) if isinstance(wanted, str) else None
     numbers = [as_number(name) for name in names]
-    if not isinstance(wanted, str) or (
-        number is not None and number not in numbers and not called_by_numbers(names)
-    ):
+    by_name = number is None or number in numbers or called_by_numbers(names)
+    if not isinstance(wanted, str) or not by_name:
         return _by_index(wanted, names)
     word = _normal(wanted)
     if not word:

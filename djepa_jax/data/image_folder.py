@@ -16,7 +16,6 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # What systems and cameras leave beside pictures, thumbnails among it; hidden names are besides.
 FOREIGN = {"@eadir", "__macosx", "@recycle", "#recycle", "$recycle.bin", "#snapshot", "lost+found"}
 FOREIGN |= {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
-THUMBNAIL = ".thm"  # a JPEG that cameras write for each film
 
 
 class FolderRecords:
@@ -143,7 +142,8 @@ def _images(parent: str | os.PathLike, files: Iterable[str], left_out: Counter) 
 
 
 def _has_image(path: str, ending: str) -> bool:
-    if ending == THUMBNAIL or not os.path.isfile(path):  # reading a pipe would wait for ever
+    # cameras write a thumbnail for each film; opening a pipe would wait for ever
+    if ending == ".thm" or not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         return is_image(file, ending)

@@ -264,7 +264,7 @@ def check_cache(metadata: Metadata, data) -> None:
         raise DataError(
             f'the latent cache {data.path} has a class "{found}", data.class_names calls it '
             f'"{wanted}"; name a file with the names of the cache, or write '
-            "--config.data.class_names= to call classes by their number."
+            "--config.data.class_names= for those of the cache."
         )
 
 

@@ -30,9 +30,9 @@ from djepa_jax.core.models.autoencoder_kl import LOG_VARIANCE_RANGE
 from djepa_jax.data import latent_cache
 from djepa_jax.data.images import BrokenImage
 from djepa_jax.data.latent_cache import DTYPES, SHARDS_NAME, Metadata, find_shard, write_shard
-from djepa_jax.data.records import DataError, ImageSource, Source, check_broken
+from djepa_jax.data.records import DataError, Source, check_broken
 from djepa_jax.data.sources import SingleClass, open_source, with_classes_of
-from djepa_jax.data.summary import describe_images
+from djepa_jax.data.summary import describe_data
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
 from djepa_jax.runtime.progress import format_seconds
 from djepa_jax.runtime.storage import check_local, check_writable, write_json
@@ -58,7 +58,7 @@ def run_prepare(
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(experiment.autoencoder, mesh, experiment.data.staging)
     plan = make_plan(experiment, source, autoencoder)
-    for line in describe_images(source) if isinstance(source, ImageSource) else ():
+    for line in describe_data(experiment, source):
         say(line)
     source = labelled
     check_writable(folder)

@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -35,12 +36,11 @@ class Source:
         return str(index)
 
 
-def counted(numbers: Mapping[str, int]) -> str:
+def counted(numbers: Counter) -> str:
     """Names with their numbers, the largest first, as "3 .heic, 1 .txt"."""
-    largest = sorted(numbers.items(), key=lambda pair: -pair[1])
-    text = ", ".join(f"{number:,} {name}" for name, number in largest[:MAX_LISTED])
-    text += f" and {len(largest) - MAX_LISTED} more kinds" if len(largest) > MAX_LISTED else ""
-    return text.encode(errors="backslashreplace").decode()
+    shown = [f"{number:,} {name}" for name, number in numbers.most_common(MAX_LISTED)]
+    more = ["and other kinds"] if len(numbers) > MAX_LISTED else []
+    return ", ".join(shown + more).encode(errors="backslashreplace").decode()
 
 
 def checksum(*parts: str | np.ndarray) -> str:

@@ -30,36 +30,33 @@ def describe_data(experiment: Experiment, source: Source) -> list[str]:
 def describe_images(source: ImageSource) -> list[str]:
     """The images of a source, from a look at some, and what their crop makes of them."""
     records, size = source.records, source.size
-    classes = f" of {len(records.class_names)} classes" if records.class_names else ""
     found, seen = look_at(records)
-    shapes, modes = [shape for shape, _ in found], [mode for _, mode in found]
-    sides, colour = np.array([min(shape) for shape in shapes]), sum(m not in GRAY for m in modes)
+    classes = f" of {len(records.class_names)} classes" if records.class_names else ""
     line = f"{source.where}: {len(source):,} images{classes}; of {seen} looked at, "
     if not found:
         return [f"{line}none can be read"]
-    ends = {min(shapes, key=min): 0, max(shapes, key=min): 0}
-    line += " to ".join(f"{width} x {height}" for width, height in ends)
-    line += f" pixels, {colour} in colour, {len(found) - colour} gray"
-    line += f", {seen - len(found)} cannot be read" if len(found) < seen else ""
-    kind = "colour" if source.channels == 3 else "gray"
+    shapes, sides = [shape for shape, _ in found], np.array([min(shape) for shape, _ in found])
+    ends = dict.fromkeys((min(shapes, key=min), max(shapes, key=min)))
+    colour = sum(mode not in GRAY for _, mode in found)
     smaller, larger = int((sides < size).sum()), int((sides > size).sum())
-    lines = [line, f"the middle square of each becomes {size} x {size} in {kind}"]
-    lines[1] += f": {larger} reduced, {smaller} enlarged" if smaller or larger else ""
+    lines = [
+        f"{line}{' to '.join(f'{width} x {height}' for width, height in ends)} pixels, {colour} in "
+        f"colour, {len(found) - colour} gray, {seen - len(found)} cannot be read",
+        f"the middle square of each becomes {size} x {size} in "
+        f"{'gray' if source.channels == 1 else 'colour'}: {larger} reduced, {smaller} enlarged",
+    ]
     if records.left_out:
         lines.append(f"left out: {counted(records.left_out)} (read are {', '.join(FORMATS)})")
-    if source.channels == 1 and colour:
-        lines.append(
-            f"WARNING: {colour} of {len(found)} are in colour and are made gray; "
-            "--config.data.channels=3 keeps colour"
-        )
-    if smaller:
-        lines.append(f"WARNING: {smaller} of {len(found)} are enlarged, and blurred by that")
-    if np.median(sides) >= MANY_TIMES * size:
-        lines.append(
-            f"WARNING: most are more than {MANY_TIMES} times larger than {size} x {size}; fine "
-            "detail is lost"
-        )
-    return lines
+    warnings = {
+        f"{colour} are in colour and made gray; --config.data.channels=3 keeps colour": (
+            source.channels == 1 and colour
+        ),
+        f"{smaller} are enlarged, and blurred by that": smaller,
+        f"most are {MANY_TIMES} times larger than {size} x {size} or more; fine detail is lost": (
+            np.median(sides) >= MANY_TIMES * size
+        ),
+    }
+    return lines + [f"WARNING: {text}" for text, applies in warnings.items() if applies]
 
 
 def look_at(records) -> tuple[list[tuple[tuple[int, int], str]], int]:

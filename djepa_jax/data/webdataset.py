@@ -8,7 +8,6 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
@@ -32,20 +31,12 @@ class Member(NamedTuple):
 
 
 class TarRecords:
-    """Images in tar files, each read by its place there; `images` holds those of each file, and
-    `left_out` counts files that are none.
-    """
+    """Images in tar files, each read by its place there; `images` holds those of each file."""
 
     remedy = "copy its tar file again"
 
-    def __init__(
-        self,
-        files: list[str],
-        images: list[list[tuple[Member, int]]],
-        class_names: tuple[str, ...] | None = None,
-        left_out: Counter | None = None,
-    ):
-        self.files, self.class_names, self.left_out = files, class_names, left_out or Counter()
+    def __init__(self, files: list[str], images: list[list[tuple[Member, int]]], class_names=None):
+        self.files, self.class_names, self.left_out = files, class_names, Counter()
         found = [pair for pairs in images for pair in pairs]
         # Arrays take memory as a million objects would not.
         self._names = np.array([image.name.encode(errors="surrogateescape") for image, _ in found])
@@ -151,7 +142,8 @@ def open_tars(path: str, where: str) -> TarRecords:
     left_out = [Counter() for _ in files]
     with ThreadPoolExecutor(THREADS) as pool:
         images = list(pool.map(_labelled_images, files, left_out))
-    records = TarRecords(files, images, left_out=sum(left_out, Counter()))
+    records = TarRecords(files, images)
+    records.left_out = sum(left_out, Counter())
     if not len(records):
         there = counted(records.left_out) or "nothing"
         raise DataError(f"the {len(files)} tar files of {where} hold no images but {there}.")
@@ -187,8 +179,10 @@ def _labelled_images(file: str, left_out: Counter) -> list[tuple[Member, int]]:
             return os.pread(stream.fileno(), min(member.size, MAX_HEADER_BYTES), member.offset)
 
         for member in tar_members(file):
-            key, ending = _split(member.name)
-            if not os.path.basename(key):  # hidden, such as what macOS adds for every file
+            folder, name = os.path.split(member.name.removeprefix("./"))
+            stem, dot, ending = name.partition(".")
+            key, ending = os.path.join(folder, stem), (dot + ending).lower()
+            if not stem:  # hidden, such as what macOS adds for every file
                 continue
             if ending in ENDINGS:
                 images.setdefault(key, []).append(member)
@@ -197,13 +191,19 @@ def _labelled_images(file: str, left_out: Counter) -> list[tuple[Member, int]]:
                 if label is not None and (ending == ".cls" or key not in labels):
                     labels[key] = label
             else:
-                others.setdefault(key, []).append(member)
+                others.setdefault(key, []).append((member, ending))
         for key in [key for key in others if key not in images]:
-            found = [m for m in others[key] if key in labels and _has_image(m, read)]
+            found = [
+                member
+                for member, ending in others[key]
+                if key in labels
+                and "." not in ending[1:]  # a map beside an image, as .seg.png
+                and is_image(io.BytesIO(read(member)), ending)
+            ]
             if found:
                 images[key] = found
             else:
-                left_out.update(_split(m.name)[1] or NO_ENDING for m in others[key])
+                left_out.update(ending or NO_ENDING for _, ending in others[key])
                 labels.pop(key, None)
     for key in images | labels:
         if key not in labels or len(images.get(key, ())) != 1:
@@ -212,19 +212,6 @@ def _labelled_images(file: str, left_out: Counter) -> list[tuple[Member, int]]:
                 '.json with "label"); add what is missing, or take it out.'
             )
     return [(member, labels[key]) for key, (member,) in images.items()]
-
-
-def _split(name: str) -> tuple[str, str]:
-    """The key of the sample that a file belongs to, and its ending, from the first dot on."""
-    folder, name = os.path.split(name.removeprefix("./"))
-    stem, dot, ending = name.partition(".")
-    return os.path.join(folder, stem), (dot + ending).lower()
-
-
-def _has_image(member: Member, read: Callable[[Member], bytes]) -> bool:
-    """Whether the content says so; what lies beside an image, as .seg.png, is not looked into."""
-    ending = _split(member.name)[1]
-    return "." not in ending[1:] and is_image(io.BytesIO(read(member)), ending)
 
 
 def _read_label(text: bytes, where: str) -> int | None:

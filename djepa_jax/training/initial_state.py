@@ -51,11 +51,11 @@ def restore_or_initialise(
     abstract: TrainState,
     checkpoints: Checkpoints,
     say: Callable[[str], None],
-    folders: Sequence[str] = (),
+    own_names: Sequence[str] | None = None,
 ) -> tuple[TrainState, int]:
     """A fresh state, or that of the newest usable checkpoint, and the examples it has seen.
 
-    `folders` are those of the classes, if these are folders.
+    `own_names` are those that the data have for their classes.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be used; nothing was overwritten.
@@ -71,7 +71,8 @@ def restore_or_initialise(
     meta = read_meta(folder)
     stored = from_stored(meta.config)
     check_same_model(stored, experiment)
-    check_class_order(meta.config, folders)
+    if experiment.data.source == "folder":
+        check_class_order(meta.config, own_names or ())
     for line in differences(stored, experiment):
         say(f"changed since the checkpoint: {line}")
     parts = restore_state(folder, abstract, meta)

@@ -118,10 +118,8 @@ class _Run:
             distributed.run_on_main(
                 lambda: go_back(self.checkpoints, restore_from, abstract, experiment, report.say)
             )
-        is_folder = experiment.data.source == "folder"
-        folders = (self.source.class_names if is_folder else None) or ()
         state, examples = restore_or_initialise(
-            experiment, abstract, self.checkpoints, report.say, folders
+            experiment, abstract, self.checkpoints, report.say, self.source.class_names
         )
         step = self.saved = int(state.step)
         if self.signals.requested(step):
