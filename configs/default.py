@@ -116,8 +116,9 @@ def _data() -> ConfigDict:
     # one for kl8 is 0.18215
     data.latent_scale = 0.2325
     data.latent_shift = 0.0
-    data.num_classes = 1000
-    # imagenet (told by WordNet ids), a text file with one name per line, or "" for numbers
+    data.num_classes = 1000  # 0 = as many as the data have
+    # imagenet (told by WordNet ids), a text file with one name per line, or "" for the names that
+    # the data have (numbers, where they have none)
     data.class_names = "imagenet"
     data.random_flip = False
     # of each process, that read examples; their number changes nothing but the speed

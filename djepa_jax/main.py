@@ -30,7 +30,7 @@ def train(values: flags.FlagValues, experiment: Experiment) -> None:
 
     result = train(experiment, values.workdir, restore_from=values.restore_from, wandb=values.wandb)
     if distributed.is_main_process():
-        summarise(result, experiment, values.workdir)
+        summarise(result, result.experiment, values.workdir)
 
 
 def sample(values: flags.FlagValues, experiment: Experiment) -> None:

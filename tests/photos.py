@@ -112,7 +112,8 @@ def settings(source: str, path="", num_classes: int = 2, **others) -> types.Simp
 def opened(source: str, path="", num_classes: int = 2, modality=PIXELS, **others):
     """A source, as training opens it."""
     data = settings(source, path, num_classes, **others)
-    return open_data(types.SimpleNamespace(data=data, modality=modality))
+    network = types.SimpleNamespace(conditioner=None)
+    return open_data(types.SimpleNamespace(data=data, modality=modality, network=network))
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

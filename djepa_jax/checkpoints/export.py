@@ -62,7 +62,7 @@ def run_export(
         experiment = model.config
     else:
         restore.check_same_model(model.config, experiment)
-        experiment = experiment.decoded_by(model.config.autoencoder.sha256)
+        experiment = experiment.completed_by(model.config)
     target = _check_target(out, form, overwrite)
     if push:
         hub.check_push(push, overwrite)

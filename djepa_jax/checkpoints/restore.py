@@ -12,6 +12,7 @@ from etils import epath
 from djepa_jax.checkpoints import hub, integrity
 from djepa_jax.checkpoints.checkpointer import STEPS_NAME, Checkpoints, Meta, check_step, read_meta
 from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.config.class_names import listed, misplaced
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import from_stored, model_differences
@@ -133,12 +134,21 @@ def check_same_model(stored: Experiment, experiment: Experiment) -> None:
             f"config (or the latent cache it names) is for the one with sha256 {ours}; name the "
             "cache of that autoencoder, or another --workdir."
         )
+    experiment = experiment.completed_by(stored)
     changed = model_differences(stored, experiment)
     if changed:
         raise ConfigError(
             f"the checkpoint is of another model (stored -> config): {', '.join(changed)}. Use "
             "its config, or another --workdir."
         )
+    if stored.data.class_names and experiment.data.class_names:
+        name = misplaced(experiment.class_names, stored.class_names)
+        if name:
+            raise ConfigError(
+                f'"{name}" is another class in the checkpoint, where the classes are '
+                f"{listed(range(len(stored.class_names)), stored.class_names)}; use the data that "
+                "it was trained on, or another --workdir."
+            )
 
 
 def _step(folder: epath.Path) -> StoredModel:

@@ -4,7 +4,7 @@ import difflib
 import functools
 import importlib.resources
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 IMAGENET = "imagenet"
 MAX_LISTED = 12
@@ -26,9 +26,9 @@ def resolve(spec: str | Sequence[str], num_classes: int) -> tuple[str, ...]:
     """The names of all classes.
 
     Args:
-        spec: "" for the numbers themselves, "imagenet", the path of a text file with one name per
-            line, or the names, as a checkpoint stores them.
-        num_classes: how many there must be.
+        spec: "" for the numbers themselves (until the data say their names), "imagenet", the path
+            of a text file with one name per line, or the names, as a checkpoint stores them.
+        num_classes: how many there must be; 0 for any number.
 
     Raises:
         ValueError: no such file, or another number of names.
@@ -36,12 +36,12 @@ def resolve(spec: str | Sequence[str], num_classes: int) -> tuple[str, ...]:
     if spec == "":
         return tuple(str(index) for index in range(num_classes))
     names = _read(spec) if isinstance(spec, str) else tuple(spec)
-    if len(names) != num_classes:
+    if num_classes and len(names) != num_classes:
         shown = f'"{spec}"' if isinstance(spec, str) else "a list"
         raise ValueError(
             f"data.class_names is {shown} with {len(names)} names, data.num_classes is "
             f"{num_classes}; correct either, "
-            'or write "" to call classes by their number.'
+            'or write "" for the names that the data have.'
         )
     return names
 
@@ -63,40 +63,70 @@ def _read(path: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
+def as_number(name: str) -> int | None:
+    """The whole number that a name is; None for others."""
+    return int(name) if name.strip().removeprefix("-").isdecimal() else None
+
+
+def called_by_numbers(names: Sequence[str]) -> bool:
+    """Whether all names are whole numbers, and others than the indices."""
+    numbers = [as_number(name) for name in names]
+    return None not in numbers and numbers != list(range(len(names)))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names as they are counted: sorted, as numbers if all of them are whole ones."""
+    names = sorted(names)
+    return names if None in map(as_number, names) else sorted(names, key=as_number)
+
+
+def misplaced(names: Sequence[str], others: Sequence[str]) -> str | None:
+    """A name that stands for one class here and for another there."""
+    known = [_normal(name) for name in others]
+    pairs = zip(names, known, strict=True)
+    return next((name for name, other in pairs if _normal(name) in {*known} - {other}), None)
+
+
 def find_class(wanted: int | str, names: Sequence[str]) -> int:
-    """The index of a class given as a number, a name, or a part that only one name has; case does
+    """The index of a class given as a name, a part that only one name has, or an index; case does
     not matter.
 
-    A whole name wins over a part. With the ImageNet names a WordNet id such as n02099601 will do as
-    well.
+    A whole name wins over a part, and over the index that it would be: text "2" means the class
+    called 2, where there is one, the number 2 always the index. With the ImageNet names a WordNet
+    id such as n02099601 will do as well.
 
     Raises:
         ValueError: no such class, or several; the candidates are listed.
     """
-    if not isinstance(wanted, str) or wanted.strip().removeprefix("-").isdecimal():
+    number = as_number(wanted) if isinstance(wanted, str) else None
+    numbers = [as_number(name) for name in names]
+    by_name = number is None or number in numbers or called_by_numbers(names)
+    if not isinstance(wanted, str) or not by_name:
         return _by_index(wanted, names)
     word = _normal(wanted)
     if not word:
         raise ValueError("a class name is empty; give an index, a name or a part of one.")
     plain = [_normal(name) for name in names]
     for matches in (
+        [i for i, name in enumerate(names) if name == wanted.strip()],
         [i for i, name in enumerate(plain) if name == word],
+        [i for i, other in enumerate(numbers) if other == number is not None],
         _by_wordnet_id(word, names),
-        [i for i, name in enumerate(plain) if word in name],
+        [i for i, name in enumerate(plain) if word in name and number is None],
     ):
         if len(matches) == 1:
             return matches[0]
         if matches:
             raise ValueError(
-                f'"{wanted}" may be any of {_listed(matches, names)}; write the index or more of '
+                f'"{wanted}" may be any of {listed(matches, names)}; write the index or more of '
                 "the name."
             )
     similar = difflib.get_close_matches(word, dict.fromkeys(plain), n=5, cutoff=0.5)
     close = [i for name in similar for i, other in enumerate(plain) if other == name]
     hint = (
-        f"the closest are {_listed(close, names)}"
+        f"the closest are {listed(close, names)}"
         if close
-        else f"there are {_listed(range(len(names)), names)}"
+        else f"there are {listed(range(len(names)), names)}"
     )
     raise ValueError(f'"{wanted}" is not a class; {hint}.')
 
@@ -126,9 +156,12 @@ def _by_wordnet_id(word: str, names: Sequence[str]) -> list[int]:
     ]
 
 
-def _listed(indices: Sequence[int], names: Sequence[str]) -> str:
-    shown = ", ".join(
-        f"{i} {names[i]}" if names[i] != str(i) else str(i) for i in list(indices)[:MAX_LISTED]
-    )
+def listed(indices: Sequence[int], names: Sequence[str]) -> str:
+    """Some classes by index and name; a long list is cut."""
+    shown = []
+    for index in indices[:MAX_LISTED]:
+        name = f'"{names[index]}"' if as_number(names[index]) is not None else names[index]
+        shown.append(f"{index} {name}" if names[index] != str(index) else name.strip('"'))
+    shown = ", ".join(shown)
     rest = len(indices) - MAX_LISTED
     return f"{shown} and {rest} more" if rest > 0 else shown

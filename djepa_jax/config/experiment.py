@@ -7,7 +7,7 @@ line nobody sees the ConfigDict of a configuration file.
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -78,7 +78,8 @@ class Experiment(Settings):
     def __post_init__(self):
         check_bounds(self)
         for name in ("train", "sampler", "class_names", "sample_conditions"):
-            getattr(self, name)  # built now, so that what cannot work is said at once
+            if name != "sample_conditions" or self.classes_are_known:
+                getattr(self, name)  # built now, so that what cannot work is said at once
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "Experiment":
@@ -142,6 +143,33 @@ class Experiment(Settings):
     def decoded_by(self, sha256: str) -> "Experiment":
         """One whose latents are those of the autoencoder with `sha256`, unless that is empty."""
         return self.updated({"autoencoder.sha256": sha256}) if sha256 else self
+
+    @property
+    def classes_are_known(self) -> bool:
+        """Whether their number and names do not wait for what the data say."""
+        return self.data.num_classes > 0 and bool(self.data.class_names or not self.data.path)
+
+    def with_classes(self, count: int, names: Sequence[str] | None) -> "Experiment":
+        """One with as many classes, so called, as far as it leaves that to the data.
+
+        Raises:
+            ConfigError: no such labels can be drawn.
+        """
+        data, changes = self.data, {}
+        count = data.num_classes or (1 if data.unconditional else len(self.class_names) or count)
+        if count != data.num_classes:
+            changes["data.num_classes"] = count
+        if not data.class_names and names and len(names) == count:
+            changes["data.class_names"] = tuple(names)
+        experiment = self.updated(changes) if changes else self
+        getattr(experiment, "sample_conditions")  # noqa: B009 (checks the labels that are asked for)
+        return experiment
+
+    def completed_by(self, stored: "Experiment") -> "Experiment":
+        """One that has what it leaves open from the configuration of a checkpoint."""
+        decoded = self.decoded_by(stored.autoencoder.sha256)
+        names = stored.class_names if stored.data.class_names else None
+        return decoded.with_classes(stored.data.num_classes, names)
 
     @functools.cached_property
     def token_loss(self) -> TokenLoss:
@@ -253,7 +281,8 @@ class Experiment(Settings):
         if text == "all":
             return self.network.conditioner.in_turn(count)
         try:
-            labels = [class_names.find_class(word, self.class_names) for word in text.split(",")]
+            words = [text] if text in self.class_names else text.split(",")
+            labels = [class_names.find_class(word, self.class_names) for word in words]
         except ValueError as error:
             raise ConfigError(
                 f'config.sample.labels is {text!r}; {error} Or write "all".'

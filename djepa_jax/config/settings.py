@@ -124,14 +124,14 @@ class DataSettings(Settings):
     patch_size: Positive
     latent_scale: AboveZero
     latent_shift: Finite
-    num_classes: Positive
+    num_classes: Natural
     class_names: str | tuple[str, ...]
     random_flip: bool
     num_threads: Positive
 
     def __post_init__(self):
         check_bounds(self)
-        if self.unconditional and self.num_classes != 1:
+        if self.unconditional and self.num_classes > 1:
             raise ValueError(
                 f"num_classes is {self.num_classes}; with data.unconditional it must be 1."
             )

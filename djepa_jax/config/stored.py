@@ -6,7 +6,10 @@ from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.djepa import SIZES
 
-FORMAT = 2  # 1: without a number; the numbers of a size written out, a loss's options in `sample`
+# 1: without a number; the numbers of a size written out, a loss's options in `sample`. Up to 2:
+# folders that are called by numbers were counted in the order of text, 0, 1, 10, 11, 2.
+FORMAT = 3
+COUNTED_AS_TEXT = (1, 2)
 FILE_NAME = "config.json"  # in a workdir
 # Keys that older configurations of format 1 lack, with what was done then.
 ADDED = {
@@ -66,7 +69,7 @@ def upgrade(values: Mapping) -> dict:
     """Stored values, whatever their format, as `Experiment.from_dict` takes them."""
     values = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
     number = values.pop("format", 1)
-    if number == FORMAT:
+    if number in (2, FORMAT):
         return values
     if number != 1:
         raise ConfigError(

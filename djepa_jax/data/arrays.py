@@ -57,7 +57,7 @@ class Synthetic(Source):
     """Noise around a value of the class; latents come as moments, as a latent cache has them."""
 
     def __init__(self, modality, num_classes: int, count: int = 512):
-        self._modality, self.labels = modality, np.arange(count) % num_classes
+        self._modality, self.labels = modality, np.arange(count) % (num_classes or 10)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,25 +1,42 @@
-"""Images in one folder per class."""
+"""Images in one folder per class, or in a folder alone."""
 
 import os
 import pathlib
 import stat
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
-from djepa_jax.data.images import BrokenImage
-from djepa_jax.data.records import MAX_FILE_BYTES, DataError, checksum
+from djepa_jax.config.class_names import in_order
+from djepa_jax.data.images import ENDINGS, FORMATS, BrokenImage, is_image
+from djepa_jax.data.records import MAX_FILE_BYTES, NO_ENDING, DataError, checksum, counted
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+# What systems and cameras leave beside pictures, thumbnails among it; hidden names are besides.
+FOREIGN = {"@eadir", "__macosx", "@recycle", "#recycle", "$recycle.bin", "#snapshot", "lost+found"}
+FOREIGN |= {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 
 
 class FolderRecords:
-    """Image files below a folder; `files` holds the paths of each class, relative to `root`."""
+    """Image files below a folder.
+
+    Args:
+        root: the folder.
+        folders: those of the classes inside it; one "" where all images are of one class.
+        files: the paths of each class, relative to `root`.
+        left_out: how many files are no images, by the ends of their names.
+    """
 
     remedy = "write an empty file in its place, which counts as a broken image"
 
-    def __init__(self, root: pathlib.Path, class_names: list[str], files: list[list[str]]):
-        self.root, self.class_names = root, tuple(class_names)
+    def __init__(
+        self, root: pathlib.Path, folders: list[str], files: list[list[str]], left_out: Counter
+    ):
+        self.root, self._folders, self.left_out = root, folders, left_out
+        # Names go into texts, which bytes that are no Unicode could not.
+        names = (os.fsencode(folder or root.resolve().name) for folder in folders)
+        self.class_names = tuple(name.decode(errors="backslashreplace") for name in names)
         # One array of bytes takes memory as a million strings would not.
         self._paths = np.array([os.fsencode(path) for paths in files for path in paths])
         counts = [len(paths) for paths in files]
@@ -37,7 +54,7 @@ class FolderRecords:
                 raise BrokenImage(f"it is no file of at most {MAX_FILE_BYTES} bytes")
             return path.read_bytes(), int(self.labels[index])
         except (FileNotFoundError, NotADirectoryError) as error:
-            if not (self.root / self.class_names[self.labels[index]]).is_dir():
+            if not (self.root / self._folders[self.labels[index]]).is_dir():
                 raise  # it is the disk that is gone
             raise BrokenImage("there is no such file any more") from error
 
@@ -47,49 +64,86 @@ class FolderRecords:
 
     def digest(self) -> str:
         """A checksum of paths and classes; looking at every file would take as long as reading."""
-        return checksum(self._paths, self.labels, *self.class_names)
+        return checksum(self._paths, self.labels, *self._folders)
 
 
 def open_folder(path: str, where: str) -> FolderRecords:
-    """All images of a folder that holds one folder per class; their sorted names give the labels.
+    """All images of a folder that holds one folder per class, whose names in order give the labels.
 
-    Images may lie in folders inside those of their class. Hidden files and folders are left out;
-    links to folders are followed for classes only.
+    Without folders in it, its own images are those of one class. Images may lie in folders inside
+    those of their class. What counts as one is said by its ending, or else by its content. Hidden
+    files and folders are left out; links to folders are followed for classes only.
     """
-    root = pathlib.Path(path)
+    root, left_out = pathlib.Path(path), Counter()
     try:
-        entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-        names = sorted(entry.name for entry in entries if entry.is_dir())
-        files = [_find_images(root, name) for name in names]
+        entries = _own([entry.name for entry in root.iterdir()], left_out)
+        folders = in_order(name for name in entries if (root / name).is_dir())
+        if folders:
+            beside = _images(root, set(entries) - set(folders), Counter())
+            left_out.update({"beside the folders of classes": len(beside)})
+        files = [_find_images(root, name, left_out) for name in folders or [""]]
     except OSError as error:
         raise DataError(
             f"{where} cannot be searched: {error}; name a folder that holds a folder of images per "
             "class."
         ) from error
-    if not names or SPLITS.issuperset(name.lower() for name in names):
+    left_out = +left_out
+    there = f" ({counted(left_out)})" if left_out else ""
+    if folders and SPLITS.issuperset(name.lower() for name in folders):
         raise DataError(
-            f"{where} holds {', '.join(names) or 'no folders'}, which are no classes; name a "
-            "folder that holds a folder of images per class."
+            f"{where} holds {', '.join(folders)}, which are no classes; name a folder that holds a "
+            "folder of images per class."
         )
-    empty = [name for name, paths in zip(names, files, strict=True) if not paths]
+    if not folders and not files[0]:
+        raise DataError(
+            f"{where} holds no folders and no images of {', '.join(FORMATS)}{there}; name a folder "
+            "of images, or one that holds a folder of images per class."
+        )
+    empty = [name for name, paths in zip(folders, files, strict=False) if not paths]
     if empty:
         raise DataError(
-            f"{len(empty)} of the {len(names)} folders in {where} hold no images "
-            f'({", ".join(SUFFIXES)}), such as "{empty[0]}"; every folder there is a class: fill '
-            "or remove them."
+            f"{len(empty)} of the {len(folders)} folders in {where} hold no images of "
+            f'{", ".join(FORMATS)}, such as "{empty[0]}"{there}; every folder there is a class: '
+            "fill or remove them."
         )
-    return FolderRecords(root, names, files)
+    return FolderRecords(root, folders or [""], files, left_out)
 
 
-def _find_images(root: pathlib.Path, class_name: str) -> list[str]:
-    """Sorted paths of the images of a class, relative to `root`."""
+def _find_images(root: pathlib.Path, folder: str, left_out: Counter) -> list[str]:
+    """Sorted paths of the images below a folder in `root`, relative to `root`."""
 
     def fail(error: OSError) -> None:
         raise error
 
     found = []
-    for folder, folders, files in os.walk(root / class_name, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [os.path.join(os.path.relpath(folder, root), name) for name in files]
-        found += [path for path in paths if path.lower().endswith(SUFFIXES)]
-    return sorted(path for path in found if not os.path.basename(path).startswith("."))
+    for parent, folders, files in os.walk(root / folder, onerror=fail):
+        folders[:] = _own(folders, left_out)
+        inner, names = os.path.relpath(parent, root), _images(parent, files, left_out)
+        found += (os.path.normpath(os.path.join(inner, name)) for name in names)
+    return sorted(found)
+
+
+def _own(names: list[str], left_out: Counter) -> list[str]:
+    """The names that people gave."""
+    left_out.update(name for name in names if name.lower() in FOREIGN)
+    return [name for name in names if name[0] != "." and name.lower() not in FOREIGN]
+
+
+def _images(parent: str | os.PathLike, files: Iterable[str], left_out: Counter) -> list[str]:
+    """Which files in a folder are images; the others are counted."""
+    images = []
+    for name in _own(list(files), left_out):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in ENDINGS or _has_image(os.path.join(parent, name), ending):
+            images.append(name)
+        else:
+            left_out[ending or NO_ENDING] += 1
+    return images
+
+
+def _has_image(path: str, ending: str) -> bool:
+    # cameras write a thumbnail for each film; opening a pipe would wait for ever
+    if ending == ".thm" or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return is_image(file, ending)

@@ -2,18 +2,21 @@
 
 import contextlib
 import io
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from djepa_jax.runtime.errors import UserError
 
 # No others: Pillow can be made to run programs for some.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MAX_ASPECT = 64  # of the sides of an image; more is cut from the ends before anything is enlarged
-BITS_PER_SAMPLE = 258  # TIFF tag
+SIGNED = 2  # TIFF: what SAMPLEFORMAT may say
 
 Image.init()  # fills Image.OPEN, the table of formats
+ENDINGS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 class BrokenImage(UserError, ValueError):
@@ -27,46 +30,66 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     frame. More than `max_pixels` pixels are found before anything is decoded.
     """
     try:
-        image = _open(data)
+        image = open_image(io.BytesIO(data))
         if image.width * image.height > max_pixels:
             size = f"{image.width} x {image.height} pixels"
             raise BrokenImage(f"it has {size}, the limit is {max_pixels} in all")
+        tags = getattr(image, "tag_v2", {})  # of TIFF files; turning them loses these
+        if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+            depth = data[24]  # of the file; Pillow scales the gray values, and not this one
+            image.info["transparency"] *= 255 // (2**depth - 1)
         image.load()  # which turns TIFF files upright
         with contextlib.suppress(Exception):  # damaged EXIF data; the pixels are whole
             image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        return _to_rgb(image, tags)
     except BrokenImage:
         raise
     except Exception as error:  # damaged files make Pillow fail in ways that nobody has listed
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(file: BinaryIO) -> Image.Image:
     """Read the header. `Image.open` would judge the size by a limit of its own."""
+    head = file.read(16)
+    file.seek(0)
     for name in FORMATS:
         factory, accepts = Image.OPEN[name]
-        if accepts(data[:16]) is True:
-            return factory(io.BytesIO(data), "")
-    raise BrokenImage(f"it is not a file of {', '.join(FORMATS)}" if data else "it is empty")
+        if accepts(head) is True:
+            return factory(file, "")
+    raise BrokenImage(f"it is not a file of {', '.join(FORMATS)}" if head else "it is empty")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def is_image(file: BinaryIO, ending: str) -> bool:
+    """Whether the content of a file, whose name has some `ending`, says that it is an image."""
+    try:
+        image = open_image(file)
+    except Exception:  # as above
+        return False
+    # What cameras write besides (.nef, .dng) opens as TIFF too, and shows a thumbnail.
+    return image.format != "TIFF" or not ending
+
+
+def _to_rgb(image: Image.Image, tags: dict) -> Image.Image:
     if image.mode == "F":
         raise BrokenImage("it holds floating-point values, whose range is not known")
+    if SIGNED in tags.get(SAMPLEFORMAT, ()):
+        raise BrokenImage("it holds signed values, whose range is not known")
     if image.mode.startswith("I"):
-        return _wide_gray_to_rgb(image)
+        return _wide_gray_to_rgb(image, tags)
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def _wide_gray_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int32)  # [H, W]
-    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+def _wide_gray_to_rgb(image: Image.Image, tags: dict) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)  # [H, W]
+    bits = tags.get(BITSPERSAMPLE, (16,))[0]
     top = 2**bits - 1
-    if bits > 16 or values.min() < 0 or values.max() > top:
-        raise BrokenImage("it holds more than 16 bits or signed values, whose range is not known")
+    if bits > 16:
+        raise BrokenImage("it holds more than 16 bits, whose range is not known")
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; Pillow turns 8 bits and fewer
+        values = top - values
     gray = ((values * 255 + top // 2) // top).astype(np.uint8)
     if "transparency" in image.info:
         gray[values == image.info["transparency"]] = 255

@@ -234,10 +234,11 @@ class LatentCache(Source):
 
 def check_cache(metadata: Metadata, data) -> None:
     """Raise DataError, naming the flags that would agree, if a cache is not for `config.data`."""
+    classes_matter = data.num_classes > 0 and not data.unconditional
     keys = {
         "image_size": metadata.latent_size,
         "channels": metadata.latent_channels,
-        "num_classes": data.num_classes if data.unconditional else metadata.num_classes,
+        "num_classes": metadata.num_classes if classes_matter else data.num_classes,
         "latent_scale": metadata.scale,
         "latent_shift": metadata.shift,
     }
@@ -251,17 +252,19 @@ def check_cache(metadata: Metadata, data) -> None:
             f"the latent cache {data.path} was made for another config; it needs "
             f"{', '.join(wrong)}."
         )
-    names = resolve(data.class_names, data.num_classes)
-    fitting = [names, resolve("", data.num_classes)]  # or only numbers
+    if data.unconditional or not data.class_names:
+        return
+    names = resolve(data.class_names, metadata.num_classes)
+    fitting = [names, resolve("", metadata.num_classes)]  # or only numbers
     if data.class_names == IMAGENET:
         fitting.append(tuple(wnid for wnid, _ in imagenet()))
-    if data.class_names and not data.unconditional and metadata.class_names not in fitting:
+    if metadata.class_names not in fitting:
         pairs = set(zip(metadata.class_names, names, strict=True))
         found, wanted = min(pair for pair in pairs if pair[0] != pair[1])
         raise DataError(
             f'the latent cache {data.path} has a class "{found}", data.class_names calls it '
             f'"{wanted}"; name a file with the names of the cache, or write '
-            "--config.data.class_names= to call classes by their number."
+            "--config.data.class_names= for those of the cache."
         )
 
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from djepa_jax import __version__
 from djepa_jax.checkpoints.autoencoder import Autoencoder
-from djepa_jax.config import class_names
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
@@ -30,7 +29,8 @@ from djepa_jax.data import latent_cache
 from djepa_jax.data.images import BrokenImage
 from djepa_jax.data.latent_cache import DTYPES, SHARDS_NAME, Metadata, find_shard, write_shard
 from djepa_jax.data.records import DataError, Source, check_broken
-from djepa_jax.data.sources import SingleClass, open_source
+from djepa_jax.data.sources import SingleClass, open_source, with_classes_of
+from djepa_jax.data.summary import describe_data
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
 from djepa_jax.runtime.progress import Progress, say
 from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
@@ -51,10 +51,14 @@ def run_prepare(
     own = parse_share(shard)
     images = ImagePixels(experiment.prepare.image_size, 3, 1)
     source = open_source("prepare", experiment.prepare, experiment.data, images)
+    labelled = SingleClass(source) if experiment.data.unconditional else source
+    experiment = with_classes_of(labelled, experiment)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(experiment.autoencoder, mesh, experiment.data.staging)
     plan = make_plan(experiment, source, autoencoder)
-    source = SingleClass(source) if experiment.data.unconditional else source
+    for line in describe_data(experiment, source):
+        say(line)
+    source = labelled
     check_writable(folder)
     path, parts = pathlib.Path(as_path(folder)), shard_parts(plan["examples"], plan["shard_size"])
     name = f"{LOCK_NAME}-{shard.replace('/', '-of-')}" if shard else LOCK_NAME
@@ -75,7 +79,7 @@ def run_prepare(
             )
             return None
         claim(path, plan, experiment.prepare.path)  # others may have begun at the same moment
-        metadata = make_metadata(path, plan, experiment, source.class_names, measure_scale, shards)
+        metadata = make_metadata(path, plan, experiment, measure_scale, shards)
         finish(path, metadata)
     say(
         f"{metadata.count:,} images of {metadata.num_classes} classes in {len(shards)} shards; "
@@ -221,7 +225,6 @@ def make_metadata(
     folder: pathlib.Path,
     plan: dict,
     experiment: Experiment,
-    own_names,
     measure_scale: bool,
     shards: list,
 ) -> Metadata:
@@ -242,13 +245,12 @@ def make_metadata(
         if not measure_scale:
             finished = latent_cache.read_metadata(folder)
             scale, shift = finished.scale, finished.shift
-    names = class_names.resolve(data.class_names, data.num_classes)
     origin = {"name": plan["source"], "path": experiment.prepare.path, "crop": "adm_center"}
     return Metadata(
         format=latent_cache.FORMAT,
         count=count,
         num_classes=plan["num_classes"],
-        class_names=names if data.class_names else own_names or names,
+        class_names=experiment.class_names,
         image_size=plan["image_size"],
         latent_size=data.image_size,
         latent_channels=data.channels,

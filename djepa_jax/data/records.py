@@ -2,18 +2,21 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 
-from djepa_jax.config.class_names import IMAGENET, imagenet
+from djepa_jax.config.class_names import IMAGENET, imagenet, listed, misplaced, resolve
 from djepa_jax.data.images import BrokenImage, center_crop, decode_image
 from djepa_jax.runtime.errors import UserError
 
 MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which decodes into 200 MB
 MAX_FILE_BYTES = 2**28  # of one image file
 ANY_CLASS = 2**31 - 1  # the number of classes where labels do not matter
+NO_ENDING = "without an ending"  # what such files are counted as
+MAX_LISTED = 12  # kinds of files in a message
 SHOWN = 3  # broken images or classes in an error message
 WAITS = (0.1, 0.5, 2.0)  # seconds before each further attempt at a file that could not be read
 
@@ -33,6 +36,13 @@ class Source:
         return str(index)
 
 
+def counted(numbers: Counter) -> str:
+    """Names with their numbers, the largest first, as "3 .heic, 1 .txt"."""
+    shown = [f"{number:,} {name}" for name, number in numbers.most_common(MAX_LISTED)]
+    more = ["and other kinds"] if len(numbers) > MAX_LISTED else []
+    return ", ".join(shown + more).encode(errors="backslashreplace").decode()
+
+
 def checksum(*parts: str | np.ndarray) -> str:
     """The sha256 of texts and arrays, one after the other with their sizes."""
     digest = hashlib.sha256()
@@ -50,9 +60,10 @@ class ImageSource(Source):
     Args:
         records: (image file, label) by index, raising OSError where storage fails; `labels` `[n]`
             and `class_names`, or None; the `key` of an image; a `digest` of what is there, wherever
-            it lies; and the `remedy` for what stays unreadable.
+            it lies; how many files were `left_out`, by kind; and the `remedy` for what stays
+            unreadable.
         shape: `(size, size, channels)` of an example, with 1 or 3 channels.
-        num_classes: as `config.data` has it, or `ANY_CLASS`.
+        num_classes: as `config.data` has it, 0 for as many as there are, or `ANY_CLASS`.
         names: as `config.data.class_names`.
         where: the images lie, for messages.
     """
@@ -60,8 +71,9 @@ class ImageSource(Source):
     def __init__(self, records, shape: Sequence[int], num_classes: int, names, where: str):
         self.class_names, numbers = match_classes(records.class_names, num_classes, names, where)
         self.records, self.labels, self._numbers = records, records.labels, numbers
-        self._size, _, self._channels = shape
-        self._num_classes = num_classes if numbers is None else len(numbers)
+        self.where, self.size, self.channels = where, shape[0], shape[2]
+        own = len(self.class_names or ()) or ANY_CLASS
+        self._num_classes = (num_classes or own) if numbers is None else len(numbers)
         if numbers is not None and records.labels is not None:
             self.labels = numbers[records.labels]
 
@@ -72,7 +84,7 @@ class ImageSource(Source):
         data, label = self._read(index)
         check_labels([label], self._num_classes, f"{self.key(index)} is")
         label = label if self._numbers is None else self._numbers[label]
-        pixels = center_crop(decode_image(data, MAX_PIXELS), self._size, self._channels)
+        pixels = center_crop(decode_image(data, MAX_PIXELS), self.size, self.channels)
         return {"example": pixels, "condition": np.int32(label)}
 
     def _read(self, index: int) -> tuple[bytes, int]:
@@ -152,7 +164,8 @@ def match_classes(
     """The names of the classes as the config counts them, and the label of each of `own` there.
 
     With the ImageNet names, classes must be called by WordNet ids, which say what they are, so that
-    some may be absent; otherwise there must be `num_classes` of them, and labels stay.
+    some may be absent; otherwise there must be `num_classes` of them, 0 for any number, and labels
+    stay. Other names may be given for the same classes, not the same names for others.
     """
     if own is None or num_classes == ANY_CLASS:
         return own, None
@@ -168,11 +181,18 @@ def match_classes(
             )
         same = own == tuple(known)
         return tuple(known), None if same else np.array([known[name] for name in own], np.int32)
-    if len(own) != num_classes:
+    if num_classes and len(own) != num_classes:
         some = ", ".join(own[:SHOWN]) + (", ..." if len(own) > SHOWN else "")
         raise DataError(
             f"{where} holds {len(own)} classes ({some}), data.num_classes is {num_classes}; set "
             f"--config.data.num_classes={len(own)}, or correct the classes."
+        )
+    name = misplaced(resolve(names, len(own)), own) if names else None
+    if name:
+        raise DataError(
+            f'data.class_names calls another class "{name}" than {where} does, where the classes '
+            f"are {listed(range(len(own)), own)}; write --config.data.class_names= for those "
+            "names, or put yours in this order."
         )
     return own, None
 

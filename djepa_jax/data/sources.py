@@ -3,7 +3,9 @@
 import numpy as np
 
 from djepa_jax.checkpoints.autoencoder import weights_sha256
+from djepa_jax.config.class_names import resolve
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.models.conditioning import Nothing
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
 from djepa_jax.data.ilsvrc import open_ilsvrc
 from djepa_jax.data.image_folder import open_folder
@@ -31,11 +33,11 @@ IMAGE_FILES = {"folder": open_folder, "tar": open_tars, "ilsvrc": open_ilsvrc, "
 SOURCES = ("digits", "synthetic", "npz", "latents", *IMAGE_FILES)
 
 
-def open_source(group: str, settings, data, modality) -> Source:
+def open_source(group: str, settings, data, modality, any_class: bool = False) -> Source:
     """The source that `settings` name, which are `config.data` or `config.prepare` as `group` says.
 
-    Its classes must be those of `data`, and its examples those of the modality, to which images in
-    files are cropped; a broken one of these raises BrokenImage.
+    Its classes must be those of `data`, unless there may be `any_class`, and its examples those of
+    the modality, to which images in files are cropped; a broken one of these raises BrokenImage.
     """
     name, path = settings.source, settings.path
     where = f'{group}.path "{path}"' if path else f'{group}.source "{name}"'
@@ -46,7 +48,7 @@ def open_source(group: str, settings, data, modality) -> Source:
             f'{group}.path is empty, and {group}.source is "{name}"; name its data with '
             f"--config.{group}.path=PATH (--mode=prepare makes the latents of images)."
         )
-    num_classes = ANY_CLASS if data.unconditional else data.num_classes
+    num_classes = ANY_CLASS if any_class or data.unconditional else data.num_classes
     if name in IMAGE_FILES:
         source = _open_images(name, path, where, data, num_classes, modality)
     elif name == "npz":
@@ -55,7 +57,8 @@ def open_source(group: str, settings, data, modality) -> Source:
         source = LatentCache(local_cache(path, data.staging))
     else:
         source = load_digits() if name == "digits" else Synthetic(modality, num_classes)
-    check_labels(source.labels, num_classes, f"{where} holds examples")
+    limit = num_classes or len(resolve(data.class_names, 0)) or ANY_CLASS
+    check_labels(source.labels, limit, f"{where} holds examples")
     if name not in IMAGE_FILES:
         modality.check_example(source[0]["example"])
     return source
@@ -84,7 +87,8 @@ def open_data(experiment: Experiment) -> Source:
     data, modality = experiment.data, experiment.modality
     if data.source == "latents" and data.path:
         check_cache(read_metadata(as_path(data.path)), data)  # before a copy, which may take long
-    source = open_source("data", data, data, modality)
+    any_class = isinstance(experiment.network.conditioner, Nothing)
+    source = open_source("data", data, data, modality, any_class)
     if isinstance(source, ImageSource):
         source = SkipBroken(source, data.max_broken)
     pixels = modality.example_dtype == np.uint8
@@ -98,14 +102,26 @@ def open_data(experiment: Experiment) -> Source:
 
 
 def open_training_data(experiment: Experiment) -> tuple[Source, Experiment]:
-    """The data to train on, and the configuration with the autoencoder that made its latents."""
-    if not experiment.modality.needs_decoder:
-        return open_data(experiment), experiment
+    """The data, and the configuration with their classes and the autoencoder of their latents."""
     # The weights come before the data, whose copying may take long.
     decoder = weights_sha256(experiment) if experiment.has_decoder else ""
     source = open_data(experiment)
-    made_by = latents_made_by(source, experiment.autoencoder, decoder)
-    return source, experiment.decoded_by(made_by)
+    if experiment.modality.needs_decoder:
+        made_by = latents_made_by(source, experiment.autoencoder, decoder)
+        experiment = experiment.decoded_by(made_by)
+    return source, with_classes_of(source, experiment)
+
+
+def with_classes_of(source: Source, experiment: Experiment) -> Experiment:
+    """The configuration with the number and the names of the classes that a source has."""
+    names, labels = source.class_names, source.labels
+    if names is None and labels is None and not experiment.data.num_classes:
+        raise DataError(
+            "config.data.num_classes is 0, and the data do not say how many classes they have; "
+            "set it."
+        )
+    count = len(names) if names else 0 if labels is None else int(np.max(labels)) + 1
+    return experiment.with_classes(count, names)
 
 
 class SingleClass(Source):

@@ -1,6 +1,7 @@
 """Images in a data set that TensorFlow Datasets has prepared; reading needs no TensorFlow."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ class TfdsRecords:
 
     def __init__(self, data, name: str, class_names: tuple[str, ...] | None, files: Sequence[str]):
         self.data, self.name, self.class_names, self._files = data, name, class_names, files
+        self.left_out = Counter()  # what is prepared is images alone
 
     def __len__(self) -> int:
         return len(self.data)

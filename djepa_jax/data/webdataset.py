@@ -2,19 +2,21 @@
 
 import errno
 import glob
+import io
 import json
 import os
 import re
 import tarfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from djepa_jax.data.records import MAX_FILE_BYTES, DataError, checksum
+from djepa_jax.data.images import ENDINGS, FORMATS, is_image
+from djepa_jax.data.records import MAX_FILE_BYTES, NO_ENDING, DataError, checksum, counted
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-LABELS = ("json", "cls")
+LABELS = (".json", ".cls")
 MAX_HEADER_BYTES = 2**20  # of a label, or of a header, which may hold a long name
 MAX_SHARDS = 100_000
 THREADS = 8  # they wait for the disk, not for each other
@@ -34,7 +36,7 @@ class TarRecords:
     remedy = "copy its tar file again"
 
     def __init__(self, files: list[str], images: list[list[tuple[Member, int]]], class_names=None):
-        self.files, self.class_names = files, class_names
+        self.files, self.class_names, self.left_out = files, class_names, Counter()
         found = [pair for pairs in images for pair in pairs]
         # Arrays take memory as a million objects would not.
         self._names = np.array([image.name.encode(errors="surrogateescape") for image, _ in found])
@@ -137,10 +139,14 @@ def open_tars(path: str, where: str) -> TarRecords:
             f"{where}: {len(missing)} of {len(files)} tar files are missing, {missing[:1]}; name a "
             "folder of .tar files, a glob, or train-{000..127}.tar with the right numbers."
         )
+    left_out = [Counter() for _ in files]
     with ThreadPoolExecutor(THREADS) as pool:
-        records = TarRecords(files, list(pool.map(_labelled_images, files)))
+        images = list(pool.map(_labelled_images, files, left_out))
+    records = TarRecords(files, images)
+    records.left_out = sum(left_out, Counter())
     if not len(records):
-        raise DataError(f"the {len(files)} tar files of {where} hold no images; name others.")
+        there = counted(records.left_out) or "nothing"
+        raise DataError(f"the {len(files)} tar files of {where} hold no images but {there}.")
     return records
 
 
@@ -168,27 +174,48 @@ def expand_braces(pattern: str, where: str) -> list[str]:
     return [name for choice in choices for name in expand_braces(head + choice + tail, where)]
 
 
-def _labelled_images(file: str) -> list[tuple[Member, int]]:
-    """The images of a tar file, in their order, with their labels."""
-    images, labels = {}, {}
+def _labelled_images(file: str, left_out: Counter) -> list[tuple[Member, int]]:
+    """The images of a tar file, in their order, with their labels; other files are counted.
+
+    Files of a sample with an image are its own matter, such as a caption.
+    """
+    images, labels, others = {}, {}, {}
     with open(file, "rb", buffering=0) as stream:
+
+        def read(member: Member) -> bytes:
+            return os.pread(stream.fileno(), min(member.size, MAX_HEADER_BYTES), member.offset)
+
         for member in tar_members(file):
             folder, name = os.path.split(member.name.removeprefix("./"))
-            stem, _, suffix = name.partition(".")
-            key, suffix = os.path.join(folder, stem), suffix.lower()
+            stem, dot, ending = name.partition(".")
+            key, ending = os.path.join(folder, stem), (dot + ending).lower()
             if not stem:  # hidden, such as what macOS adds for every file
                 continue
-            if suffix in IMAGES:
+            if ending in ENDINGS:
                 images.setdefault(key, []).append(member)
-            elif suffix in LABELS:
-                text = os.pread(stream.fileno(), min(member.size, MAX_HEADER_BYTES), member.offset)
-                label = _read_label(text, f'"{member.name}" in "{file}"')
-                if label is not None and (suffix == "cls" or key not in labels):
+            elif ending in LABELS:
+                label = _read_label(read(member), f'"{member.name}" in "{file}"')
+                if label is not None and (ending == ".cls" or key not in labels):
                     labels[key] = label
+            else:
+                others.setdefault(key, []).append((member, ending))
+        for key in [key for key in others if key not in images]:
+            found = [
+                member
+                for member, ending in others[key]
+                if key in labels
+                and "." not in ending[1:]  # a map beside an image, as .seg.png
+                and is_image(io.BytesIO(read(member)), ending)
+            ]
+            if found:
+                images[key] = found
+            else:
+                left_out.update(ending or NO_ENDING for _, ending in others[key])
+                labels.pop(key, None)
     for key in images | labels:
         if key not in labels or len(images.get(key, ())) != 1:
             raise DataError(
-                f'"{key}" in "{file}" needs one image ({", ".join(IMAGES)}) and a label (.cls, or '
+                f'"{key}" in "{file}" needs one image ({", ".join(FORMATS)}) and a label (.cls, or '
                 '.json with "label"); add what is missing, or take it out.'
             )
     return [(member, labels[key]) for key, (member,) in images.items()]

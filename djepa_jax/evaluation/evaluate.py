@@ -12,7 +12,7 @@ from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
-from djepa_jax.data.sources import open_data
+from djepa_jax.data.sources import open_training_data
 from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import as_path, write_json
@@ -130,7 +130,7 @@ def run_evaluate(
         ConfigError: no evaluation is configured, or another model than the checkpoint's.
         CheckpointError: there is no usable checkpoint.
     """
-    source = open_data(experiment)
+    source, experiment = open_training_data(experiment)
     if open_metric(experiment, source) is None:
         for metric in METRICS.values():
             metric.from_data(source)  # says so if it cannot judge them

@@ -71,7 +71,7 @@ def run_sample(
     """
     check_pictures(experiment, out, latents_only)
     model = latest_model(experiment, workdir)
-    experiment = experiment.decoded_by(model.config.autoencoder.sha256)
+    experiment = experiment.completed_by(model.config)
     target = check_target(out, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
     generator = Generator(experiment, mesh, decode=not latents_only, progress=True)

@@ -1,16 +1,17 @@
 """What a training begins with: a fresh state, or the one that its workdir holds."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
 from djepa_jax.checkpoints.restore import check_same_model, restore_state
+from djepa_jax.config.class_names import in_order
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.stored import FILE_NAME, differences, from_stored, to_stored
+from djepa_jax.config.stored import COUNTED_AS_TEXT, FILE_NAME, differences, from_stored, to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, init_state
 from djepa_jax.runtime import distributed
@@ -50,8 +51,11 @@ def restore_or_initialise(
     abstract: TrainState,
     checkpoints: Checkpoints,
     say: Callable[[str], None],
+    own_names: Sequence[str] | None = None,
 ) -> tuple[TrainState, int]:
     """A fresh state, or that of the newest usable checkpoint, and the examples it has seen.
+
+    `own_names` are those that the data have for their classes.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be used; nothing was overwritten.
@@ -67,6 +71,8 @@ def restore_or_initialise(
     meta = read_meta(folder)
     stored = from_stored(meta.config)
     check_same_model(stored, experiment)
+    if experiment.data.source == "folder":
+        check_class_order(meta.config, own_names or ())
     for line in differences(stored, experiment):
         say(f"changed since the checkpoint: {line}")
     parts = restore_state(folder, abstract, meta)
@@ -77,6 +83,17 @@ def restore_or_initialise(
     elif step > experiment.num_steps:
         say(f"the checkpoint has {step} steps, more than num_steps {experiment.num_steps}")
     return state, meta.examples
+
+
+def check_class_order(config: dict, folders: Sequence[str]) -> None:
+    """Raise ConfigError if a checkpoint's version counted these folders in another order."""
+    as_text = sorted(folders)
+    if config.get("format", 1) in COUNTED_AS_TEXT and in_order(as_text) != as_text:
+        raise ConfigError(
+            f"the checkpoint is of a version that counted the classes as {', '.join(as_text[:4])} "
+            "and so on, they are counted as numbers now; rename their folders so that the order "
+            "of text is right, as c0, c1, c10, or use another --workdir."
+        )
 
 
 def write_config(experiment: Experiment, checkpoints: Checkpoints) -> None:

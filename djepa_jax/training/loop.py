@@ -49,12 +49,13 @@ class TrainingError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a call of `train` ended."""
+    """How a call of `train` ended, with the configuration as the data have completed it."""
 
     step: int
     finished: bool
     grid: epath.Path | None = None
     evaluation: dict | None = None
+    experiment: Experiment | None = None
 
 
 def train(
@@ -95,7 +96,7 @@ def train(
         distributed.check_same(same, "the configuration, the data or --restore_from")
         run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop, wandb)
         stack.enter_context(contextlib.closing(run))
-        return run.train(restore_from)
+        return dataclasses.replace(run.train(restore_from), experiment=experiment)
 
 
 class _Run:
@@ -124,7 +125,9 @@ class _Run:
             distributed.run_on_main(
                 lambda: go_back(self.checkpoints, restore_from, abstract, experiment, report.say)
             )
-        state, examples = restore_or_initialise(experiment, abstract, self.checkpoints, report.say)
+        state, examples = restore_or_initialise(
+            experiment, abstract, self.checkpoints, report.say, self.source.class_names
+        )
         step = self.saved = int(state.step)
         if self.signals.requested(step):
             return Result(step, False)

@@ -13,6 +13,7 @@ from etils import epath
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
 from djepa_jax.core.train_step import TrainState
+from djepa_jax.data.summary import describe_data
 from djepa_jax.evaluation.evaluate import (
     FILE_NAME,
     describe,
@@ -92,6 +93,9 @@ class Reporter:
         experiment = self.experiment
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        if distributed.is_main_process():
+            for line in describe_data(experiment, self.source):
+                self.say(line)
         if int(state.step) == 0 and self.writer is not None:
             text = json.dumps(experiment.to_dict(), indent=2)
             self.writer.write_texts(0, {"config": text})
@@ -234,13 +238,13 @@ def summarise(result, experiment: Experiment, workdir: str) -> None:
 
 def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
     """What to do with a finished run, as flags beside its workdir."""
-    last = experiment.data.num_classes - 1
+    some_class = experiment.class_names[:4][-1]
     few = max(1, experiment.sample.num_ar_steps // 2)
     sample, ending = ("--mode=sample",), "png"
     if experiment.modality.needs_decoder and not experiment.has_decoder:
         sample, ending = ("--mode=sample", "--latents_only"), "npz"
     changes = {
-        "one_class": f"sample.labels={min(3, last)}",
+        "one_class": f"sample.labels={some_class}",
         "fast": f"sample.num_ar_steps={few}",
         "guided": "sample.cfg_scale=4.0",
     }

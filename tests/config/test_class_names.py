@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from djepa_jax.config.class_names import find_class, imagenet, resolve
+from djepa_jax.config.class_names import find_class, imagenet, in_order, misplaced, resolve
 
 NAMES = resolve("imagenet", 1000)
 GOLDEN = 207
@@ -35,6 +35,34 @@ def test_a_whole_name_wins_over_a_part_of_others():
     assert find_class("sea lion", FEW) == find_class("SEA_LION", FEW) == 3, (
         "names may be written with underscores too"
     )
+
+
+def test_numbers_that_are_names_mean_the_name():
+    years = ("1990", "1991", "2000")
+    assert [find_class(word, years) for word in ("1990", " 2000", 2)] == [0, 2, 2]
+    assert [find_class(word, ("cat", "7", "1")) for word in ("7", "1", "0", 1)] == [1, 2, 0, 1]
+    assert [find_class(word, ("01", "02", "10")) for word in ("2", "02", "10")] == [1, 1, 2]
+    assert find_class("1", ("01", "1")) == 1, "the very name first"
+    for word in ("0", "1", "99"):  # neither an index nor a part of a number
+        with pytest.raises(ValueError, match='is not a class; .*1 "1991"'):
+            find_class(word, years)
+    tens = resolve("", 12)
+    assert [find_class(str(index), tens) for index in range(12)] == list(range(12))
+    assert find_class("a", ("A", "a")) == 1 and find_class("A", ("A", "a")) == 0
+
+
+def test_whole_numbers_are_counted_as_numbers():
+    assert in_order(str(number) for number in range(11, -1, -1)) == [str(i) for i in range(12)]
+    assert in_order(["10", "9", "-1", "09"]) == ["-1", "09", "9", "10"]
+    assert in_order(["10", "9", "x"]) == ["10", "9", "x"]
+
+
+def test_a_name_of_another_class_is_found():
+    assert misplaced(("dog", "cat"), ("cat", "dog")) == "dog"
+    assert misplaced(("cat", "hot_dog", "x"), ("Cat", "y", "hot dog")) == "hot_dog"
+    for names in (("cat", "dog"), ("Katze", "Hund"), ("CAT", "Hund")):
+        assert misplaced(names, ("cat", "dog")) is None
+    assert misplaced(NAMES, NAMES) is None, "two of them are called crane"
 
 
 def test_an_ambiguous_name_lists_its_candidates():

@@ -128,6 +128,23 @@ def test_names_of_classes_come_from_a_file_and_travel(tmp_path):
     assert type(experiment).from_dict(stored).class_names == tuple(names)
 
 
+def test_data_say_what_the_config_leaves_open(experiment):
+    changes = {"data.num_classes": 0, "data.path": "x", "sample.labels": "pear, 0"}
+    waiting = experiment.updated(changes)
+    with pytest.raises(ConfigError, match="pear"):
+        waiting.with_classes(3, None)
+    known = waiting.with_classes(3, ["apple", "fig", "pear"])
+    assert known.data.num_classes == known.network.conditioner.num_classes == 3
+    assert known.sample_conditions.tolist()[:4] == [2, 0, 2, 0]
+    assert known.with_classes(7, ["a"] * 7) == known, "what is known stays"
+    assert type(known).from_dict(known.to_dict()) == known
+    assert waiting.completed_by(known) == known
+    commas = waiting.updated({"sample.labels": "fig, dried"}).with_classes(2, ["x", "fig, dried"])
+    assert set(commas.sample_conditions.tolist()) == {1}
+    single = {"data.num_classes": 0, "data.unconditional": True}
+    assert experiment.updated(single).with_classes(1, None).data.num_classes == 1
+
+
 def test_names_that_come_with_the_package_are_stored_by_their_word(experiment):
     named = {"data.class_names": "imagenet", "data.num_classes": 1000}
     assert experiment.updated(named).to_dict()["data"]["class_names"] == "imagenet"

@@ -16,7 +16,7 @@ def test_what_is_stored_comes_back():
     for name in ("digits", "djepa_l", "djepa_b:pixels"):
         experiment = load_config(name)
         stored = json.loads(json.dumps(to_stored(experiment)))
-        assert stored["format"] == 2 and from_stored(stored) == experiment
+        assert stored["format"] == 3 and from_stored(stored) == experiment
 
 
 def test_configurations_of_the_first_versions_are_read():
@@ -41,7 +41,7 @@ def test_a_named_size_of_the_first_version_stays_a_name():
 
 
 def test_what_cannot_be_read_is_one_error():
-    for damage in ({"format": 3}, {"sample": {}}, {"loss": None}, {"model": 7}):
+    for damage in ({"format": 4}, {"sample": {}}, {"loss": None}, {"model": 7}):
         stored = json.loads((GOLDEN / "v2" / "config.json").read_text()) | damage
         with pytest.raises(ConfigError):
             from_stored(stored)

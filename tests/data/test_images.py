@@ -25,14 +25,43 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes], colour: int = 0) -> bytes:
-    """A PNG of some chunks, gray unless told otherwise."""
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+def png(
+    width: int, height: int, *chunks: tuple[bytes, bytes], colour: int = 0, depth: int = 8
+) -> bytes:
+    """A PNG of some chunks, gray and of 8 bits unless told otherwise."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     pieces = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in [(b"IHDR", header), *chunks, (b"IEND", b"")]
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
+
+
+def packed(levels: np.ndarray, depth: int, order: str) -> list[bytes]:
+    """Rows of samples `[H, W, C]` as files hold them, each filled up to whole bytes."""
+    if depth in (16, 32):
+        return [row.astype(f"{order}u{depth // 8}").tobytes() for row in levels]
+    bits = [((row.reshape(-1, 1) >> np.arange(depth)[::-1]) & 1).reshape(-1) for row in levels]
+    return [np.packbits(row.astype(np.uint8)).tobytes() for row in bits]
+
+
+def tiff(levels: np.ndarray, depth: int, photometric: int, order: str = "<", **tags) -> bytes:
+    """An uncompressed TIFF of samples `[H, W, C]`; further tags as `T338=[0]`."""
+    height, width, channels = levels.shape
+    data = b"".join(packed(levels, depth, order))
+    values = {256: [width], 257: [height], 258: [depth] * channels, 259: [1], 262: [photometric]}
+    values |= {273: [8], 277: [channels], 278: [height], 279: [len(data)]}
+    values |= {int(name[1:]): value for name, value in tags.items()}
+    long = b"".join(struct.pack(f"{order}{len(v)}H", *v) for v in values.values() if len(v) > 2)
+    place, entries = 8 + len(data), b""
+    for tag, value in sorted(values.items()):
+        found = struct.pack(f"{order}{len(value)}H", *value)
+        if len(value) > 2:
+            start = long.index(found) + place
+            found = struct.pack(f"{order}I", start)
+        entries += struct.pack(f"{order}HHI", tag, 3, len(value)) + found.ljust(4, b"\0")
+    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, place + len(long))
+    return start + data + long + struct.pack(f"{order}H", len(values)) + entries + bytes(4)
 
 
 # centre crop
@@ -110,6 +139,63 @@ def test_gray_of_unknown_range_is_refused():
     for values in (RAMP.astype(np.float32), RAMP.astype(np.int32) * 99_999, -RAMP.astype(np.int32)):
         with pytest.raises(BrokenImage, match="range is not known"):
             decode(encode(Image.fromarray(values), "TIFF"))
+
+
+GRAY = np.round(np.linspace(0, 255, 16)).astype(int).reshape(2, 8, 1)
+COLOURS = np.concatenate([GRAY, 255 - GRAY, GRAY // 2], -1)  # [2, 8, 3]
+OPAQUE = np.full_like(GRAY, 255)
+
+
+def test_every_depth_of_gray_has_its_values_and_no_negative():
+    for depth in (1, 2, 4, 8, 12, 16):
+        top = 2**depth - 1
+        levels = np.round(GRAY / 255 * top).astype(int)
+        expected = np.repeat(np.round(levels * 255 / top).astype(np.uint8), 3, -1)
+        for order in "<>" if depth != 12 else "<":
+            assert same(decode(tiff(levels, depth, 1, order)), expected), (depth, order)
+        inverted = tiff(top - levels, depth, 0)  # white is zero
+        if depth == 12:  # a kind that Pillow lacks
+            with pytest.raises(BrokenImage):
+                decode(inverted)
+            continue
+        assert same(decode(inverted), expected), depth
+        rows = b"".join(b"\0" + row for row in packed(levels, depth, ">"))
+        pixels = png(8, 2, (b"IDAT", zlib.compress(rows)), depth=depth)
+        assert same(decode(pixels), expected), depth
+        seen = (b"tRNS", struct.pack(">H", levels[0, 1, 0]))
+        pixels = decode(png(8, 2, seen, (b"IDAT", zlib.compress(rows)), depth=depth))
+        hidden = levels[..., 0] == levels[0, 1, 0]
+        assert (pixels[hidden] == 255).all() and same(pixels[~hidden], expected[~hidden]), depth
+
+
+def test_every_kind_of_colour_has_its_values():
+    palette = np.zeros((3, 256), int)
+    palette[:, :16] = COLOURS.reshape(16, 3).T * 257
+    numbers = np.arange(16).reshape(2, 8, 1)
+    gray = np.repeat(GRAY, 3, -1)
+    cmyk = np.concatenate([255 - COLOURS, 0 * GRAY], -1)
+    grays = np.concatenate([GRAY, 0 * GRAY + 128, 0 * GRAY + 128], -1)
+    alpha = np.concatenate([COLOURS, OPAQUE], -1)
+    for order in "<>":
+        for kind, data, expected in (
+            ("palette", tiff(numbers, 8, 3, order, T320=palette.reshape(-1)), COLOURS),
+            ("RGB", tiff(COLOURS, 8, 2, order), COLOURS),
+            ("RGB, wide", tiff(COLOURS * 257, 16, 2, order), COLOURS),
+            ("RGB and another", tiff(alpha // 2 * 2, 8, 2, order, T338=[0]), COLOURS // 2 * 2),
+            ("RGBA", tiff(alpha, 8, 2, order, T338=[2]), COLOURS),
+            ("RGBA, wide", tiff(alpha * 257, 16, 2, order, T338=[2]), COLOURS),
+            ("CMYK", tiff(cmyk, 8, 5, order), COLOURS),
+            ("CMYK, wide", tiff(cmyk * 257, 16, 5, order), COLOURS),
+            ("YCbCr", tiff(grays, 8, 6, order, T530=[1, 1]), gray),
+            ("LA", tiff(np.concatenate([GRAY, OPAQUE], -1), 8, 1, T338=[2]), gray),
+        ):
+            assert same(decode(data), expected.astype(np.uint8)), (kind, order)
+
+
+def test_signed_values_are_refused():
+    for depth in (8, 16):
+        with pytest.raises(BrokenImage, match="signed"):
+            decode(tiff(GRAY // 2, depth, 1, T339=[2]))
 
 
 def test_cmyk_and_inverted_cmyk():

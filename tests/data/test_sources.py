@@ -22,14 +22,16 @@ from photos import (
     write_shards,
 )
 from PIL import Image
+from tiny import tiny_config
 
 from djepa_jax.config.class_names import imagenet
+from djepa_jax.config.convert import ConfigError
 from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.data import records
 from djepa_jax.data.images import center_crop, decode_image
 from djepa_jax.data.loader import example_stream, row_batches
 from djepa_jax.data.records import MAX_PIXELS, DataError, match_classes
-from djepa_jax.data.sources import open_source
+from djepa_jax.data.sources import open_source, open_training_data
 
 COUNT = 2 * PER_CLASS
 KINDS = ("folder", "tar")
@@ -48,7 +50,8 @@ def write(kind: str, root, images=None) -> str:
 def write_files(root: pathlib.Path, *names: str) -> str:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(encode(crop("flower")))
+        is_text = name.endswith(".txt")
+        (root / name).write_bytes(b"P1 is text" if is_text else encode(crop("flower")))
     return str(root)
 
 
@@ -111,6 +114,57 @@ def test_folder_finds_what_it_should(tmp_path):
     assert keys == ["A/q.webp", "a/10.jpg", "a/9.jpg", "b/deep/er/y.jpeg", "b/x.JPG"]
 
 
+def write_bytes(root: pathlib.Path, files: dict[str, bytes]) -> str:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return str(root)
+
+
+def test_content_decides_what_is_read_and_the_rest_is_counted(tmp_path):
+    picture, small = encode(crop("flower")), encode(crop("temple"), "TIFF")
+    heic = b"\0\0\0\x18ftypheic" + bytes(99)
+    read = {"a.jfif": picture, "b.jpe": picture, "c": picture, "d.dat": picture, "e.TIFF": small}
+    left = {"f.heic": heic, "g.HEIC": heic, "h.nef": small, "i": b"P1 of 2", "j.thm": picture}
+    foreign = {"@eaDir/a.jpg/x.jpg": picture, "Thumbs.db": b"x", ".DS_Store": b"x"}
+    path = write_bytes(tmp_path / "data" / "x", read | left | foreign)
+    write_bytes(tmp_path / "data", {"__MACOSX/x/._a.jpg": b"x", "beside.png": picture})
+    os.mkfifo(f"{path}/k.pipe")  # opening it would wait for ever
+    source = opened("folder", tmp_path / "data", 1)
+    assert [source.source.key(i) for i in range(len(source))] == [f"x/{name}" for name in read]
+    assert len(list(source)) == len(read) and source.broken == {}
+    assert source.source.records.left_out == {
+        **{".heic": 2, ".nef": 1, "without an ending": 1, ".thm": 1, ".pipe": 1},
+        **{"@eaDir": 1, "Thumbs.db": 1, "__MACOSX": 1, "beside the folders of classes": 1},
+    }
+    with pytest.raises(DataError, match=r'such as "y" .*1 .heic'):
+        opened("folder", write_bytes(tmp_path / "bad", {"x/a.jpg": picture, "y/b.heic": heic}), 2)
+
+
+def test_a_folder_without_folders_is_one_class(tmp_path):
+    path = write_files(tmp_path / "my pictures", "b.jpg", "a.jpg", "notes.txt", ".cache/c.jpg")
+    for options in ({}, {"num_classes": 0}, {"unconditional": True}):
+        source = opened("folder", path, **{"num_classes": 1} | options)
+        assert [int(item["condition"]) for item in source] == [0, 0]
+    assert opened("folder", path, 0).class_names == ("my pictures",)
+    records = opened("folder", path, 1).source.records
+    assert records.key(0) == "a.jpg" and records.left_out == {".txt": 1}
+    os.rename(path, tmp_path / "other")
+    assert opened("folder", tmp_path / "other", 1).source.digest() == records.digest()
+    with pytest.raises(FileNotFoundError):  # the disk is gone
+        records[0]
+    with pytest.raises(DataError, match="1 classes .my pictures., data.num_classes is 10"):
+        opened("folder", (tmp_path / "other").rename(path), 10)
+
+
+def test_folders_that_are_numbers_are_counted_as_numbers(tmp_path):
+    path = write_files(tmp_path, *(f"{number}/x.jpg" for number in range(12)))
+    source = opened("folder", path, 0)
+    assert source.class_names == tuple(map(str, range(12)))
+    assert [source.source.key(i) for i in range(12)] == [f"{number}/x.jpg" for number in range(12)]
+    assert source.labels.tolist() == [int(item["condition"]) for item in source] == [*range(12)]
+
+
 def test_names_need_not_be_unicode(tmp_path):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.makedirs(folder)
@@ -119,6 +173,7 @@ def test_names_need_not_be_unicode(tmp_path):
     source = opened("folder", tmp_path, 1).source
     assert source[0]["example"].shape == (32, 32, 3)
     assert os.fsencode(source.key(0)) == b"caf\xe9/\xff.jpg" and len(source.digest()) == 64
+    assert source.class_names == (r"caf\xe9",), "it can be printed and stored"
 
 
 def test_checksum_tells_what_is_there_and_not_where(tmp_path):
@@ -137,7 +192,7 @@ def test_checksum_tells_what_is_there_and_not_where(tmp_path):
 def test_unusable_folder_is_refused(tmp_path):
     for number, (files, words) in enumerate(
         (
-            (["stray.jpg", ".hidden/x.jpg"], "holds no folders"),
+            ([".hidden/x.jpg"], "holds no folders and no images"),
             (["a/x.jpg", "b/readme.txt"], 'hold no images .* such as "b"'),
             (["train/a/x.jpg", "val/a/x.jpg"], "holds train, val"),
             (["a/x.jpg", "b/x.jpg", "c/x.jpg", "d/x.jpg"], r"4 classes \(a, b, c.*num_classes=4"),
@@ -256,6 +311,7 @@ def test_match_classes_by_wordnet_id_or_by_order():
     assert names == IDS and numbers.tolist() == [999, 207, 1]
     assert match_classes(IDS, 1000, "imagenet", "it") == (IDS, None)
     assert match_classes(NAMES, 2, ["a", "b"], "it") == (NAMES, None)
+    assert match_classes(NAMES, 0, "", "it") == match_classes(NAMES, 0, NAMES, "it")
     assert match_classes(SOME, records.ANY_CLASS, "imagenet", "") == (SOME, None)
 
 
@@ -265,6 +321,8 @@ def test_classes_that_are_not_those_of_the_config_are_refused():
         ((*SOME, "n99999999"), 1000, "imagenet", 'the class "n99999999"'),
         (NAMES, 3, "", r"2 classes \(flower, temple\), data.num_classes is 3; .*num_classes=2"),
         (SOME, 1, "", "3 classes .*, data.num_classes is 1"),
+        (NAMES, 2, ("temple", "flower"), 'another class "temple".* 0 flower, 1 temple'),
+        (("0", "1"), 0, ("1", "0"), 'another class "1"'),
     ):
         with pytest.raises(DataError, match=words):
             match_classes(present, num_classes, names, "x")
@@ -273,6 +331,34 @@ def test_classes_that_are_not_those_of_the_config_are_refused():
 def test_without_classes_all_images_are_of_class_0(tmp_path):
     source = opened("folder", write_folder(tmp_path), 1, unconditional=True, class_names="imagenet")
     assert {int(item["condition"]) for item in source} == {0} and len(source) == COUNT
+
+
+def test_what_the_config_leaves_open_is_as_the_data_are(tmp_path):
+    folder = write_folder(tmp_path / "folder")
+    np.savez(tmp_path / "x.npz", images=np.zeros((3, 32, 32, 3), np.uint8), labels=[0, 3, 1])
+    flags = (
+        "--config.data.image_size=32",
+        "--config.data.channels=3",
+        "--config.data.patch_size=4",
+    )
+    for source, path, found in (
+        ("folder", folder, NAMES),
+        ("tar", write_shards(tmp_path / "tar"), ("0", "1")),
+        ("npz", tmp_path / "x.npz", ("0", "1", "2", "3")),
+        ("synthetic", "", tuple(map(str, range(10)))),
+    ):
+        place = (f"--config.data.source={source}", f"--config.data.path={path}")
+        experiment = tiny_config(*flags, *place, "--config.data.num_classes=0")
+        _, experiment = open_training_data(experiment)
+        assert experiment.class_names == found and experiment.data.num_classes == len(found)
+        assert experiment.network.conditioner.num_classes == len(found)
+    place = ("--config.data.source=folder", f"--config.data.path={folder}")
+    nothing = tiny_config(*flags, *place, "--config.model.condition=nothing")
+    assert open_training_data(nothing)[1] == nothing, "whose 10 classes do not matter"
+    labels = (*place, "--config.data.num_classes=2", "--config.sample.labels=temple")
+    assert set(open_training_data(tiny_config(*flags, *labels))[1].sample_conditions) == {1}
+    with pytest.raises(ConfigError, match="wolf.*0 flower, 1 temple"):
+        open_training_data(tiny_config(*flags, *labels[:-1], "--config.sample.labels=wolf"))
 
 
 # what cannot be opened

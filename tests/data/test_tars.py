@@ -117,6 +117,20 @@ def test_labels_in_either_form_and_what_is_left_out(tmp_path):
     assert keys == ["a.tar:./0.jpg", "a.tar:dir/1.jpeg", "a.tar:2.WEBP"]
 
 
+def test_content_decides_what_is_read_and_the_rest_is_counted(tmp_path):
+    mask = encode(crop("temple"), "PNG")
+    files = {
+        **{"0.jfif": PICTURE, "0.cls": b"0", "0.seg.png": mask, "0.txt": b"a caption"},
+        **{"1": PICTURE, "1.cls": b"1", "2.img": PICTURE, "2.cls": b"0", "2.seg.png": mask},
+        **{"3.heic": b"\0\0\0\x18ftypheic" + bytes(99), "3.cls": b"1", "readme.md": b"x"},
+    }
+    write_tar(tmp_path / "a.tar", files)
+    source = opened("tar", tmp_path)
+    assert [source.source.key(i) for i in range(3)] == ["a.tar:0.jfif", "a.tar:1", "a.tar:2.img"]
+    assert [int(item["condition"]) for item in source] == [0, 1, 0] and source.broken == {}
+    assert source.source.records.left_out == {".heic": 1, ".md": 1}
+
+
 def test_unusable_members_are_named(tmp_path):
     for changes, words in (
         ({"0.cls": b"one"}, '"0.cls" in .* a whole number'),

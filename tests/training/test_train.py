@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from photos import labelled, write_folder
 from processes import simple_step
 from tiny import tiny_config
 from workdirs import arrays, assert_same_arrays, digest, steps_in
 
 from djepa_jax.checkpoints.integrity import CheckpointError
+from djepa_jax.checkpoints.restore import find_model, latest_model
 from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer
@@ -35,6 +38,7 @@ from djepa_jax.core.train_step import (
 from djepa_jax.data.loader import device_batches
 from djepa_jax.data.sources import load_digits
 from djepa_jax.training import compile_step
+from djepa_jax.training.initial_state import check_class_order
 from djepa_jax.training.loop import TrainingError, train
 from djepa_jax.training.reporting import Reporter
 
@@ -103,6 +107,38 @@ def test_a_crash_costs_only_the_steps_since_the_last_save(simple, tmp_path):
     assert train(run_config(), str(tmp_path / "whole")).finished
     assert_same_arrays(arrays(tmp_path / "whole", STEPS), arrays(workdir, STEPS))
     assert [line["step"] for line in metrics(workdir)] == list(range(1, STEPS + 1))
+
+
+def test_names_of_folders_are_those_of_the_checkpoint(simple, tmp_path):
+    def write(root: pathlib.Path, names: list[str]) -> tuple[str, ...]:
+        pictures = [(f"{name}/{i}", labelled()[i][1], 0) for name in names for i in range(2)]
+        path = write_folder(tmp_path / root, pictures)
+        place = ("source=folder", f"path={path}", "num_classes=0", "class_names=")
+        return tuple(f"--config.data.{key}" for key in place)
+
+    numbers = [str(number) for number in range(1, 11)]
+    data, workdir = write("numbers", numbers), str(tmp_path / "run")
+    train(run_config(*data, "--config.num_steps=2"), workdir)
+    stored = find_model(workdir).config
+    assert stored.class_names == tuple(numbers) and stored.data.num_classes == 10
+    assert train(run_config(*data, "--config.num_steps=3"), workdir).experiment.data == stored.data
+    # sampling needs no data, and knows them by name
+    asked = run_config("--config.data.num_classes=0", "--config.sample.labels=10,2")
+    known = asked.completed_by(latest_model(asked, workdir).config)
+    assert known.sample_conditions.tolist()[:2] == [9, 1]
+    others = write("others", [str(number) for number in range(10)])
+    with pytest.raises(ConfigError, match='"1" is another class'):
+        train(run_config(*others, "--config.num_steps=4"), workdir)
+
+
+def test_folders_that_an_earlier_version_counted_as_text_are_refused():
+    numbers = [str(number) for number in range(12)]
+    for config in ({}, {"format": 2}):
+        with pytest.raises(ConfigError, match="0, 1, 10, 11 and so on.*another --workdir"):
+            check_class_order(config, numbers)
+        for folders in (numbers[:10], ["c0", "c1", "c10", "c2"], ()):
+            check_class_order(config, folders)
+    check_class_order(to_stored(tiny_config()), numbers)
 
 
 def test_metrics_of_every_step_are_recorded(uninterrupted):

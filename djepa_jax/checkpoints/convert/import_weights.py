@@ -56,7 +56,7 @@ def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
     model = restore.find_model(path) if restore.is_export(path) else None
     if model:
         restore.check_same_model(model.config, experiment)
-        experiment = experiment.decoded_by(model.config.autoencoder.sha256)
+        experiment = experiment.completed_by(model.config)
     folder, stored = as_path(workdir), to_stored(experiment)
     _check_unused(folder, stored)
     if model:

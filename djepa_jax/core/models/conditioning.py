@@ -74,6 +74,11 @@ class Classes:
 
     def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> ClassEmbedding:
         """A vector per class and one for none."""
+        if self.num_classes == 0:
+            raise ValueError(
+                "data.num_classes is 0, as many as the data have, and no data are read here; set "
+                "--config.data.num_classes to that number."
+            )
         return ClassEmbedding(self.num_classes, width, rngs=rngs)
 
     def embed(self, embedding: ClassEmbedding, raw: jax.Array) -> Condition:
