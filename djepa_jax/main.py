@@ -147,7 +147,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = {
         "workdir": "Folder of checkpoints, metrics and samples.",
         "out": "sample, export, benchmark: what to write.",
-        "source": "import: a .pth or .safetensors file, or an export folder.",
+        "source": "import: a file of tensors (.pth, .safetensors, ...) or an export folder.",
         "license": "export: licence of the weights, for the model card.",
         "restore_from": "train: PATH@STEP, go on from that step.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",

@@ -62,15 +62,16 @@ CONTENTS = {  # words of the refusal -> what is saved by PyTorch
     "'buffer' of type int64": lambda: changed("buffer", torch.zeros(1, 4, 48, dtype=torch.int64)),
     "'buffer' of type complex64": lambda: changed("buffer", torch.zeros(3, dtype=torch.complex64)),
     "not finite": lambda: changed("fake_latent", torch.full((1, 48), torch.inf)),
-    "'fake_latent' is not a dense": lambda: changed("fake_latent", torch.zeros(1, 48).to_sparse()),
-    "'a' is not a dense tensor": lambda: changed("a", torch.zeros(3, device="meta")),
-    "'b' is not a dense tensor": lambda: {"model": {"b": torch.zeros(1).expand(2**38)}},  # 1 TB
-    "0 is not a dense tensor": lambda: {"model": {0: torch.zeros(1)}},
-    "'model' is not a dense tensor": lambda: {"model": {}},
-    "'epoch' is not a dense tensor": lambda: {"epoch": 3, "notes": "x"},
-    "'shadow' is not a dense tensor": lambda: {"model": {}, "ema": {"shadow": [torch.zeros(1)]}},
-    "holds a Tensor": lambda: torch.zeros(3),
-    "holds a list": lambda: [torch.zeros(3)],
+    "'fake_latent' of type torch.sparse": lambda: changed(
+        "fake_latent", torch.zeros(1, 48).to_sparse()
+    ),
+    "'a' of type .* on meta": lambda: changed("a", torch.zeros(3, device="meta")),
+    "'b' of type": lambda: changed("b", torch.zeros(1).expand(2**38)),  # 1 TB
+    "no group .* are: none": lambda: {"model": {"b": torch.zeros(1).expand(2**38)}},
+    "no group of dense": lambda: {"model": {}},
+    "no group of dense float": lambda: {"epoch": 3, "notes": "x", "rng": torch.zeros(3).byte()},
+    "no group .*: none": lambda: torch.zeros(3),
+    "no group": lambda: argparse.Namespace(model={"w": torch.zeros(3)}),
 }
 
 
@@ -81,7 +82,7 @@ def test_bad_files_are_one_clear_error(tmp_path):
         assert words in refusal(tmp_path / name)
     for words, content in CONTENTS.items():
         torch.save(content(), tmp_path / "odd.pth")
-        assert words in refusal(tmp_path / "odd.pth")
+        assert re.search(words, refusal(tmp_path / "odd.pth"))
     tensors = load_parity("gauss").tensors
     for value, words in (
         (np.zeros(3, np.int32), "type I32"),
