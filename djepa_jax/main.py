@@ -24,7 +24,9 @@ def train(values: flags.FlagValues, experiment: Experiment) -> None:
     from djepa_jax.training.loop import train
     from djepa_jax.training.reporting import summarise
 
-    result = train(experiment, values.workdir, restore_from=values.restore_from)
+    result = train(
+        experiment, values.workdir, restore_from=values.restore_from, init_from=values.init_from
+    )
     if distributed.is_main_process():
         summarise(result, experiment, values.workdir)
 
@@ -95,7 +97,7 @@ MODES = {
         train,
         ("config", "workdir"),
         "--config=digits --workdir=runs/digits",
-        own=("restore_from",),
+        own=("restore_from", "init_from"),
     ),
     "sample": Mode(
         sample,
@@ -150,6 +152,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "source": "import: a file of tensors (.pth, .safetensors, ...) or an export folder.",
         "license": "export: licence of the weights, for the model card.",
         "restore_from": "train: PATH@STEP, go on from that step.",
+        "init_from": "train: a workdir, PATH@STEP or export, to begin with its weights.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",

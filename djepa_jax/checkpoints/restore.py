@@ -103,6 +103,8 @@ class StoredModel:
 def find_model(path: str | os.PathLike) -> StoredModel:
     """Find out what `path` is and read its configuration; no array is read yet."""
     path = as_path(path)
+    if "@" in path.name and not path.exists():
+        return _step(_step_folder(os.fspath(path)))
     if is_export(path):
         return _export(path)
     if (path / "meta").is_dir() and (path / "state").is_dir():
@@ -225,7 +227,7 @@ def _step_folder(restore_from: str) -> epath.Path:
     name = number if at else str(source.latest_step())
     if name not in steps:
         raise CheckpointError(
-            f'--restore_from "{restore_from}" names no step: {source.directory} holds '
+            f'"{restore_from}" names no step: {source.directory} holds '
             f"{', '.join(steps) or 'none'}; write PATH@STEP with one that is there."
         )
     return source.folder(int(name))

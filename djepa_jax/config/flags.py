@@ -38,7 +38,7 @@ RENAMED = {  # keys of earlier versions
 }
 # Flags that belong to one start and not to the run.
 OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "restore_from")
-OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout")
+OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout", "init_from")
 
 
 class UsageError(UserError, ValueError):

@@ -60,6 +60,7 @@ def train(
     workdir: str,
     should_stop: Callable[[int], bool] = lambda step: False,
     restore_from: str = "",
+    init_from: str = "",
 ) -> Result:
     """Train, or go on from the workdir's latest checkpoint.
 
@@ -68,6 +69,8 @@ def train(
         workdir: folder of checkpoints, metrics and samples; local or gs://.
         should_stop: asked after every step (with the number of steps made); True saves and stops.
         restore_from: PATH@STEP, a step to go on from instead (`restore.go_back`).
+        init_from: a workdir, PATH@STEP or export, whose weights a new workdir begins with
+            (`initial_state.warm_start`).
 
     Raises:
         ConfigError, ValueError: a setting that cannot work; nothing was touched.
@@ -84,11 +87,11 @@ def train(
         stack.enter_context(debug_switches(experiment.debug))
         signals = stack.enter_context(distributed.StopSignals())
         distributed.check_shared(as_path(workdir))
-        same = f"{experiment.to_dict()} {len(source)} {restore_from}"
-        distributed.check_same(same, "the configuration, the data or --restore_from")
+        same = f"{experiment.to_dict()} {len(source)} {restore_from} {init_from}"
+        distributed.check_same(same, "the configuration, the data, --restore_from or --init_from")
         run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop)
         stack.enter_context(contextlib.closing(run))
-        return run.train(restore_from)
+        return run.train(restore_from, init_from)
 
 
 class _Run:
@@ -108,7 +111,7 @@ class _Run:
         with contextlib.closing(self.checkpoints):
             self.report.close()
 
-    def train(self, restore_from: str) -> Result:
+    def train(self, restore_from: str, init_from: str) -> Result:
         """Restore, train, save and sample; a signal ends this as soon as nothing is lost by it."""
         experiment, report = self.experiment, self.report
         abstract = abstract_state(experiment, self.mesh)
@@ -117,7 +120,9 @@ class _Run:
             distributed.run_on_main(
                 lambda: go_back(self.checkpoints, restore_from, abstract, experiment, report.say)
             )
-        state, examples = restore_or_initialise(experiment, abstract, self.checkpoints, report.say)
+        state, examples = restore_or_initialise(
+            experiment, abstract, self.checkpoints, report.say, init_from
+        )
         step = self.saved = int(state.step)
         if self.signals.requested(step):
             return Result(step, False)
