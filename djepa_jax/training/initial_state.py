@@ -6,31 +6,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
-from djepa_jax.checkpoints.restore import (
-    check_same_model,
-    find_model,
-    placed_params,
-    restore_state,
-)
+from djepa_jax.checkpoints.restore import check_same_model, restore_state, warm_start
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.stored import (
-    FILE_NAME,
-    differences,
-    from_stored,
-    model_differences,
-    to_stored,
-)
+from djepa_jax.config.stored import FILE_NAME, differences, from_stored, to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, init_state
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import as_path, write_json
 
 INIT_NAME = "began_with.json"
-LEAST_SHARE = 0.01  # of the parameters that must fit; a few biases always do
 
 
 def check_mesh(experiment: Experiment, mesh) -> None:
@@ -103,50 +90,6 @@ def restore_or_initialise(
     elif step > experiment.num_steps:
         say(f"the checkpoint has {step} steps, more than num_steps {experiment.num_steps}")
     return state, meta.examples
-
-
-def warm_start(
-    init_from: str, experiment: Experiment, state: TrainState, say: Callable[[str], None]
-) -> TrainState:
-    """A fresh state that begins with a model's average, as far as paths and shapes agree.
-
-    Of stacked layers, as many are taken as both have.
-    """
-    model = find_model(init_from)
-    fresh = traverse_util.flatten_dict(state.params, sep="/")
-    abstract = placed_params(model.config, jax.tree.leaves(state.params)[0].sharding.mesh)
-    stored = traverse_util.flatten_dict(abstract, sep="/")
-    counts, others = {}, set()  # how much of the first axis to take, by path; parts that differ
-    for path in fresh.keys() | stored.keys():
-        ours, theirs = (tree[path].shape if path in tree else () for tree in (fresh, stored))
-        if ours and theirs and ours[1:] == theirs[1:] and ("/blocks/" in path or ours == theirs):
-            counts[path] = min(ours[0], theirs[0])
-        if ours != theirs:
-            layers = f"[{counts[path]}:]" if path in counts else ""
-            others.add("/".join(path.split("/")[:2]) + layers)
-    taken = sum(fresh[path].size * n // len(fresh[path]) for path, n in counts.items())
-    share = taken / sum(x.size for x in fresh.values())
-    changed = ", ".join(model_differences(model.config, experiment)) or "nothing"
-    if share < LEAST_SHARE:
-        raise ConfigError(
-            f'--init_from "{init_from}" has no weights that fit the config (stored -> config: '
-            f"{changed}); use its sizes, or leave out --init_from."
-        )
-    found = traverse_util.flatten_dict(model.restore(abstract), sep="/")
-
-    for path, count in counts.items():
-        x = fresh[path]
-        same = x.shape == found[path].shape
-        fresh[path] = found[path] if same else x.at[:count].set(found[path][:count])
-    params = traverse_util.unflatten_dict(fresh, sep="/")
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-    copies = jax.jit(lambda x: (x, jax.tree.map(jnp.copy, x)), out_shardings=(shardings, shardings))
-    params, average = copies(params)
-    say(
-        f"begins with the weights of {model.path}, {share:.1%} of the parameters; changed: "
-        f"{changed}; left out or afresh: {', '.join(sorted(others)) or 'nothing'}"
-    )
-    return dataclasses.replace(state, params=params, ema_params=average)
 
 
 def write_config(experiment: Experiment, checkpoints: Checkpoints) -> None:

@@ -70,7 +70,7 @@ def train(
         should_stop: asked after every step (with the number of steps made); True saves and stops.
         restore_from: PATH@STEP, a step to go on from instead (`restore.go_back`).
         init_from: a workdir, PATH@STEP or export, whose weights a new workdir begins with
-            (`initial_state.warm_start`).
+            (`restore.warm_start`).
 
     Raises:
         ConfigError, ValueError: a setting that cannot work; nothing was touched.

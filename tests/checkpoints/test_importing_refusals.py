@@ -1,6 +1,7 @@
 """What `--mode=import` refuses: damaged, absurd and unfit files, and files with code in them."""
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from official_files import as_torch, flags_of, training_file
 from safetensors.numpy import save_file
 
 from djepa_jax import main as cli
+from djepa_jax.checkpoints.convert import tensor_files
 from djepa_jax.checkpoints.convert.import_weights import read_tensors
 from djepa_jax.checkpoints.convert.tensor_files import SourceError, open_tensors
 
@@ -152,6 +154,15 @@ def test_compressed_pth_is_not_unpacked(tmp_path):
             bomb.writestr(name, whole.read(name))
     assert (tmp_path / "b.pth").stat().st_size < 10_000
     assert "it is compressed" in refusal(tmp_path / "b.pth")
+
+
+def test_containers_in_containers_have_an_end(tmp_path, monkeypatch):
+    """A small file may describe more entries than anyone can count."""
+    monkeypatch.setattr(tensor_files, "MAX_ENTRIES", 1000)
+    entries = functools.reduce(lambda inner, _: [inner] * 100, range(5), 0)
+    torch.save({"model": {"w": torch.ones(2)}, "log": entries}, tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").stat().st_size < 10_000
+    assert "more than 1,000 entries" in refusal(tmp_path / "a.pth")
 
 
 class RunsACommand:

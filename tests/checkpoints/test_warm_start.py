@@ -11,12 +11,12 @@ from tiny import run, tiny_config
 from workdirs import EVERY, STEPS, assert_same_arrays
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
-from djepa_jax.checkpoints.restore import find_model, placed_params
+from djepa_jax.checkpoints.restore import find_model, placed_params, warm_start
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState
-from djepa_jax.training.initial_state import abstract_state, restore_or_initialise, warm_start
+from djepa_jax.training.initial_state import abstract_state, restore_or_initialise
 
 EXPORTED = pathlib.Path(__file__).parents[1] / "fixtures" / "exported"
 
