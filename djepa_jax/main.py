@@ -28,7 +28,8 @@ def train(values: flags.FlagValues, experiment: Experiment) -> None:
     from djepa_jax.training.loop import train
     from djepa_jax.training.reporting import summarise
 
-    result = train(experiment, values.workdir, restore_from=values.restore_from, wandb=values.wandb)
+    begin = {"restore_from": values.restore_from, "init_from": values.init_from}
+    result = train(experiment, values.workdir, wandb=values.wandb, **begin)
     if distributed.is_main_process():
         summarise(result, result.experiment, values.workdir)
 
@@ -103,7 +104,7 @@ MODES = {
         train,
         ("config", "workdir"),
         "--config=digits --workdir=runs/digits",
-        own=("restore_from", "wandb"),
+        own=("restore_from", "init_from", "wandb"),
     ),
     "sample": Mode(
         sample,
@@ -156,11 +157,12 @@ def define_flags(values: flags.FlagValues) -> None:
     text = {
         "workdir": "Folder of checkpoints, metrics and samples.",
         "out": "sample, export, benchmark: what to write.",
-        "source": "import: a .pth or .safetensors file, or an export folder.",
+        "source": "import: a file of tensors (.pth, .safetensors, ...) or an export folder.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
         "restore_from": "train: PATH@STEP, go on from that step.",
         "wandb": "train: a project of Weights & Biases, for scalars and grids.",
+        "init_from": "train: a workdir, PATH@STEP or export, to begin with its weights.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -23,6 +24,7 @@ from djepa_jax.core.train_step import TrainState
 from djepa_jax.runtime.storage import as_path, write_json
 
 NOTE_NAME = "restored_from.json"
+LEAST_SHARE = 0.01  # of the parameters, that a warm start takes; a few biases always fit
 KIND, EXPORT_FORMAT = "djepa_jax export", 1
 CONFIG_NAME, PARAMS_NAME, TENSORS_NAME = "config.json", "params", "model.safetensors"
 CARD_NAME = "README.md"  # for people to edit: loading does not check it
@@ -105,6 +107,8 @@ class StoredModel:
 def find_model(path: str | os.PathLike) -> StoredModel:
     """Find out what `path` is and read its configuration; no array is read yet."""
     path = as_path(hub.local(path))
+    if "@" in path.name and not path.exists():
+        return _step(_step_folder(os.fspath(path)))
     if is_export(path):
         return _export(path)
     if (path / "meta").is_dir() and (path / "state").is_dir():
@@ -236,7 +240,52 @@ def _step_folder(restore_from: str) -> epath.Path:
     name = number if at else str(source.latest_step())
     if name not in steps:
         raise CheckpointError(
-            f'--restore_from "{restore_from}" names no step: {source.directory} holds '
+            f'"{restore_from}" names no step: {source.directory} holds '
             f"{', '.join(steps) or 'none'}; write PATH@STEP with one that is there."
         )
     return source.folder(int(name))
+
+
+def warm_start(
+    init_from: str, experiment: Experiment, state: TrainState, say: Callable[[str], None] = print
+) -> TrainState:
+    """A fresh state that begins with a model's average, as far as paths and shapes agree.
+
+    Of stacked layers, as many are taken as both have. ConfigError where next to nothing fits.
+    """
+    model = find_model(init_from)
+    fresh = _by_path(state.params)
+    abstract = placed_params(model.config, next(iter(fresh.values())).sharding.mesh)
+    stored = _by_path(abstract)
+    counts, others = {}, set()  # how much of the first axis to take, by path; parts that differ
+    for path in fresh.keys() | stored.keys():
+        ours, theirs = (tree[path].shape if path in tree else () for tree in (fresh, stored))
+        if ours and theirs and ours[1:] == theirs[1:] and ("/blocks/" in path or ours == theirs):
+            counts[path] = min(ours[0], theirs[0])
+        if ours != theirs:
+            layers = f"[{counts[path]}:]" if path in counts else ""
+            others.add("/".join(path.split("/")[:2]) + layers)
+    taken = sum(fresh[path].size * n // len(fresh[path]) for path, n in counts.items())
+    share = taken / sum(x.size for x in fresh.values())
+    changed = ", ".join(model_differences(model.config, experiment)) or "nothing"
+    if share < LEAST_SHARE:
+        raise ConfigError(
+            f'--init_from "{init_from}" has no weights that fit the config (stored -> config: '
+            f"{changed}); use its sizes, or leave out --init_from."
+        )
+    found = _by_path(model.restore(abstract))
+
+    def begin(path, x):
+        if (path := path_name(path)) not in counts:
+            return x
+        if x.shape == found[path].shape:
+            return found[path]
+        n = counts[path]
+        return jax.device_put(x.at[:n].set(found[path][:n]), x.sharding)
+
+    params = jax.tree_util.tree_map_with_path(begin, state.params)
+    say(
+        f"begins with the weights of {model.path}, {share:.1%} of the parameters; changed: "
+        f"{changed}; left out or afresh: {', '.join(sorted(others)) or 'nothing'}"
+    )
+    return dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))

@@ -40,10 +40,10 @@ RENAMED = {  # keys of earlier versions
     "sample.time_shift": "loss.options.time_shift",
 }
 # Flags that name files and folders.
-PATHS = ("config", "config_json", "workdir", "out", "source", "restore_from")
+PATHS = ("config", "config_json", "workdir", "out", "source", "restore_from", "init_from")
 # Flags that belong to one start and not to the run.
 OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "restore_from")
-OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout", "wandb")
+OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout", "init_from", "wandb")
 
 
 class UsageError(UserError, ValueError):

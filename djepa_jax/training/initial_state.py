@@ -1,13 +1,14 @@
 """What a training begins with: a fresh state, or the one that its workdir holds."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints, read_meta
-from djepa_jax.checkpoints.restore import check_same_model, restore_state
+from djepa_jax.checkpoints.restore import check_same_model, restore_state, warm_start
 from djepa_jax.config.class_names import in_order
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
@@ -15,7 +16,9 @@ from djepa_jax.config.stored import COUNTED_AS_TEXT, FILE_NAME, differences, fro
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState, init_state
 from djepa_jax.runtime import distributed
-from djepa_jax.runtime.storage import write_json
+from djepa_jax.runtime.storage import as_path, write_json
+
+INIT_NAME = "began_with.json"
 
 
 def check_mesh(experiment: Experiment, mesh) -> None:
@@ -51,22 +54,32 @@ def restore_or_initialise(
     abstract: TrainState,
     checkpoints: Checkpoints,
     say: Callable[[str], None],
+    init_from: str = "",
     own_names: Sequence[str] | None = None,
 ) -> tuple[TrainState, int]:
-    """A fresh state, or that of the newest usable checkpoint, and the examples it has seen.
+    """A fresh state, perhaps with the weights of `init_from`, or that of the newest usable
+    checkpoint, and the examples it has seen.
 
     `own_names` are those that the data have for their classes.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be used; nothing was overwritten.
-        ConfigError: the checkpoint is of another model.
+        ConfigError: the checkpoint is of another model, or no weights of `init_from` fit.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = distributed.run_on_main(lambda: checkpoints.step_to_resume(say))
     if step is None:
+        state = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)()
+        record = checkpoints.workdir / INIT_NAME  # for the same workdir, before its first save
+        if init_from or record.exists():
+            init_from = str(as_path(init_from or json.loads(record.read_text())["init_from"]))
+            state = warm_start(init_from, experiment, state, say)
+            if distributed.is_main_process():
+                write_json(record, {"init_from": init_from})
         write_config(experiment, checkpoints)
-        make = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)
-        return make(), 0
+        return state, 0
+    if init_from:
+        say(f"--init_from is for the beginning; {checkpoints.directory} holds step {step} already")
     folder = checkpoints.folder(step)
     meta = read_meta(folder)
     stored = from_stored(meta.config)

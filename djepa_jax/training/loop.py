@@ -63,6 +63,7 @@ def train(
     workdir: str,
     should_stop: Callable[[int], bool] = lambda step: False,
     restore_from: str = "",
+    init_from: str = "",
     wandb: str = "",
 ) -> Result:
     """Train, or go on from the workdir's latest checkpoint.
@@ -72,6 +73,8 @@ def train(
         workdir: folder of checkpoints, metrics and samples; local or gs://.
         should_stop: asked after every step (with the number of steps made); True saves and stops.
         restore_from: PATH@STEP, a step to go on from instead (`restore.go_back`).
+        init_from: a workdir, PATH@STEP or export, whose weights a new workdir begins with
+            (`restore.warm_start`).
         wandb: a project of Weights & Biases, for scalars and grids.
 
     Raises:
@@ -92,11 +95,11 @@ def train(
         stack.enter_context(debug_switches(experiment.debug))
         signals = stack.enter_context(distributed.StopSignals())
         distributed.check_shared(as_path(workdir))
-        same = f"{experiment.to_dict()} {len(source)} {restore_from}"
-        distributed.check_same(same, "the configuration, the data or --restore_from")
+        same = f"{experiment.to_dict()} {len(source)} {restore_from} {init_from}"
+        distributed.check_same(same, "the configuration, the data, --restore_from or --init_from")
         run = _Run(experiment, source, mesh, as_path(workdir), signals, should_stop, wandb)
         stack.enter_context(contextlib.closing(run))
-        return dataclasses.replace(run.train(restore_from), experiment=experiment)
+        return dataclasses.replace(run.train(restore_from, init_from), experiment=experiment)
 
 
 class _Run:
@@ -116,7 +119,7 @@ class _Run:
         with contextlib.closing(self.checkpoints):
             self.report.close()
 
-    def train(self, restore_from: str) -> Result:
+    def train(self, restore_from: str, init_from: str) -> Result:
         """Restore, train, save and sample; a signal ends this as soon as nothing is lost by it."""
         experiment, report = self.experiment, self.report
         abstract = abstract_state(experiment, self.mesh)
@@ -126,7 +129,7 @@ class _Run:
                 lambda: go_back(self.checkpoints, restore_from, abstract, experiment, report.say)
             )
         state, examples = restore_or_initialise(
-            experiment, abstract, self.checkpoints, report.say, self.source.class_names
+            experiment, abstract, self.checkpoints, report.say, init_from, self.source.class_names
         )
         step = self.saved = int(state.step)
         if self.signals.requested(step):

@@ -1,7 +1,12 @@
 """`--mode=import` of the authors' weights: every container, every group in it, and what is told."""
 
+import argparse
+import collections
+import datetime
 import hashlib
 import json
+import pathlib
+import shutil
 import sys
 
 import jax
@@ -80,24 +85,145 @@ def test_every_container_gives_the_same_parameters(gauss, container, tmp_path):
     assert_same(read(tmp_path / container, gauss), gauss.params)
 
 
+SHADOW = {"decay": 0.9, "shadow_params": [torch.full((2,), 7.0)]}  # a list, as the model's order
+
+
 def test_every_group_of_a_file_is_used_or_named(tmp_path):
-    """Names of groups in a file -> average, trained weights, what is not read."""
+    """Names of groups in a file, or others than tensors in it -> average, trained weights, names
+    of what is not read.
+    """
     table = (
-        (("model", "model_ema", "args", "scaler"), "model_ema", "model", ("'args'", "'scaler'")),
-        (("model", "ema", "opt", "args"), "ema", "model", ("'opt'", "'args'")),
-        (("state_dict", "state_dict_ema"), "state_dict_ema", "state_dict", ()),
-        (("ema", "model_ema", "model"), "model_ema", "model", ("'ema'",)),
-        (("ema", "teacher"), "ema", None, ("'teacher'",)),
-        (("state_dict", "hyper_parameters"), "state_dict", "state_dict", ("'hyper_parameters'",)),
-        (("model", "epoch"), "model", "model", ()),
+        (("model", "model_ema", "args", "scaler"), {}, "model_ema", "model", {"args", "scaler"}),
+        (("model", "ema"), {"opt": {}, "args": 1}, "ema", "model", {"opt", "args"}),
+        (("state_dict", "state_dict_ema"), {}, "state_dict_ema", "state_dict", set()),
+        (("model", "ema_state_dict"), {}, "ema_state_dict", "model", set()),
+        (("params", "ema_params"), {}, "ema_params", "params", set()),
+        (("model", "model_ema1", "model_ema2"), {}, "model_ema1", "model", {"model_ema2"}),
+        (("net", "ema_0.9999"), {"step": 3}, "ema_0.9999", "net", {"step"}),
+        (("model_state_dict", "EMA"), {}, "EMA", "model_state_dict", set()),
+        (("state_dict",), {"ema": {"module": {"w": torch.ones(2)}}}, "ema.module", ..., set()),
+        (("state_dict",), {"calls": {"EMA": {"w": torch.ones(2)}}}, "calls.EMA", ..., set()),
+        (("model",), {"ema": SHADOW}, "ema.shadow_params", "model", set()),
+        (("ema", "teacher"), {}, "ema", None, {"teacher"}),
+        (("student", "teacher"), {}, "student", "student", {"teacher"}),
+        (("state_dict", "hyper_parameters"), {}, "state_dict", ..., {"hyper_parameters"}),
+        (
+            ("model",),
+            {"epoch": 3, "ema": None, "ema_decay": 0.9},
+            "model",
+            ...,
+            {"ema", "ema_decay"},
+        ),
     )
-    for names, average, trained, unread in table:
+    for names, others, average, trained, unread in table:
         tensors = {name: {"w": torch.full((2,), float(n))} for n, name in enumerate(names)}
-        torch.save(tensors | ({"epoch": 3} if "epoch" in names else {}), tmp_path / "a.pth")
-        file = open_tensors(tmp_path / "a.pth")
-        assert (file.average, file.trained, file.unread) == (average, trained, unread)
-        for name in {average, trained} - {None}:
+        torch.save(tensors | others, tmp_path / "a.pth")
+        file, trained = open_tensors(tmp_path / "a.pth"), names[0] if trained is ... else trained
+        assert (file.average, file.trained) == (average, trained)
+        assert {name.split("'")[1] for name in file.unread} == unread
+        for name in {average, trained} & {*names}:
             np.testing.assert_array_equal(file.groups[name]["w"], names.index(name))
+        assert all(group.keys() == {"w"} for group in file.groups.values())
+    for name, value in (("model_ema2", 2), ("model", 0)):  # another one, by its name
+        chosen = {"model": 0, "model_ema1": 1, "model_ema2": 2}
+        torch.save(
+            {n: {"w": torch.tensor([float(v)])} for n, v in chosen.items()}, tmp_path / "b.pt"
+        )
+        file = open_tensors(tmp_path / f"b.pt@{name}")
+        assert (file.average, file.trained) == (name, "model")
+        np.testing.assert_array_equal(file.groups[name]["w"], [value])
+    with pytest.raises(SourceError, match="called other; .*: model, model_ema1, model_ema2"):
+        open_tensors(tmp_path / "b.pt@other")
+
+
+def test_average_that_cannot_be_read_is_not_replaced_in_silence(tmp_path):
+    content = {"model": {"w": torch.ones(2)}, "ema": argparse.Namespace(w=torch.zeros(2))}
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(SourceError, match="'ema' as an object.*@model"):
+        open_tensors(tmp_path / "a.pth")
+    assert open_tensors(tmp_path / "a.pth@model").average == "model"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_average_among_the_names_of_one_dict(suffix, tmp_path):
+    """As Lightning writes one, whose names may all begin alike."""
+    arrays = {"ema.net.a.w": 1, "ema.net.b": 2, "net.a.w": 3, "net.b": 4}
+    arrays = {name: np.full(2, value, np.float32) for name, value in arrays.items()}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "ckpt":
+        torch.save({"state_dict": as_torch(arrays), "optimizer_states": [{}]}, path)
+    else:
+        save_file(arrays, path)
+    file = open_tensors(path)
+    values = [{name: int(np.asarray(x)[0]) for name, x in g.items()} for g in file.groups.values()]
+    assert values == [{"a.w": 1, "b": 2}, {"a.w": 3, "b": 4}]
+    assert file.average.endswith("ema") and file.trained in ("weights", "state_dict")
+
+
+def test_the_report_says_what_stands_in_for_an_average(gauss, tmp_path):
+    """And what shapes of tensors do not tell, the number of heads without QK norm among it."""
+    tensors, flag = without(gauss.tensors, "q_norm", "k_norm"), "--config.model.qk_norm=False"
+    torch.save({"model": as_torch(tensors), "args": argparse.Namespace()}, tmp_path / "a.pth.tar")
+    config = config_of(gauss, flag)
+    report = run_import(config, str(tmp_path / "run"), str(tmp_path / "a.pth.tar"))
+    assert report[0].startswith("moving average: none by name") and "model of" in report[0]
+    (untold,) = [line for line in report if "data.patch_size=" in line]
+    assert f"model.num_heads={gauss.config.num_heads}" in untold and "data.latent_scale" in untold
+    parts, _ = read_workdir(tmp_path / "run", config)
+    assert parts.keys() == {"ema_params"}
+    report = run_import(config_of(gauss), str(tmp_path / "other"), str(GOOD))
+    assert not any("num_heads" in line for line in report)
+
+
+VALUES = {
+    "numpy": (np.float64(0.5), np.arange(3), np.array(["a", None], object), np.dtype("int64")),
+    "paths": [pathlib.PosixPath("/a/b"), pathlib.PurePosixPath("c")],
+    "options": argparse.Namespace(lr=np.float32(1e-4), out=pathlib.PosixPath("x"), when=None),
+    "counts": collections.OrderedDict(a=collections.Counter("aab"), b=collections.defaultdict(int)),
+    "times": (datetime.datetime(2024, 1, 2), datetime.timedelta(3), frozenset([1]), {2}, slice(4)),
+    "versions": (torch.__version__, torch.Size([1]), torch.device("cpu"), 2**70, 1j),
+}
+
+
+@pytest.mark.parametrize("form", [{}, {"_use_new_zipfile_serialization": False}])
+def test_plain_values_may_lie_beside_the_tensors(form, tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, **VALUES}, tmp_path / "a.pth", **form)
+    file = open_tensors(tmp_path / "a.pth")
+    np.testing.assert_array_equal(file.groups["model"]["w"], 1)
+    assert {name.strip("'") for name in file.unread} == VALUES.keys()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_sharded_files(gauss, suffix, tmp_path):
+    """By the index, or by the folder of one."""
+    names, index = sorted(gauss.tensors), tmp_path / f"model.{suffix}.INDEX.json"
+    places = {name: f"model-{n % 2}.{suffix}" for n, name in enumerate(names)}
+    for place in set(places.values()):
+        part = {name: gauss.tensors[name] for name in names if places[name] == place}
+        if suffix == "bin":
+            torch.save(as_torch(part), tmp_path / place)
+        else:
+            save_file(part, tmp_path / place)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for path in (index, tmp_path):
+        assert_same(read(path, gauss), gauss.params)
+    run_import(config_of(gauss), str(tmp_path / "run"), str(tmp_path))
+    record = json.loads((tmp_path / "run" / "imported.json").read_text())
+    shards = sorted({tmp_path / place for place in places.values()})
+    assert record["sha256"].split() == [hashlib.sha256(p.read_bytes()).hexdigest() for p in shards]
+    assert record["bytes"] == sum(path.stat().st_size for path in shards)
+    shards[0].unlink()
+    with pytest.raises(SourceError, match=f"needs {shards[0].name} beside it"):
+        open_tensors(index)
+
+
+def test_endings_in_any_case(gauss, tmp_path):
+    shutil.copy(GOOD, tmp_path / "A.SAFETENSORS")
+    torch.save(as_torch(gauss.tensors), tmp_path / "a.PTH.TAR")
+    for name in ("A.SAFETENSORS", "a.PTH.TAR"):
+        assert open_tensors(tmp_path / name).groups["weights"].keys() == gauss.tensors.keys()
+    with pytest.raises(SourceError, match=r"folder with A.SAFETENSORS, a.PTH.TAR in it; name"):
+        open_tensors(tmp_path)
 
 
 def test_average_and_trained_weights_are_kept_apart(gauss, tmp_path):

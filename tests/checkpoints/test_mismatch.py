@@ -110,6 +110,7 @@ HINTS = (
         ["model.denoiser_depth=2", "model.denoiser_width=96"],
     ),
     (dict(num_heads=24), ["model.num_heads=24"]),
+    (dict(mlp_ratio=2.5), ["model.mlp_ratio=2.5"]),
     (dict(denoiser_out=16), ["loss.name=flow_matching"]),
     (dict(jepa_head=False), ["loss.jepa_weight=0.0"]),
     (dict(qk_norm=False), ["model.qk_norm=False"]),

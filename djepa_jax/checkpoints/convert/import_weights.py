@@ -17,6 +17,7 @@ from djepa_jax.checkpoints.convert import official, tensor_files
 from djepa_jax.checkpoints.convert.mismatch import check_shapes
 from djepa_jax.checkpoints.convert.tensor_files import MOMENTS, SourceError, SourceFile, Tensors
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, file_sha256
+from djepa_jax.config.convert import flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import FILE_NAME, to_stored
 from djepa_jax.core import sharding
@@ -29,6 +30,7 @@ from djepa_jax.runtime.storage import as_path, check_writable, write_json
 RECORD_NAME = "imported.json"
 LAYOUT = {"layout": "djepa_jax"}  # metadata of safetensors files with our names and shapes
 ROLES = {"ema_params": "moving average", "params": "trained parameters"}
+STANDS_IN = "moving average: none by name, so in its place"
 NO_MOMENTS = "optimiser: none; training starts it afresh, from step 0 with warm-up"
 
 
@@ -36,7 +38,7 @@ NO_MOMENTS = "optimiser: none; training starts it afresh, from step 0 with warm-
 class ImportSource:
     """What an import takes: parts of a training state, their step, and lines that say so."""
 
-    file: pathlib.Path  # whose sha256 identifies it
+    files: tuple[pathlib.Path, ...]  # whose sha256 identifies it
     parts: dict
     report: list[str]
     step: int = 0
@@ -63,13 +65,13 @@ def run_import(experiment: Experiment, workdir: str, source: str) -> list[str]:
         mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
         params = model.restore(restore.placed_params(experiment, mesh))
         report = [f"moving average: from {path}", NO_MOMENTS]
-        found = ImportSource(path / MANIFEST_NAME, {"ema_params": params}, report)
+        found = ImportSource((path / MANIFEST_NAME,), {"ema_params": params}, report)
     else:
         found = _read_file(path, experiment)
     record = {
         "source": path.resolve().name,
-        "sha256": file_sha256(found.file),
-        "bytes": found.file.stat().st_size,
+        "sha256": " ".join(map(file_sha256, found.files)),
+        "bytes": sum(file.stat().st_size for file in found.files),
         "imported": datetime.date.today().isoformat(),
         "step": found.step,
         "metadata": found.metadata,
@@ -105,20 +107,36 @@ def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
     report: list[str] = []
     for name, tensors in file.groups.items():
         part = "ema_params" if name == file.average else "params"
-        parts[part] = read_tensors(tensors, file.metadata, abstract, where, experiment.network)
+        group = f"{where}, {name}," if len(file.groups) > 1 else where
+        parts[part] = read_tensors(tensors, file.metadata, abstract, group, experiment.network)
         dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
-        report.append(f"{ROLES[part]}: {name} of {path}, {len(tensors)} tensors in {dtypes}")
+        role = STANDS_IN if name == file.average == file.trained else ROLES[part]
+        report.append(f"{role}: {name} of {path}, {len(tensors)} tensors in {dtypes}")
     if file.unread:
         report.append(f"not read: {', '.join(file.unread)}")
+    report.append(_untold(experiment))
     try:
         opt_state = _opt_state(file, abstract, experiment, where)
     except SourceError as error:
-        return ImportSource(path, parts, [*report, f"{NO_MOMENTS} ({error})"], 0, file.metadata)
+        report.append(f"{NO_MOMENTS} ({error})")
+        return ImportSource(file.files, parts, report, 0, file.metadata)
     zero = np.int32(0)
     parts |= {"step": np.int32(file.step), "skipped_steps": zero, "bad_streak": zero}
     parts = {"params": parts["ema_params"]} | parts | {"opt_state": opt_state}
     report.append(f"optimiser: its moments, from step {file.step}, where training goes on")
-    return ImportSource(path, parts, report, file.step, file.metadata)
+    return ImportSource(file.files, parts, report, file.step, file.metadata)
+
+
+def _untold(experiment: Experiment) -> str:
+    """Keys, with their values, in which models with the same shapes of tensors may differ."""
+    keys = ["data.modality", "data.image_size", "data.channels", "data.patch_size"]
+    if experiment.modality.needs_decoder:
+        keys += ["data.latent_scale", "data.latent_shift"]
+    values = flatten(experiment.to_dict())
+    told = [f"{key}={values[key]}" for key in keys]
+    if not experiment.model.qk_norm:  # whose tensors have the width of a head
+        told.append(f"model.num_heads={experiment.network.num_heads}")
+    return f"not told by shapes, and taken from the config: {', '.join(told)}"
 
 
 def read_tensors(

@@ -89,6 +89,7 @@ def _config_of(found: Shapes) -> dict[str, int | float | str | bool]:
         "model.encoder_depth": depth("encoder_blocks."),
         "model.predictor_depth": depth("decoder_blocks."),
         **({"model.num_heads": width // head[0]} if head else {}),
+        "model.mlp_ratio": found["encoder_blocks.0.mlp.fc1.weight"][0] / width,
         "model.denoiser_depth": depth("diffloss.net.res_blocks."),
         "model.denoiser_width": found["diffloss.net.input_proj.weight"][0],
         "loss.name": "diffusion" if two_outputs else "flow_matching",
