@@ -1,14 +1,18 @@
 """Shared set-up: eight CPU devices, and models filled with the parity fixtures."""
 
 import functools
+import gc
 import json
 import os
 import pathlib
 
-# Most of the time goes into compiling; without optimisations it is a third. XLA_FLAGS=" " tests
-# what users run.
+# Most of the time goes into compiling; without optimisations, and with each program in one piece
+# for LLVM, it is a third. Processes that tests start inherit it. XLA_FLAGS=" " tests what users
+# run.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 import jax
@@ -24,6 +28,8 @@ from djepa_jax.checkpoints.convert.official import from_official  # noqa: E402
 from djepa_jax.core.losses import TOKEN_LOSSES  # noqa: E402
 from djepa_jax.core.models.conditioning import Classes  # noqa: E402
 from djepa_jax.core.models.djepa import ModelConfig, split_model  # noqa: E402
+
+gc.set_threshold(100_000)  # tracing makes very many objects and hardly a cycle: a quarter faster
 
 # Files of few and long tests come first, so that no worker is left alone with them at the end.
 LONG = (

@@ -108,8 +108,11 @@ def main() -> None:
         print(f"modules that take `{parameter}`: {count} of the {len(modules)} below the loop")
 
     collect = [*PYTEST, "--collect-only", "-q", "-o", "addopts="]
-    listed = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True).stdout
-    print(f"tests: {listed.splitlines()[-1]}")
+    listed = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        said = (listed.stdout + listed.stderr).splitlines()[-1]
+        sys.exit(f"tests: not counted, {said}; launch/test.sh makes .venv with what they need")
+    print(f"tests: {listed.stdout.splitlines()[-1]}")
     if timed:
         start = time.monotonic()
         run = [*PYTEST, "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]

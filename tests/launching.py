@@ -6,8 +6,10 @@ import os
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
+import sys
+
+from waiting import LIMIT
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = ("requirements.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -60,16 +62,18 @@ class Machine:
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
         """The script in the background, in a session of its own like that of a terminal."""
+        # Tests that run in the background ignore SIGINT, and what is ignored cannot be trapped.
+        restored = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        restored += "os.execvp('bash', sys.argv[1:])"
+        script = str(self.checkout / "launch" / script)
         return subprocess.Popen(
-            ["bash", str(self.checkout / "launch" / script), *arguments],
+            [sys.executable, "-c", restored, "bash", script, *arguments],
             env={**os.environ, **self.environment, **environment},
             cwd="/",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # Tests that run in the background ignore it, and what is ignored cannot be trapped.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def launch(self, script: str, *arguments: str, **environment: str):
@@ -79,7 +83,7 @@ class Machine:
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=LIMIT,
         )
 
     def log(self) -> list[str]:

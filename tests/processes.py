@@ -5,6 +5,7 @@ has imported everything.
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -24,6 +25,7 @@ import pytest
 from holding import FailingSource, hold_at
 from jax._src import cache_key
 from small_autoencoder import registered
+from waiting import LIMIT, wait_until
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.config.experiment import Experiment
@@ -36,8 +38,7 @@ from djepa_jax.training.reporting import Reporter
 
 FILE_LIMIT = 50_000  # bytes; metrics stay below, arrays do not
 LEASE = 0.5, 6.0  # seconds to renew, until it is stale
-SOON_COMPILED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-LIMIT = 600  # seconds after which a process counts as hanging
+gc.set_threshold(100_000)  # as in conftest.py, for the processes that are copied from this one
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes", "djepa_jax.training.loop", "sklearn.datasets"])
 
@@ -85,7 +86,6 @@ def run_command(compiled: str, *arguments: str) -> int:
 
 
 def _command(compiled: str, arguments: tuple[str, ...]) -> None:
-    os.environ["XLA_FLAGS"] = SOON_COMPILED
     keep_compiled(compiled)
     sys.exit(main(["djepa_jax", *arguments]))
 
@@ -112,12 +112,8 @@ class Training:
 
     def wait_for(self, text: str) -> None:
         """Return when it has said a text."""
-        deadline = time.monotonic() + LIMIT
-        while text not in self.output:
-            assert (
-                self.process.is_alive() and time.monotonic() < deadline
-            ) or text in self.output, self.output
-            time.sleep(0.01)
+        wait_until(lambda: text in self.output or not self._reader.is_alive(), lambda: self.output)
+        assert text in self.output, self.output
 
     def finish(self) -> tuple[int, str]:
         """Wait for its end: exit status, and what it said."""
@@ -225,6 +221,7 @@ class Member:
         log: file that gets what it prints.
         arguments: of the command line.
         place: port and index of the process; None for one that is alone.
+        heartbeat: seconds without a sign of life after which another process counts as lost.
         troubles: as `_trouble` describes them; the training step is the real one, and pictures are
             made.
     """
@@ -235,6 +232,7 @@ class Member:
         log: pathlib.Path,
         arguments: tuple,
         place: tuple | None = None,
+        heartbeat: int = LIMIT,
         **troubles,
     ):
         self._log = log
@@ -244,7 +242,8 @@ class Member:
                 "--num_processes=2",
                 f"--process_id={place[1]}",
             )
-            arguments = (*arguments, "--distributed=explicit", *where, "--heartbeat_timeout=10")
+            arguments = (*arguments, "--distributed=explicit", *where)
+            arguments = (*arguments, f"--heartbeat_timeout={heartbeat}")
         troubles = {"simple": False, "pictures": True} | troubles
         self.process = start(
             _member, compiled, str(log), arguments, 4 if place is None else 2, troubles
@@ -262,12 +261,8 @@ class Member:
 
     def wait_for(self, text: str) -> None:
         """Return when it has printed a text."""
-        deadline = time.monotonic() + LIMIT
-        while text not in self.log:
-            assert (self.process.is_alive() and time.monotonic() < deadline) or text in self.log, (
-                self.log
-            )
-            time.sleep(0.02)
+        wait_until(lambda: text in self.log or not self.process.is_alive(), lambda: self.log)
+        assert text in self.log, self.log
 
     def status(self) -> int | None:
         """Its exit status, once it has ended."""
@@ -281,7 +276,6 @@ def _member(
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ["XLA_FLAGS"] = SOON_COMPILED
     jax.config.update("jax_num_cpu_devices", devices)
     keep_compiled(
         f"{compiled}/{devices}"

@@ -16,6 +16,7 @@ from filled import save_model
 from flax import traverse_util
 from jax import export as jax_export
 from tiny import tiny_config
+from waiting import LIMIT
 
 import djepa_jax
 from djepa_jax.checkpoints import stablehlo
@@ -87,7 +88,7 @@ def run_alone(program: str, folder: pathlib.Path, *arguments: str) -> str:
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, env=settings
+        command, cwd=folder, capture_output=True, text=True, timeout=LIMIT, env=settings
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -11,7 +11,7 @@ from photos import NAMES, crop, encode, write_ilsvrc
 from PIL import Image
 from processes import run_command
 from safetensors.numpy import save_file
-from small_autoencoder import tensors
+from small_autoencoder import shapes_of
 from tiny import CONFIGS
 
 from djepa_jax.config.class_names import imagenet
@@ -39,9 +39,17 @@ FLAGS.insert(0, f"--config={CONFIGS / 'djepa_b.py'}")  # not above, for its path
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of the real autoencoder's size, with values by the rule; 266 MB that are not kept."""
-    path = tmp_path / "kl16.safetensors"
-    save_file(tensors(AUTOENCODERS["kl16"]), path)
+    """A file of the real autoencoder's size, all of one short piece of noise; 266 MB that are not
+    kept.
+    """
+    path, noise = tmp_path / "kl16.safetensors", np.random.default_rng(0).standard_normal(99_991)
+    tensors = {
+        name: np.resize(noise / np.sqrt(np.prod(shape[1:]) / 2), shape).astype(np.float32)
+        if len(shape) > 1
+        else np.full(shape, name.endswith("weight"), np.float32)
+        for name, shape in shapes_of(AUTOENCODERS["kl16"]).items()
+    }
+    save_file(tensors, path)
     yield path
     path.unlink()
 

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 from launching import ROOT, Machine, commit, dry_run, one_error
+from waiting import LIMIT
 
 TPU = ["--name=t", "--zone=z", "--accelerator_type=v6e-8", "--poll_seconds=0"]
 TPU += ["--config=configs/digits.py", "--workdir=gs://b/run"]
@@ -38,7 +39,7 @@ case "$3 $4" in
   "tpu-vm ssh")
     case $command in *djepa_jax.main*) run=$(next runs) ;; *) run=$(next installations) ;; esac
     case $run in
-      wait) echo waiting; exec sleep 60 ;; # no child: a signal while one is forked would be lost
+      wait) echo waiting; exec sleep 600 ;; # no child: a signal while one is forked would be lost
       real) cd "$HOME/vm" && HOME=$PWD exec bash -c "$command" ;;
       *) exit "$run" ;;
     esac
@@ -181,7 +182,7 @@ def test_training_on_the_tpu_goes_on_after_ctrl_c(cloud, machine):
     while "waiting" not in (line := child.stdout.readline()):
         assert line
     os.killpg(child.pid, signal.SIGINT)
-    text, _ = child.communicate(timeout=60)
+    text, _ = child.communicate(timeout=LIMIT)
     assert child.returncode == 130 and "the training goes on" in text
     assert "queued-resources delete t" in text
 
@@ -206,7 +207,7 @@ def follow(machine: Machine, run: str, play: str) -> subprocess.Popen:
     return machine.start("tpu_worker.sh", "follow", run, *command, PROGRAM=play)
 
 
-WAIT = 'echo begun; for i in {1..1200}; do [ ! -f "$HOME/go" ] || break; sleep 0.05; done; '
+WAIT = 'echo begun; for i in {1..12000}; do [ ! -f "$HOME/go" ] || break; sleep 0.05; done; '
 
 
 def test_training_outlives_its_connection(machine):
@@ -218,7 +219,7 @@ def test_training_outlives_its_connection(machine):
     again = follow(machine, "run-1", play)
     assert again.stdout.readline() == "begun\n"
     (machine.folder / "go").touch()
-    text, _ = again.communicate(timeout=60)
+    text, _ = again.communicate(timeout=LIMIT)
     assert again.returncode == 6 and text == "ended\n"
     assert machine.log() == ["-m djepa_jax.main"]  # once
 
@@ -227,10 +228,10 @@ def test_another_launch_stops_the_training_first(machine):
     first = follow(machine, "run-1", 'trap "echo stopped; exit 0" TERM; ' + WAIT)
     assert first.stdout.readline() == "begun\n"
     assert machine.launch("tpu_worker.sh", "stop").returncode == 0
-    text, _ = first.communicate(timeout=60)
+    text, _ = first.communicate(timeout=LIMIT)
     assert first.returncode == int(REPLACED) and text == "stopped\n"
     second = follow(machine, "run-2", "echo second")
-    text, _ = second.communicate(timeout=60)
+    text, _ = second.communicate(timeout=LIMIT)
     assert second.returncode == 0 and text == "second\n"
     assert machine.launch("tpu_worker.sh", "stop").returncode == 0  # nothing runs
 
@@ -246,7 +247,7 @@ def test_training_that_was_told_to_stop_is_not_complete(machine):
         ]
     ):
         child = follow(machine, f"run-{run}", play)
-        child.communicate(timeout=60)
+        child.communicate(timeout=LIMIT)
         assert child.returncode == status, play
     # the words that tell it
     assert 'print(f"stopped at step {' in (ROOT / "djepa_jax/training/reporting.py").read_text()

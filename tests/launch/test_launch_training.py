@@ -6,6 +6,7 @@ import signal
 import subprocess
 
 from launching import ROOT, dry_run, installing, one_error, program
+from waiting import LIMIT
 
 GPU = ["--config=configs/digits.py:diffusion", "--workdir=a run"]
 NVIDIA_SMI = '[ "$*" = -L ] && printf "GPU 0: H100\\nGPU 1: H100\\n"\n'
@@ -44,11 +45,11 @@ def test_gpus_train_in_one_process(machine):
 def test_signals_reach_the_program(machine):
     machine.install("nvidia-smi", NVIDIA_SMI)
     assert machine.launch("train_gpu.sh", *GPU).returncode == 0
-    wait = "trap 'exit 43' TERM; echo ready; for i in {1..600}; do sleep 0.1; done"
+    wait = "trap 'exit 43' TERM; echo ready; for i in {1..6000}; do sleep 0.1; done"
     child = machine.start("train_gpu.sh", *GPU, PROGRAM=wait)
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGTERM)  # to the one process only
-    assert child.wait(timeout=60) == 43
+    assert child.wait(timeout=LIMIT) == 43
 
 
 def test_no_gpu_is_one_line(machine):

@@ -16,6 +16,7 @@ from object_store import ObjectStore
 from PIL import Image
 from processes import Training
 from tiny import CONFIG, CONFIGS
+from waiting import LIMIT
 from workdirs import RUN, STEPS, arrays, assert_same_arrays, compiled
 
 import djepa_jax
@@ -24,6 +25,7 @@ from djepa_jax.checkpoints.integrity import DamagedError
 from djepa_jax.checkpoints.restore import find_model, go_back
 from djepa_jax.config.flags import read_config
 from djepa_jax.core import sharding
+from djepa_jax.runtime import lock
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import PathError, as_path
 from djepa_jax.training.initial_state import abstract_state
@@ -83,10 +85,12 @@ def life(store, tmp_path_factory) -> Life:
     store.before_upload = None
     with store.held_uploads(f"run/checkpoints/{HELD}/state/manifest.ocdbt") as is_held:
         training = train()
-        assert is_held.wait(120)
+        assert is_held.wait(LIMIT)
         owner = f"process {training.process.pid} on {socket.gethostname()}"
-        with pytest.raises(PathError) as error, lock_workdir(WORKDIR):
-            pass
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lock, "STALE_SECONDS", LIMIT)  # it is alive, however slow
+            with pytest.raises(PathError) as error, lock_workdir(WORKDIR):
+                pass
         killed = ended(training, kill=True)
     finished = ended(train())
     return Life(refused, killed, finished, ended(train("--mode=sample")), owner, str(error.value))

@@ -1,27 +1,32 @@
 """Several processes that train together: real ones, connected over loopback."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import assert_close
-from processes import Member, free_port
+from processes import CONTEXT, Member, free_port
+from processes import start as start_process
 from tiny import CONFIG, TINY
+from waiting import LIMIT, wait_until
 from workdirs import arrays
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
+from djepa_jax.runtime import distributed
 from djepa_jax.runtime.distributed import SAVED, STARTING
 from djepa_jax.runtime.lock import lock_workdir
 
-STEPS, EVERY, HEARTBEAT = 12, 4, 10
+STEPS, EVERY = 12, 4
+HEARTBEAT = 30  # seconds; where a process is lost, the connection mostly tells it sooner
 MESH = "(1,4,1)"  # parameters are split over the processes, as the batch is
 ENDS = (
     2,
@@ -237,11 +242,11 @@ def lose_one(start, workdir: pathlib.Path, which: int, **troubles) -> None:
     which one is which.
     """
     gate = workdir.with_name("gate")
-    members = start(arguments(workdir), hold=EVERY + 1, gate=str(gate), **troubles)
+    troubles |= {"hold": EVERY + 1, "gate": str(gate), "heartbeat": HEARTBEAT}
+    members = start(arguments(workdir), **troubles)
     for member in members:
         member.wait_for(f"holding at {EVERY + 1}")
-    while Checkpoints(workdir).recorded()[0] != EVERY:
-        time.sleep(0.02)
+    wait_until(lambda: Checkpoints(workdir).recorded()[0] == EVERY)
     name = f"process {which} of 2 ({socket.gethostname()}, pid {members[which].process.pid})"
     assert f"{name} is connected" in members[which].log
     began = time.monotonic()
@@ -271,7 +276,8 @@ def test_when_one_was_killed_the_same_command_goes_on(together, start, tmp_path)
 
 @pytest.mark.slow
 def test_a_second_interrupt_ends_the_process_at_once(start, tmp_path):
-    first, second = start(arguments(tmp_path / "run"), hold=1, gate=str(tmp_path / "never"))
+    never = {"hold": 1, "gate": str(tmp_path / "never"), "heartbeat": HEARTBEAT}
+    first, second = start(arguments(tmp_path / "run"), **never)
     first.wait_for("holding at 1")
     os.kill(first.process.pid, signal.SIGINT)
     first.wait_for("press Ctrl-C again")
@@ -364,6 +370,16 @@ def test_any_mesh_over_two_processes_trains_as_one_process_does(alone, start, tm
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+def meet(job: dict[str, str], pipe) -> None:
+    """Connect as a task of a job; send what was said, and the largest index of a process."""
+    os.environ.update(job)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        distributed.connect("slurm")
+        largest = distributed.max_over_processes(jax.process_index())
+    pipe.send((said.getvalue(), largest))
+    jax.distributed.shutdown()  # as JAX does when Python ends
+
+
 def test_slurm_tells_where_to_meet():
     """What `launch/train_slurm.sh` relies on: JAX reads Slurm's variables."""
     job = {
@@ -372,23 +388,15 @@ def test_slurm_tells_where_to_meet():
         "SLURM_NTASKS": "2",
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_LOCALID": "0",
-        "JAX_PLATFORMS": "cpu",
     }
-    code = (
-        "from djepa_jax.runtime import distributed; distributed.connect('slurm'); "
-        "print('the largest is', distributed.max_over_processes(distributed.jax.process_index()))"
-    )
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | job | {"SLURM_PROCID": str(index)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in (0, 1)
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
+    tasks = [
+        start_process(meet, job | {"SLURM_PROCID": str(index)}, theirs)
+        for index, (_, theirs) in enumerate(pipes)
     ]
-    outputs = [child.communicate(timeout=300)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], outputs
-    for index, output in enumerate(outputs):
-        assert "--distributed=slurm: waiting up to" in output
-        assert f"process {index} of 2 (" in output and "the largest is 1" in output
+    for index, (task, (ours, theirs)) in enumerate(zip(tasks, pipes, strict=True)):
+        theirs.close()
+        said, largest = ours.recv()
+        task.join(LIMIT)
+        assert task.exitcode == 0 and largest == 1
+        assert "--distributed=slurm: waiting up to" in said and f"process {index} of 2 (" in said

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 from processes import CONTEXT, Training, _train, start
+from waiting import LIMIT
 from workdirs import EVERY, RUN, STEPS, arrays, assert_same_arrays, compiled, run
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
@@ -176,4 +177,4 @@ def test_second_interrupt_does_not_wait_for_a_save(tmp_path):
             process.stdout.readline() == "\n" and "press Ctrl-C again" in process.stdout.readline()
         )
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == -signal.SIGINT
+        assert process.wait(LIMIT) == -signal.SIGINT

@@ -9,6 +9,7 @@ import types
 import pytest
 from buckets import WORKDIR
 from processes import CONTEXT, start
+from waiting import LIMIT, wait_until
 
 from djepa_jax.runtime import lock
 from djepa_jax.runtime.lock import lock_workdir
@@ -16,13 +17,6 @@ from djepa_jax.runtime.storage import PathError
 
 THIS = f"process {os.getpid()} on {socket.gethostname()}"
 LEFT = b"process 7 on a machine that is gone\ntoken\n"
-
-
-def wait_until(true) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def refused(workdir) -> str:
@@ -38,7 +32,7 @@ def refused(workdir) -> str:
 def hold(workdir: str, pipe) -> None:
     with lock_workdir(workdir):
         pipe.send("held")
-        time.sleep(600)
+        time.sleep(LIMIT)
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
@@ -81,7 +75,7 @@ def fast(empty, monkeypatch):
 
 
 def test_an_owner_that_renews_keeps_others_out(fast):
-    store = fast(stale=30)
+    store = fast(stale=LIMIT)
     with lock_workdir(WORKDIR):
         assert store.objects["run/.lock"].decode().startswith(THIS)
         assert f"in use by {THIS}; wait for it" in refused(WORKDIR)
@@ -102,7 +96,7 @@ def test_a_lock_that_nobody_renews_is_taken_over(fast, capsys):
 
 
 def test_a_lock_that_is_given_back_meanwhile_is_free(fast):
-    store = fast(stale=600)
+    store = fast(stale=LIMIT)
     store.objects["run/.lock"] = LEFT
     threading.Timer(0.2, store.objects.clear).start()
     with lock_workdir(WORKDIR):
@@ -111,7 +105,7 @@ def test_a_lock_that_is_given_back_meanwhile_is_free(fast):
 
 @pytest.mark.parametrize("left", [{}, {"run/.lock": LEFT}])
 def test_of_several_that_come_at_once_one_gets_it(fast, monkeypatch, left):
-    store, now, waiting, got, refusals = fast(stale=600), [0.0], set(), [], []
+    store, now, waiting, got, refusals = fast(stale=LIMIT), [0.0], set(), [], []
     store.objects.update(left)
 
     def sleep(seconds: float) -> None:
@@ -126,7 +120,7 @@ def test_of_several_that_come_at_once_one_gets_it(fast, monkeypatch, left):
         try:
             with lock_workdir(WORKDIR):
                 got.append(True)
-                done.wait(30)
+                done.wait(LIMIT)
         except PathError as error:
             refusals.append(str(error))
 
@@ -134,7 +128,7 @@ def test_of_several_that_come_at_once_one_gets_it(fast, monkeypatch, left):
     for thread in threads:
         thread.start()
     wait_until(lambda: len(waiting) == 4 or got)
-    now[0] = 601.0 if left else 0.0  # nobody has renewed what was left
+    now[0] = LIMIT + 1.0 if left else 0.0  # nobody has renewed what was left
     wait_until(lambda: len(got) + len(refusals) == 4)
     done.set()
     for thread in threads:

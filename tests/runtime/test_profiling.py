@@ -2,14 +2,15 @@
 
 import jax
 import pytest
-from processes import CONTEXT, keep_compiled, start
+from processes import CONTEXT, keep_compiled, simple_step, start
 from tiny import tiny_config
 
 from djepa_jax.runtime.profiling import ProfileWindow
 from djepa_jax.training import compile_step
 from djepa_jax.training.loop import train
+from djepa_jax.training.reporting import Reporter
 
-STEPS, SAMPLE, SAVE = 200, 40, 50
+STEPS, SAMPLE, SAVE = 30, 8, 12
 COMPILED = "/jax/core/compile/backend_compile_duration"
 MISSED = "/jax/compilation_cache/cache_misses"
 
@@ -75,7 +76,12 @@ def test_nans_are_found_where_they_arise(tmp_path, monkeypatch):
     assert not jax.config.jax_debug_nans
 
 
-def test_compilations_are_logged_and_steps_traced_when_asked(tmp_path, caplog):
+def test_compilations_are_logged_and_steps_traced_when_asked(tmp_path, caplog, monkeypatch):
+    def train_step(state, batch):  # none that was compiled before
+        return simple_step(state, batch)
+
+    monkeypatch.setattr(compile_step, "make_train_step", lambda config: train_step)
+    monkeypatch.setattr(Reporter, "final_grid", lambda self, step, state: None)
     debug = {"profile_start": 1, "profile_steps": 1, "log_compiles": True}
     flags = [f"--config.debug.{name}={value}" for name, value in debug.items()]
     train(tiny_config(*flags, "--config.evaluation.kind=none"), str(tmp_path))

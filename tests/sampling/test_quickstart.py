@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
+from waiting import LIMIT
 
 import djepa_jax
 from djepa_jax.config.settings import SampleSettings
@@ -43,7 +44,8 @@ def execute(notebook, folder: pathlib.Path, cache: pathlib.Path):
     """A copy of the notebook, run in `folder`."""
     client = NotebookClient(
         nbformat.from_dict(notebook),
-        timeout=300,
+        timeout=LIMIT,
+        startup_timeout=LIMIT,
         kernel_name="python3",
         resources={"metadata": {"path": folder}},
     )
