@@ -1,0 +1,115 @@
+"""Pictures as tokens without seams: frequencies of overlapping windows.
+
+A lapped transform (Malvar 1992) in its time-domain form (Tran, Liang and Tu 2003): an orthogonal
+filter across every border between blocks, then the cosine transform of each block. A token holds a
+block's low frequencies, and its waveforms run smoothly into the neighbouring blocks. The transform
+is fixed: there is nothing to train, to measure on the data or to keep.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from djepa_jax.core.bounds import AboveZero, check_bounds
+from djepa_jax.core.modalities.image import ImagePixels, patchify, to_range, unpatchify
+
+# Brightness, red against blue, green against both: orthonormal rows.
+OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+# Photographs have amplitudes near BRIGHTNESS / (cycles per sample), colours less; the highest have
+# still less, and so count less.
+BRIGHTNESS, LOWEST = 0.2, 0.3
+COLOUR = np.array([1, 0.4, 0.2])
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLapped(ImagePixels):
+    """Square uint8 images `[size, size, channels]` as frequencies of windows `patch` apart.
+
+    Frequencies above a cutoff, a share of the highest along one axis, are left out; 1.5 keeps all.
+    """
+
+    cutoff: AboveZero = 0.64
+    colour_cutoff: AboveZero = 0.25
+
+    factorised_positions = True  # neighbours are found sooner than with a vector per place
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_bounds(self)
+        if self.patch % 2 or self.channels not in (1, 3):
+            raise ValueError(
+                f"data.patch_size is {self.patch} and data.channels {self.channels}; image_lapped "
+                "takes even patches, and 1 or 3 channels."
+            )
+
+    @classmethod
+    def from_settings(cls, data) -> "ImageLapped":
+        """Images of `data.image_size`; `data.options` may hold the cutoffs."""
+        return cls(data.image_size, data.channels, data.patch_size, **data.options)
+
+    @property
+    def token_dim(self) -> int:
+        """Frequencies that are kept, of all channels."""
+        return len(self.kept[0])
+
+    @functools.cached_property
+    def kept(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the `channels * patch**2` frequencies of a window are kept, and their scale."""
+        axis = np.arange(self.patch) / self.patch
+        frequency = np.hypot(axis[:, None], axis).ravel()  # [p p]
+        cutoffs = [self.cutoff, self.colour_cutoff, self.colour_cutoff][: self.channels]
+        kept = np.concatenate([frequency <= cutoff for cutoff in cutoffs])
+        amplitude = BRIGHTNESS / np.hypot(frequency, LOWEST / self.patch)
+        scale = COLOUR[: self.channels, None] * amplitude  # [channels, p p]
+        return np.flatnonzero(kept), scale.ravel()[kept].astype(np.float32)
+
+    def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """uint8 images `[B, H, W, C]` -> tokens whose values have a deviation near one."""
+        colours, transform = self._matrices()
+        values = jnp.einsum(
+            "bhwc,ih,jw,kc->bijk", to_range(examples), transform, transform, colours
+        )
+        index, scale = self.kept
+        return patchify(values, self.patch)[..., index] / scale
+
+    def detokenize(self, tokens: jax.Array) -> jax.Array:
+        """Tokens `[B, N, C]` -> images `[B, H, W, C]` around [-1, 1]."""
+        index, scale = self.kept
+        windows = jnp.zeros((*tokens.shape[:-1], self.channels * self.patch**2))
+        windows = windows.at[..., index].set(tokens * scale)
+        values = unpatchify(windows, self.patch, self.size, self.size)
+        colours, transform = self._matrices()
+        return jnp.einsum("bijk,ih,jw,kc->bhwc", values, transform, transform, colours)
+
+    def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        colours = OPPONENT if self.channels == 3 else np.ones((1, 1))
+        transform = lapped_transform(self.size, self.patch)
+        return colours.astype(np.float32), transform.astype(np.float32)
+
+
+def lapped_transform(size: int, patch: int) -> np.ndarray:
+    """The orthogonal matrix `[size, size]` from samples to frequencies of windows, in their order.
+
+    At both ends of the axis, where there is no neighbour, it is the plain cosine transform.
+    """
+    half = patch // 2
+    eye, flip = np.eye(half), np.eye(half)[::-1]
+    rotation = flip @ _cosines(half, 0.0).T @ _cosines(half, 0.5) @ flip
+    split = np.block([[eye, flip], [flip, -eye]]) / np.sqrt(2)  # even and odd parts at a border
+    none = np.zeros((half, half))
+    border = split @ np.block([[eye, none], [none, rotation]]) @ split
+    filtered = np.eye(size)
+    for start in range(patch, size, patch):
+        around = slice(start - half, start + half)
+        filtered[around, around] = border
+    return np.kron(np.eye(size // patch), _cosines(patch, 0.0)) @ filtered
+
+
+def _cosines(size: int, shift: float) -> np.ndarray:
+    """The orthogonal cosine transform of type II (`shift` 0) or IV (0.5): `[size, size]`."""
+    rows, columns = np.arange(size)[:, None] + shift, np.arange(size) + 0.5
+    matrix = np.cos(np.pi / size * rows * columns)
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
