@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djepa_jax.core.bounds import AboveZero, check_bounds
 from djepa_jax.core.modalities.image import ImagePixels, patchify, to_range, unpatchify
 
 # Brightness, red against blue, green against both: orthonormal rows.
@@ -22,6 +21,7 @@ OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6
 # still less, and so count less.
 BRIGHTNESS, LOWEST = 0.2, 0.3
 COLOUR = np.array([1, 0.4, 0.2])
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # true float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +31,20 @@ class ImageLapped(ImagePixels):
     Frequencies above a cutoff, a share of the highest along one axis, are left out; 1.5 keeps all.
     """
 
-    cutoff: AboveZero = 0.64
-    colour_cutoff: AboveZero = 0.25
+    cutoff: float = 0.64
+    colour_cutoff: float = 0.25
 
     factorised_positions = True  # neighbours are found sooner than with a vector per place
 
     def __post_init__(self):
         super().__post_init__()
-        check_bounds(self)
-        if self.patch % 2 or self.channels not in (1, 3):
+        cutoffs = (self.cutoff, self.colour_cutoff)
+        if self.patch % 2 or self.channels not in (1, 3) or not min(cutoffs) > 0:
             raise ValueError(
-                f"data.patch_size is {self.patch} and data.channels {self.channels}; image_lapped "
-                "takes even patches, and 1 or 3 channels."
+                f"data.patch_size is {self.patch}, data.channels {self.channels}, and the cutoffs "
+                f"in data.options are {cutoffs}; image_lapped takes even patches, 1 or 3 channels, "
+                "and cutoffs above 0."
             )
-
-    @classmethod
-    def from_settings(cls, data) -> "ImageLapped":
-        """Images of `data.image_size`; `data.options` may hold the cutoffs."""
-        return cls(data.image_size, data.channels, data.patch_size, **data.options)
 
     @property
     def token_dim(self) -> int:
@@ -69,9 +65,7 @@ class ImageLapped(ImagePixels):
     def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """uint8 images `[B, H, W, C]` -> tokens whose values have a deviation near one."""
         colours, transform = self._matrices()
-        values = jnp.einsum(
-            "bhwc,ih,jw,kc->bijk", to_range(examples), transform, transform, colours
-        )
+        values = einsum("bhwc,ih,jw,kc->bijk", to_range(examples), transform, transform, colours)
         index, scale = self.kept
         return patchify(values, self.patch)[..., index] / scale
 
@@ -82,7 +76,7 @@ class ImageLapped(ImagePixels):
         windows = windows.at[..., index].set(tokens * scale)
         values = unpatchify(windows, self.patch, self.size, self.size)
         colours, transform = self._matrices()
-        return jnp.einsum("bijk,ih,jw,kc->bhwc", values, transform, transform, colours)
+        return einsum("bijk,ih,jw,kc->bhwc", values, transform, transform, colours)
 
     def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
         colours = OPPONENT if self.channels == 3 else np.ones((1, 1))

@@ -1,0 +1,41 @@
+"""Pictures of your own."""
+
+from ml_collections import ConfigDict
+
+from djepa_jax.config.files import builtin
+
+
+def get_config() -> ConfigDict:
+    """Pictures in folders, 64 x 64 in colour."""
+    config = builtin("digits").get_config()
+    config.num_steps = 2400
+    config.batch_size = 32
+    config.checkpoint_every = 200
+    config.log_every = 20
+    config.sample_every = 400
+    config.evaluation.kind = "none"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.ema_decay = 0.995
+    _set_data(config.data)
+    _set_sample(config.sample)
+    return config
+
+
+def _set_data(data: ConfigDict) -> None:
+    """64 windows of 40 frequencies."""
+    data.source = "folder"
+    data.modality = "image_lapped"
+    data.image_size = 64
+    data.channels = 3
+    data.patch_size = 16
+    data.options = ConfigDict({"cutoff": 0.56, "colour_cutoff": 0.2})
+    data.num_classes = 10  # folders
+
+
+def _set_sample(sample: ConfigDict) -> None:
+    """As many of each class as go into a grid."""
+    sample.count = 64
+    sample.batch_size = 64
+    sample.cfg_scale = 2.0
+    sample.num_ar_steps = 16
+    sample.num_denoise_steps = 40
