@@ -105,9 +105,9 @@ def test_a_lapped_token_reaches_half_a_window_into_its_neighbours():
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (12, 27, 12, 27)
 
 
-def test_lapped_tokens_keep_the_low_frequencies_of_photographs_at_a_scale_near_one():
+def test_lapped_tokens_keep_the_low_frequencies_of_photographs_and_count_them_most():
     lapped = ImageLapped(size=64, channels=3, patch=8)
-    assert lapped.token_dim == 28 + 2 * 6
+    assert lapped.token_dim == 13 + 2 * 3
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64))
     frequency[0, 0] = 1 / 64
@@ -116,9 +116,10 @@ def test_lapped_tokens_keep_the_low_frequencies_of_photographs_at_a_scale_near_o
     pictures = np.clip(128 + 55 * smooth / smooth.std(), 0, 255).astype(np.uint8)
     tokens = np.asarray(lapped.tokenize(np.stack([pictures] * 3, -1)))
     deviations = tokens.std((0, 1))
-    assert np.all(deviations[:28] > 0.3) and np.all(deviations[:28] < 2)
+    assert 0.5 < deviations[0] < 1.5 and deviations[0] == deviations.max()
+    assert np.all(deviations[1:13] > 0.2), "details are not lost among the noise"
     lost = np.asarray(lapped.export(tokens)["images"])[..., 0] - pictures.astype(float)
-    assert 0 < lost.var() < 0.06 * pictures.var()
+    assert 0 < lost.var() < 0.1 * pictures.var()
 
 
 def test_lapped_tokens_that_cannot_be_are_refused():

@@ -17,10 +17,10 @@ from djepa_jax.core.modalities.image import ImagePixels, patchify, to_range, unp
 
 # Brightness, red against blue, green against both: orthonormal rows.
 OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
-# Photographs have amplitudes near BRIGHTNESS / (cycles per sample), colours less; the highest have
-# still less, and so count less.
-BRIGHTNESS, LOWEST = 0.2, 0.3
-COLOUR = np.array([1, 0.4, 0.2])
+# Amplitudes of photographs fall off as 1 / frequency ** 1.2. Half of that exponent is taken away:
+# the shape of things counts for more than their details, which are many and hard to foresee.
+SCALE, FALLOFF, LOWEST = 0.8, 0.6, 0.3
+COLOUR = np.array([1, 0.63, 0.45])
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # true float32
 
 
@@ -31,8 +31,8 @@ class ImageLapped(ImagePixels):
     Frequencies above a cutoff, a share of the highest along one axis, are left out; 1.5 keeps all.
     """
 
-    cutoff: float = 0.64
-    colour_cutoff: float = 0.25
+    cutoff: float = 0.45
+    colour_cutoff: float = 0.13
 
     factorised_positions = True  # neighbours are found sooner than with a vector per place
 
@@ -58,12 +58,12 @@ class ImageLapped(ImagePixels):
         frequency = np.hypot(axis[:, None], axis).ravel()  # [p p]
         cutoffs = [self.cutoff, self.colour_cutoff, self.colour_cutoff][: self.channels]
         kept = np.concatenate([frequency <= cutoff for cutoff in cutoffs])
-        amplitude = BRIGHTNESS / np.hypot(frequency, LOWEST / self.patch)
+        amplitude = SCALE * np.hypot(frequency, LOWEST / self.patch) ** -FALLOFF
         scale = COLOUR[: self.channels, None] * amplitude  # [channels, p p]
         return np.flatnonzero(kept), scale.ravel()[kept].astype(np.float32)
 
     def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """uint8 images `[B, H, W, C]` -> tokens whose values have a deviation near one."""
+        """uint8 images `[B, H, W, C]` -> tokens; brightness has a deviation near one."""
         colours, transform = self._matrices()
         values = einsum("bhwc,ih,jw,kc->bijk", to_range(examples), transform, transform, colours)
         index, scale = self.kept
