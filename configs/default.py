@@ -107,8 +107,10 @@ def _data() -> ConfigDict:
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
-    data.modality = "image_latents"  # image_pixels or image_latents
-    data.options = ConfigDict()  # keys of further modalities
+    data.modality = "image_latents"  # image_pixels, image_lapped or image_latents
+    # Arguments of that modality: cutoff and colour_cutoff of image_lapped, the highest frequencies
+    # that tokens keep, as shares of the highest that there are
+    data.options = ConfigDict()
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1

@@ -133,7 +133,11 @@ class Experiment(Settings):
     @functools.cached_property
     def modality(self) -> Modality:
         """What tokens stand for."""
-        return MODALITIES[self.data.modality].from_settings(self.data)
+        try:
+            return MODALITIES[self.data.modality].from_settings(self.data)
+        except TypeError as error:  # of its signature, which says the option
+            options = self.data.options
+            raise ConfigError(f"config.data.options is {options}: {error}.") from error
 
     @property
     def has_decoder(self) -> bool:

@@ -177,7 +177,8 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     with config.unlocked():
         _complete_options(config, changes.get("loss.name", config.loss.name))
     known = list(flatten(config.to_dict()))
-    known += [f"loss.options.{name}" for name in config.loss.options]
+    for group in ("loss", "data"):
+        known += [f"{group}.options.{name}" for name in config[group].options]
     for key in changes:
         if key in RENAMED:
             raise ConfigError(f"config.{key} is called config.{RENAMED[key]} now.")

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from etils import epath
 
 from djepa_jax.config.experiment import Experiment
@@ -26,8 +27,14 @@ from djepa_jax.runtime import distributed
 from djepa_jax.runtime.metric_writer import MetricWriter, describe_parameters
 from djepa_jax.runtime.progress import Progress, Stopwatch, say
 from djepa_jax.runtime.storage import as_path, write_bytes
-from djepa_jax.sampling.generator import Generator, Stopped
-from djepa_jax.sampling.grids import output_paths, save_samples, stored_settings
+from djepa_jax.sampling.generator import Generator, Stopped, count_of
+from djepa_jax.sampling.grids import (
+    MAX_GRID,
+    output_paths,
+    save_grid,
+    save_samples,
+    stored_settings,
+)
 
 SHOWN = ("loss", "token_loss", "jepa_loss")  # of the metrics, in the terminal
 PARAMETERS_NAME = "parameters.txt"
@@ -189,6 +196,7 @@ class Reporter:
             self.say(f"step {step}: no sample grid, for the run was asked to stop")
             return
         settings = self._identity(step, state)
+        self._real_grid(step)
         if self.writer is None:
             return
         path = self._grid_path(step)
@@ -196,6 +204,25 @@ class Reporter:
         self.say(f"step {step}: wrote {path if grid is not None else output_paths(path)[1]}")
         if grid is not None:
             self.writer.write_images(step, {"samples": grid})
+
+    def _real_grid(self, step: int) -> None:
+        """Write real examples of the same classes beside the first grid, as their tokens hold them.
+
+        Every process takes part, since they share the autoencoder of latents.
+        """
+        experiment, path = self.experiment, self._grid_path(step).with_name("real.png")
+        if distributed.run_on_main(lambda: int(path.exists())):
+            return
+        wanted = jax.tree.map(lambda leaf: leaf[:MAX_GRID], experiment.sample_conditions)
+        examples = [self.source[index] for index in real_examples(self.source, wanted)]
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+        tokens = experiment.modality.tokenize(batch["example"])
+        arrays = self.generator.export(np.asarray(tokens))
+        if self.writer is None:
+            return
+        grid = save_grid(path, experiment, arrays, batch["condition"], {})
+        if grid is not None:
+            self.writer.write_images(step, {"real": grid})
 
     def evaluate(self, step: int, state: TrainState) -> dict | None:
         """Judge samples of the moving average; the record, in process 0, unless asked to stop."""
@@ -213,6 +240,23 @@ class Reporter:
         self.writer.write_scalars(step, named)
         self.say(f"step {step}: {describe(figures)}")
         return record
+
+
+def real_examples(source, conditions) -> np.ndarray:
+    """Indices of examples with some conditions, one for each; any where labels are not known."""
+    count = count_of(conditions)
+    indices = np.resize(np.random.default_rng(0).permutation(len(source)), count)
+    labels = source.labels
+    if labels is None or len(labels) != len(source) or not isinstance(conditions, np.ndarray):
+        return indices
+    for label in np.unique(conditions):
+        having = np.flatnonzero(labels == label)
+        if len(having):
+            places = np.flatnonzero(conditions == label)
+            indices[places] = np.resize(
+                np.random.default_rng(label).permutation(having), len(places)
+            )
+    return indices
 
 
 def summarise(result, experiment: Experiment, workdir: str) -> None:

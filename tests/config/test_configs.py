@@ -7,7 +7,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIGS, load_config
+from PIL import Image
+from tiny import CONFIGS, TINY, load_config
 
 from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.files import builtin, builtin_names
@@ -119,6 +120,34 @@ def test_a_recipe_trains_and_samples(tmp_path):
     assert main([*command, "--mode=sample", f"--out={tmp_path}/samples"]) == 0
     with np.load(tmp_path / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (4, 64, 64, 3)
+
+
+def test_own_pictures_of_any_size_train_and_sample(tmp_path):
+    """A folder per class; the path, and the number of classes, are all that must be given."""
+    rng = np.random.default_rng(0)
+    for index, (name, size) in enumerate((("cat", (90, 64)), ("dog", (30, 200))) * 4):
+        (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.png")
+    command = ["djepa", "--config=own_pictures", f"--workdir={tmp_path}/run"]
+    command += [f"--config.data.path={tmp_path}/pictures", "--config.data.num_classes=2"]
+    command += [*TINY, "--config.sample_every=2"]
+    assert main(command) == 0
+    samples = tmp_path / "run" / "samples"
+    assert {"real.png", "step_00000002.npz"} <= {path.name for path in samples.iterdir()}
+    with np.load(samples / "step_00000002.npz") as arrays:
+        assert arrays["arr_0"].shape == (10, 64, 64, 3) and set(arrays["arr_1"]) == {0, 1}
+
+
+def test_own_pictures_may_be_grey():
+    flags = ("--config.data.channels=1", "--config.data.options.cutoff=0.3")
+    experiment = load_config("own_pictures", *flags)
+    assert experiment.modality.cutoff == 0.3
+    grey = experiment.modality
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), np.uint8)
+    tokens = grey.tokenize(pictures)
+    assert tokens.shape[1:] == (experiment.network.num_tokens, experiment.network.token_dim)
+    assert grey.export(tokens)["images"].shape == pictures.shape
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -40,6 +40,7 @@ REFUSED = [
     ("seed", True, "a whole number"),
     ("sample.labels", 3, "text"),
     ("loss.options", {"clip_x0": 1.0}, "it has time_shift"),
+    ("data.options", {"smell": 1}, "smell"),
     ("loss.options", {"time_shift": 0.0}, "above 0"),
 ]
 

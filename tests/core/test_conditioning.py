@@ -116,6 +116,7 @@ def test_positions_of_axes_are_summed(inputs):  # noqa: F811
     full_params = jax.tree.map(lambda leaf: leaf, params)
     for network in ("context_encoder", "predictor"):
         rows, columns = jnp.split(params[network]["positions"], 2)  # [3, D] each
+        assert 0.5 < jnp.std(rows) < 2, "as large as the tokens that they are added to"
         summed = (rows[:, None] + columns[None]).reshape(9, -1)
         full_params[network] = params[network] | {"positions": summed}
     outputs = []

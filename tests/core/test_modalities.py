@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from djepa_jax.core.modalities import MODALITIES
+from djepa_jax.core.modalities.lapped import ImageLapped, lapped_transform
 
 EXAMPLES = {
     "image_pixels": (dict(size=8, channels=3, patch=2), np.uint8),
+    "image_lapped": (
+        dict(size=8, channels=3, patch=2, cutoff=1.5, colour_cutoff=1.5),
+        np.uint8,
+    ),
     "image_latents": (dict(size=8, channels=3, patch=2, scale=0.25), np.float32),
 }
 
@@ -63,3 +68,61 @@ def test_pixels_are_clipped_and_rounded():
 def test_patch_must_divide_the_image():
     with pytest.raises(ValueError, match="divisible"):
         MODALITIES["image_pixels"](size=8, channels=1, patch=3)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(64, 8), (32, 16), (12, 2), (8, 8)])
+def test_lapped_transform_is_orthogonal(size, patch):
+    transform = lapped_transform(size, patch)
+    np.testing.assert_allclose(transform @ transform.T, np.eye(size), atol=1e-12)
+
+
+def test_lapped_waveforms_pass_smoothly_into_the_neighbouring_windows():
+    """The gain of the lapped orthogonal transform over eight samples is 9.2 dB for a correlation
+    of 0.95 (Malvar 1992); that of the cosine transform, which has seams, is 8.8 dB."""
+    transform = lapped_transform(64, 8)
+    correlation = 0.95 ** np.abs(np.subtract.outer(np.arange(64), np.arange(64)))
+    variances = np.diag(transform @ correlation @ transform.T)[24:32]
+    gain = 10 * np.log10(variances.mean() / np.exp(np.log(variances).mean()))
+    assert gain == pytest.approx(9.2, abs=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_plain_picture_is_one_number_per_token(channels):
+    lapped = ImageLapped(size=32, channels=channels, patch=8)
+    grey = np.full((1, 32, 32, channels), 200, np.uint8)
+    tokens = np.asarray(lapped.tokenize(grey))
+    np.testing.assert_allclose(tokens[..., 1:], 0, atol=1e-4)
+    np.testing.assert_allclose(tokens[..., 0], tokens[0, 0, 0], rtol=1e-5)
+    np.testing.assert_array_equal(lapped.export(tokens)["images"], grey)
+
+
+def test_a_lapped_token_reaches_half_a_window_into_its_neighbours():
+    lapped = ImageLapped(size=40, channels=3, patch=8)
+    tokens = np.zeros((1, 25, lapped.token_dim), np.float32)
+    tokens[:, 12] = 1.0  # in the middle
+    changed = np.abs(np.asarray(lapped.detokenize(tokens))).max((0, 3)) > 1e-5
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (12, 27, 12, 27)
+
+
+def test_lapped_tokens_keep_the_low_frequencies_of_photographs_and_count_them_most():
+    lapped = ImageLapped(size=64, channels=3, patch=8)
+    assert lapped.token_dim == 13 + 2 * 3
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64))
+    frequency[0, 0] = 1 / 64
+    spectrum = np.fft.fft2(rng.standard_normal((20, 64, 64))) / frequency**1.2
+    smooth = np.fft.ifft2(spectrum).real  # falls off like photographs
+    pictures = np.clip(128 + 55 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+    tokens = np.asarray(lapped.tokenize(np.stack([pictures] * 3, -1)))
+    deviations = tokens.std((0, 1))
+    assert 0.5 < deviations[0] < 1.5 and deviations[0] == deviations.max()
+    assert np.all(deviations[1:13] > 0.2), "details are not lost among the noise"
+    lost = np.asarray(lapped.export(tokens)["images"])[..., 0] - pictures.astype(float)
+    assert 0 < lost.var() < 0.1 * pictures.var()
+
+
+def test_lapped_tokens_that_cannot_be_are_refused():
+    for wrong in (dict(patch=1), dict(channels=2), dict(cutoff=0.0), dict(patch=3)):
+        with pytest.raises(ValueError, match="patch_size|channels|cutoff"):
+            ImageLapped(**dict(size=8, channels=3, patch=2) | wrong)

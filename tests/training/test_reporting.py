@@ -15,12 +15,15 @@ import pytest
 from dummy_sampler import DummySampler
 from event_files import shown
 from fake_wandb import FakeWandb
+from PIL import Image
 from processes import simple_step
 from tiny import arrays_of, run, tiny_config
 
 from djepa_jax.checkpoints.restore import find_model
+from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.metric_writer import METRICS_NAME
 from djepa_jax.sampling.generator import Generator
+from djepa_jax.sampling.grids import label_grid
 from djepa_jax.training import compile_step, reporting
 from djepa_jax.training.loop import train
 
@@ -96,7 +99,8 @@ def test_grids_appear_while_training_goes_on(sampler, tmp_path):
     result = train(tiny_config(*flags, "--config.num_steps=4"), str(tmp_path))
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     steps = ("step_00000002", "step_00000004")
-    assert names == [f"{step}{ending}" for step in steps for ending in (".npz", ".png")]
+    grids = [f"{step}{ending}" for step in steps for ending in (".npz", ".png")]
+    assert names == ["real.png", *grids]
     assert result.grid.name == "step_00000004.png"
     found = [arrays_of(tmp_path / "samples" / f"{step}.npz")["arr_0"] for step in steps]
     assert found[0].shape == (10, 8, 8, 1) and np.any(found[0] != found[1])
@@ -155,3 +159,33 @@ def test_without_wandb_or_a_login_nothing_is_touched(wandb, tmp_path, monkeypatc
     assert run(*command, "--mode=sample") == 2
     assert "--mode=train" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_real_examples_of_the_same_classes_lie_beside_the_first_grid(sampler, tmp_path):
+    flags = ("--config.sample_every=1", "--config.evaluation.kind=none", "--config.num_steps=2")
+    experiment = tiny_config(*flags, "--config.sample.labels=3,3,7")
+    train(experiment, str(tmp_path))
+    source, conditions = open_data(experiment), np.resize([3, 3, 7], 10)
+    indices = reporting.real_examples(source, conditions)
+    assert len(set(indices)) == 10 and np.all(source.labels[indices] == conditions)
+    pictures, titles = source.images[indices], experiment.titles(conditions)
+    with Image.open(tmp_path / "samples" / "real.png") as grid:
+        np.testing.assert_array_equal(grid, label_grid(pictures, titles))
+    (events,) = tmp_path.glob("events*")
+    assert events.read_bytes().count(b"\n\x04real") == 1, "the tag of one image for TensorBoard"
+
+
+def test_real_examples_are_any_where_their_labels_are_not_known():
+    class Unknown:
+        labels = None
+
+        def __len__(self):
+            return 5
+
+    conditions = np.zeros(7, np.int32)
+    indices = reporting.real_examples(Unknown(), conditions)
+    assert sorted(indices[:5]) == [0, 1, 2, 3, 4] and len(indices) == 7
+    known = Unknown()
+    known.labels = np.array([1, 1, 1, 1, 2])  # none of class 0, one of class 2
+    indices = reporting.real_examples(known, np.array([0, 1, 2, 2], np.int32))
+    assert indices[0] < 5 and indices[1] < 4 and indices[2] == indices[3] == 4

@@ -102,8 +102,8 @@ class ImagePixels(PatchedMaps):
 
     @classmethod
     def from_settings(cls, data) -> "ImagePixels":
-        """Images of `data.image_size` and `data.channels`."""
-        return cls(data.image_size, data.channels, data.patch_size)
+        """Images of `data.image_size` and `data.channels`; options are further fields."""
+        return cls(data.image_size, data.channels, data.patch_size, **data.options)
 
     def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """uint8 images `[B, H, W, C]` -> tokens in [-1, 1]."""

@@ -71,6 +71,11 @@ class ModelConfig:
         """Sizes of the tables of position vectors."""
         return self.grid if self.factorised_positions else (self.num_tokens,)
 
+    def init_positions(self, key: jax.Array) -> jax.Array:
+        """A fresh table of position vectors; factorised ones are as large as embedded tokens."""
+        init = vit.unit_init if self.factorised_positions else vit.normal_init
+        return init(key, (sum(self.position_axes), self.width))
+
 
 class JepaHead(nnx.Module):
     """Linear D -> 4D, exact GELU, LayerNorm, linear 4D -> D; PyTorch's default initialisation."""
@@ -102,7 +107,7 @@ class ContextEncoder(nnx.Module):
         prefix = vit.zeros_init(rngs.params(), (config.num_prefix_tokens, width))
         self.prefix_table = nnx.Param(prefix)
         self.input_proj = vit.Linear(config.token_dim, width, rngs=rngs, dtype=config.dtype)
-        self.positions = nnx.Param(vit.normal_init(rngs.params(), (sum(self.position_axes), width)))
+        self.positions = nnx.Param(config.init_positions(rngs.params()))
         self.input_norm = vit.LayerNorm(width, dtype=config.dtype)
         self.stack = vit.Stack(config, config.encoder_depth, rngs=rngs)
 
@@ -134,7 +139,7 @@ class Predictor(nnx.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.input_proj = vit.Linear(width, width, rngs=rngs, dtype=config.dtype)
         self.mask_token = nnx.Param(vit.normal_init(rngs.params(), (width,)))
-        self.positions = nnx.Param(vit.normal_init(rngs.params(), (sum(self.position_axes), width)))
+        self.positions = nnx.Param(config.init_positions(rngs.params()))
         self.stack = vit.Stack(config, config.predictor_depth, rngs=rngs)
 
     def __call__(self, encoded, order, num_visible, prefix_mask=None, *, keys=None, query_ids=None):

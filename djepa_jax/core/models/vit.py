@@ -31,6 +31,7 @@ REMAT_POLICIES = {
 
 zeros_init = nnx.initializers.zeros
 normal_init = nnx.initializers.normal(0.02)
+unit_init = nnx.initializers.normal(1.0)
 
 
 def xavier_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
