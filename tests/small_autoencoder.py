@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 from tiny import load_config
 
 from djepa_jax.checkpoints import autoencoder
-from djepa_jax.checkpoints.convert import autoencoder_kl as interop
 from djepa_jax.checkpoints.convert.autoencoder_kl import LATENT_DIFFUSION, names_of
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, AutoencoderConfig, split_autoencoder
 
@@ -100,12 +99,8 @@ def registered() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUTOENCODERS, NAME, SMALL)
-        for module, name in (
-            (autoencoder, "make_encoder"),
-            (autoencoder, "make_decoder"),
-            (interop, "split_autoencoder"),
-        ):
-            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        for name in ("make_encoder", "make_decoder"):
+            patch.setattr(autoencoder, name, functools.cache(getattr(autoencoder, name)))
         yield
 
 

@@ -6,6 +6,7 @@ of convolutions and matrix products.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -230,6 +231,7 @@ def sample_posterior(moments: jax.Array, noise: jax.Array) -> jax.Array:
     return mean + jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE)) * noise
 
 
+@functools.lru_cache(maxsize=8)  # building all modules takes seconds
 def split_autoencoder(config: AutoencoderConfig, dtype=jnp.float32):
     """Graph definition and shapes of the parameters (a nested dict); allocates nothing."""
     model = nnx.eval_shape(lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0)))
