@@ -10,7 +10,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from djepa_jax.checkpoints import integrity
-from djepa_jax.checkpoints.checkpointer import STEPS_NAME, Checkpoints, Meta, check_step, read_meta
+from djepa_jax.checkpoints.checkpointer import (
+    STEPS_NAME,
+    Checkpoints,
+    Meta,
+    check_step,
+    models_near,
+    read_meta,
+)
 from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
@@ -112,7 +119,8 @@ def find_model(path: str | os.PathLike) -> StoredModel:
         return _step(checkpoints.latest_folder())
     found = "is no model" if path.exists() else "does not exist"
     raise CheckpointError(
-        f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an export.'
+        f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an '
+        f"export{models_near(path)}."
     )
 
 
