@@ -11,6 +11,7 @@ import jax
 from absl import flags
 
 from djepa_jax.config import files
+from djepa_jax.config.convert import closest, keys_of
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import HelpRequest, UsageError
 from djepa_jax.config.flags import parse as parse_flags
@@ -110,26 +111,26 @@ MODES = {
         sample,
         ("config", "workdir"),
         "--workdir=runs/digits --out=three.png --config.sample.labels=3",
-        own=("latents_only",),
+        own=("latents_only", "out"),
     ),
-    "evaluate": Mode(evaluate, ("config", "workdir"), ""),
+    "evaluate": Mode(evaluate, ("config", "workdir"), "--workdir=runs/digits", own=("overwrite",)),
     "export": Mode(
         export,
         ("workdir", "out"),
-        "--out=exports/digits --format=safetensors",
-        own=("push",),
+        "--workdir=runs/digits --out=exports/digits --format=safetensors",
+        own=("format", "overwrite", "license", "push"),
         one_process=True,
     ),
     "import": Mode(
         import_weights,
         ("config", "workdir", "source"),
-        "--source=FILE.pth",
+        "--config=djepa_l --workdir=runs/imported --source=FILE.pth",
         one_process=True,
     ),
     "prepare": Mode(
         prepare,
         ("config", "workdir"),
-        "--config.prepare.path=IMAGES",
+        "--config=djepa_l --workdir=CACHE --config.prepare.path=IMAGES",
         own=("measure_scale", "shard"),
         one_process=True,
     ),
@@ -137,18 +138,22 @@ MODES = {
         benchmark,
         ("config",),
         "--config=digits --parts=train",
+        own=("steps", "repeats", "warmup", "parts", "out"),
         one_process=True,
     ),
 }
 
 
 def usage() -> str:
-    """The modes with an example each, and the built-in configurations."""
+    """The modes with an example each, the flags, and the built-in configurations."""
     lines = ["usage: djepa --config=NAME|FILE.py --workdir=DIR [--mode=MODE] [--config.KEY=VALUE]"]
     for name, mode in MODES.items():
-        example = f"--mode={name} {mode.example}".rstrip()
-        lines.append(f"  {example:<60}{mode.run.__doc__.strip()}")
-    lines.append(f"configurations: {', '.join(files.builtin_names())}; all keys: --help=keys")
+        lines.append(f"\n  {mode.run.__doc__.strip()}\n    djepa --mode={name} {mode.example}")
+    values = flags.FlagValues()
+    define_flags(values)
+    lines += ["", *(f"  --{name:<20}{values[name].help}" for name in values)]
+    names = ", ".join(files.builtin_names())
+    lines.append(f"\nconfigurations: {names}\nall keys of a configuration: djepa --help=keys")
     return "\n".join(lines)
 
 
@@ -196,11 +201,18 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Experiment | None]:
     """The flags' values, and the configuration, None without one (`config.flags.parse`)."""
-    values, experiment = parse_flags(argv, define_flags, usage(), lambda v: MODES[v.mode].needs)
+    values, experiment = parse_flags(argv, define_flags, usage, lambda v: MODES[v.mode].needs)
+    takers = {}  # flags that not all modes take, and the modes that do
     for name, mode in MODES.items():
-        for flag in mode.own:
-            if values[flag].value and values.mode != name:
-                raise UsageError(f"--{flag} is for --mode={name}; leave it out of {values.mode}.")
+        for flag in {*mode.needs, *mode.own} - {"config", "workdir"}:
+            takers.setdefault(flag, []).append(name)
+    for flag, modes in takers.items():
+        if values[flag].present and values.mode not in modes:
+            key = closest(flag, keys_of(Experiment))
+            raise UsageError(
+                f"--{flag} is for --mode={' or '.join(modes)}; leave it out of {values.mode}"
+                f"{f', or write --config.{key}=VALUE' if key else ''}."
+            )
     if values.distributed != "none" and MODES[values.mode].one_process:
         raise UsageError(
             f"--mode={values.mode} is for one process; leave out --distributed "

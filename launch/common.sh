@@ -104,7 +104,7 @@ prepare() {
     cpu) jax="jax" ;;
     cuda) jax="jax[cuda13]" ;;
     tpu) jax="jax[tpu]" extras="gcs${2:+,$2}" ;; # workdirs there are in buckets
-    *) die "unknown platform \"$1\"; use cpu, cuda or tpu" ;;
+    *) die "unknown platform \"$1\"; use cpu, cuda (for GPUs) or tpu" ;;
   esac
   ! is_prepared "$@" || return 0
   if [ ! -x "$PYTHON" ]; then

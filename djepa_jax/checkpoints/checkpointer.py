@@ -29,6 +29,7 @@ from djepa_jax.runtime.storage import as_path, write_json
 FORMAT = 2  # of steps; earlier versions wrote 1, at first without manifests
 STEPS_NAME, QUARANTINE_NAME = "checkpoints", "quarantine"
 RECORD_NAME = "last_saved.json"  # the step that was saved last, and the one that is being saved
+MAX_LISTED = 8  # models that an error names
 STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 SAVE_SECONDS = 6 * 3600  # after which Orbax gives up; a slow bucket is no failure
@@ -85,6 +86,20 @@ def check_step(folder: epath.Path) -> None:
         integrity.check_manifest(folder)
 
 
+def models_near(path: epath.Path) -> str:
+    """Words that name workdirs and exports where there is none: around a path, or inside it."""
+
+    def inside(folder: epath.Path) -> list[epath.Path]:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+    with contextlib.suppress(OSError):  # a folder that must not be listed
+        for places in ([path.parent], inside(path), inside(path.parent)):
+            found = [str(p) for p in places if p != path and (p / "config.json").exists()]
+            if found:
+                return f"; near it are {', '.join(found[:MAX_LISTED])}"
+    return ""
+
+
 class Checkpoints:
     """The checkpoints of one workdir, local or in a bucket; the `keep` newest ones stay."""
 
@@ -116,7 +131,8 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise CheckpointError(
-                f"{self.directory} holds no checkpoint; train first, or correct --workdir."
+                f"{self.directory} holds no checkpoint; train first, or correct --workdir"
+                f"{models_near(self.workdir)}."
             )
         return self.folder(step)
 

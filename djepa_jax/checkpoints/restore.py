@@ -11,7 +11,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from djepa_jax.checkpoints import hub, integrity
-from djepa_jax.checkpoints.checkpointer import STEPS_NAME, Checkpoints, Meta, check_step, read_meta
+from djepa_jax.checkpoints.checkpointer import (
+    STEPS_NAME,
+    Checkpoints,
+    Meta,
+    check_step,
+    models_near,
+    read_meta,
+)
 from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.config.class_names import listed, misplaced
 from djepa_jax.config.convert import ConfigError
@@ -118,7 +125,8 @@ def find_model(path: str | os.PathLike) -> StoredModel:
         return _step(checkpoints.latest_folder())
     found = "is no model" if path.exists() else "does not exist"
     raise CheckpointError(
-        f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an export.'
+        f'"{path}" {found}; name a workdir (with checkpoints/), one of its steps, or an '
+        f"export{models_near(path)}."
     )
 
 

@@ -14,13 +14,39 @@ class ConfigError(UserError, ValueError):
     """A value that cannot work; the message names the key, the value and the remedy."""
 
 
+LIKELY = 0.7  # likeness from which on a name is suggested
 WORDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text in quotes",
-    tuple: "a list of whole numbers",
+    tuple: "a list of whole numbers, such as 8,1,1",
     dict: "an object of keys",
+}
+
+
+BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True)
+BOOLEANS |= dict.fromkeys(("false", "0", "no", "off"), False)
+SYNONYMS = {  # keys, and what else people call them
+    "num_steps": "steps max_steps train_steps num_train_steps epochs num_epochs iterations iters",
+    "batch_size": "bs",
+    "compute_dtype": "dtype precision",
+    "optimizer.learning_rate": "lr",
+    "optimizer.warmup_steps": "warmup",
+    "optimizer.weight_decay": "wd",
+    "optimizer.ema_decay": "ema ema_rate",
+    "optimizer.clip_norm": "grad_clip max_grad_norm",
+    "model.width": "dim hidden_size embed_dim",
+    "model.encoder_depth": "depth num_layers",
+    "model.num_heads": "heads",
+    "data.path": "dir data data_dir data_path dataset",
+    "data.image_size": "resolution",
+    "data.num_classes": "classes",
+    "data.num_threads": "workers num_workers",
+    "sample.count": "n num num_samples",
+    "sample.cfg_scale": "cfg guidance guidance_scale",
+    "sample.num_denoise_steps": "sample.steps sampling_steps",
+    "sample.temperature": "temp tau",
 }
 
 
@@ -36,18 +62,23 @@ def check_options(key: str, options: Mapping, known: set[str], owner: str) -> No
         raise ConfigError(f"config.{key}.{name} is not an option of {owner}; {there}.")
 
 
-def closest(name: str, known: Collection[str]) -> str:
-    """The existing key most like a misspelt one, in its group if there is such a group."""
-    group, _, last = name[:100].rpartition(".")
+def closest(name: str, known: Collection[str]) -> str | None:
+    """The key that a word of the field or a misspelt name stands for, if there is a likely one."""
+    name = name[:100].lower().replace("-", "_")
+    group, _, last = name.rpartition(".")
     inside = [key for key in known if group and key.rpartition(".")[0] == group]
+    for word in (name, last):
+        for key, words in SYNONYMS.items():
+            if word in words.split() and key in (inside or known):
+                return key
 
     def likeness(other: str) -> float:
-        same_depth = other.count(".") == name.count(".")
-        other = other.rpartition(".")[2]
-        is_short_for = last == "".join(word[0] for word in other.split("_"))
-        return difflib.SequenceMatcher(None, last, other).ratio() + is_short_for + same_depth / 100
+        pairs = (name, other), (last, other.rpartition(".")[2])
+        alike = max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return alike - other.count(".") / 100  # of several equals the one that is not in a group
 
-    return max(sorted(inside or known), key=likeness)
+    best = max(sorted(inside or known), key=likeness)
+    return best if likeness(best) > LIKELY else None
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict:
@@ -60,15 +91,15 @@ def flatten(tree: Mapping, prefix: str = "") -> dict:
     return flat
 
 
-def keys_of(kind: type, prefix: str = "") -> list[str]:
-    """The dotted names of all keys below a group; `num_steps` is known to the top alone."""
-    names = []
+def keys_of(kind: type, prefix: str = "") -> dict[str, Any]:
+    """The dotted names of all keys below a group and their types; the top alone has `num_steps`."""
+    keys = {}
     for name, inner in field_types(kind).items():
         if is_group(inner):
-            names += keys_of(inner, f"{prefix}{name}.")
+            keys |= keys_of(inner, f"{prefix}{name}.")
         elif not (prefix and name == "num_steps"):
-            names.append(f"{prefix}{name}")
-    return names
+            keys[f"{prefix}{name}"] = inner
+    return keys
 
 
 def convert_group(values: Mapping, kind: type, prefix: str = "") -> dict:
@@ -92,7 +123,36 @@ def convert_group(values: Mapping, kind: type, prefix: str = "") -> dict:
 
 def unknown_key(name: str, known: Collection[str]) -> ConfigError:
     """The error for a key that there is not."""
-    return ConfigError(f"unknown config key {name}; did you mean {closest(name, known)}?")
+    inside = [key for key in known if key.startswith(f"{name}.")]
+    if inside:
+        return ConfigError(f"config.{name} is a group of keys, such as config.{inside[0]}.")
+    likely = closest(name, known)
+    remedy = f"did you mean {likely}?" if likely else "djepa --help=keys shows all keys."
+    return ConfigError(f"unknown config key {name}; {remedy}")
+
+
+def from_word(word: str, kind: Any, name: str) -> Any:
+    """A value of this type as it is typed: 1e3 is a whole number, and yes is true.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    kind = get_origin(kind) or kind
+    try:
+        if kind is bool:
+            return BOOLEANS[word.lower()]
+        if kind is float:
+            return float(word)
+        if kind is int and float(word).is_integer():
+            return int(float(word))
+        if kind is tuple:
+            return tuple(int(part) for part in word.strip("()[] ").split(","))
+    except (KeyError, ValueError):
+        pass  # said below
+    if kind in (str, types.UnionType):
+        return word
+    raise ConfigError(f'config.{name} is "{word}"; it must be {WORDS.get(kind, kind.__name__)}.')
 
 
 def convert(value: Any, kind: Any, name: str) -> Any:

@@ -58,7 +58,7 @@ class Experiment(Settings):
     grad_accumulation_steps: Natural
     seed: Seed
     compute_dtype: Dtype
-    mesh: Annotated[tuple[int, ...], Bound(lambda x: len(x) == 3, "three whole numbers")]
+    mesh: Annotated[tuple[int, ...], Bound(lambda x: len(x) == 3, "three whole numbers, as 8,1,1")]
     checkpoint_every: Positive
     keep_checkpoints: Positive
     log_every: Positive
@@ -181,6 +181,11 @@ class Experiment(Settings):
         kind, options = TOKEN_LOSSES[self.loss.name], self.loss.options
         own = {field.name for field in dataclasses.fields(kind)} - SHARED_LOSS_FIELDS
         check_options("loss.options", options, own, f"the loss {self.loss.name}")
+        if self.sample.sampler not in kind.samplers:
+            raise ConfigError(
+                f"config.sample.sampler is {self.sample.sampler!r}; with config.loss.name "
+                f"{self.loss.name} it must be one of {', '.join(kind.samplers)}."
+            )
         try:
             return kind(
                 noise_multiplicity=self.loss.noise_multiplicity,
@@ -282,6 +287,8 @@ class Experiment(Settings):
     def sample_conditions(self) -> Any:
         """The condition of each sample, `[count]`: the labels that are asked for in turn."""
         text, count = self.sample.labels, self.sample.count
+        if text[:1] + text[-1:] in ("[]", "()"):  # as lists are written elsewhere
+            text = text[1:-1]
         if text == "all":
             return self.network.conditioner.in_turn(count)
         try:

@@ -1,5 +1,6 @@
 """Configuration files: the built-in ones by name, others by path, all of them Python programs."""
 
+import difflib
 import importlib.util
 import pathlib
 import types
@@ -54,9 +55,13 @@ def _find(name: str, spec: str) -> pathlib.Path:
     inside = FOLDER / path.name
     if path.parent.as_posix() in (".", "configs") and inside.is_file():
         return inside
+    if spec.endswith(".json"):
+        raise ConfigError(f'--config "{spec}" is to be a Python file; write --config_json={spec}.')
+    names = builtin_names()
+    likely = difflib.get_close_matches(path.stem.lower().replace("-", "_"), names, n=1)
     raise ConfigError(
-        f'--config "{spec}" is neither a Python file nor one of {", ".join(builtin_names())} '
-        "(perhaps with :variant)."
+        f'--config "{spec}" is neither a Python file nor one of {", ".join(names)} '
+        f"(perhaps with :variant){f'; did you mean {likely[0]}?' if likely else '.'}"
     )
 
 

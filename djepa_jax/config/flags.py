@@ -6,16 +6,18 @@ has one needs neither.
 """
 
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from djepa_jax.config import files
 from djepa_jax.config.convert import (
@@ -24,6 +26,7 @@ from djepa_jax.config.convert import (
     closest,
     convert_group,
     flatten,
+    from_word,
     keys_of,
     unknown_key,
 )
@@ -46,6 +49,15 @@ OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "re
 OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout", "init_from", "wandb")
 
 
+DASHES = re.compile(r"[-\u2013\u2014\u2212]+(?=[A-Za-z])")  # of a flag, also those of web pages
+PRINTED_QUOTES = ("\u201c", "\u201d", "\u201e", "\u2018", "\u2019")
+ALSO_CALLED = {  # flags
+    "workdir": "output_dir log_dir logdir run_dir save_dir",
+    "source": "checkpoint ckpt weights",
+    "restore_from": "resume resume_from",
+}
+
+
 class UsageError(UserError, ValueError):
     """A command line that cannot be understood."""
 
@@ -57,7 +69,7 @@ class HelpRequest(Exception):
 def parse(
     argv: Sequence[str],
     define: Callable[[flags.FlagValues], None],
-    usage: str,
+    usage: Callable[[], str],
     required: Callable[[flags.FlagValues], Sequence[str]],
 ) -> tuple[flags.FlagValues, Experiment | None]:
     """Read the command line; no global state is touched.
@@ -65,7 +77,7 @@ def parse(
     Args:
         argv: the words, the program's name first.
         define: defines the flags beside those of the configuration.
-        usage: for error messages and help.
+        usage: gives the text of the help.
         required: which flags must be given, from the values.
 
     Returns:
@@ -75,18 +87,18 @@ def parse(
         UsageError, ConfigError: an unknown flag or key, a missing file, a value that cannot work.
         HelpRequest: help was asked for.
     """
-    argv = [_with_underscores(word) for word in argv]
-    if {"-h", "--help", "--helpfull"} & set(argv):
-        raise HelpRequest(usage)
+    argv = [argv[0], *_joined(_plain(word) for word in argv[1:])]
     if "--help=keys" in argv:
         raise HelpRequest((files.FOLDER / "default.py").read_text("utf-8"))
+    if argv[1:2] == ["help"] or any(re.match("--(help|h$)", word) for word in argv):
+        raise HelpRequest(usage())
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     define(values)
     flags.DEFINE_string("config", None, "NAME[:VARIANT] or FILE.py", flag_values=values)
     flags.DEFINE_string("config_json", None, "JSON over the defaults", flag_values=values)
     overrides = [word for word in argv if word.startswith("--config.")]
-    _read_flags(values, [word for word in argv if not word.startswith("--config.")], usage)
+    _read_flags(values, [word for word in argv if not word.startswith("--config.")])
     _expand_paths(values)
     needed = required(values)
     if "config" in needed and values.workdir and not (values.config or values.config_json):
@@ -94,23 +106,68 @@ def parse(
         values.config_json = str(stored) if stored.exists() else None
     for name in needed:
         if not values[name].value and not (name == "config" and values.config_json):
-            raise UsageError(f"--{name} is missing.\n{usage}")
+            raise UsageError(
+                f"--{name} is missing: --mode={values.mode} needs it"
+                f"{', or a --workdir with the config.json of a run' if name == 'config' else ''}; "
+                "djepa --help has an example."
+            )
     return values, read_config(values.config, values.config_json, overrides)
 
 
-def _read_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+def _plain(word: str) -> str:
+    """A word with the dashes and underscores of our flags: -measure-scale is --measure_scale."""
+    name, equals, value = word.partition("=")
+    if DASHES.match(name):
+        name = "--" + DASHES.sub("", name, count=1).replace("-", "_")
+    if (value if equals else name).startswith(PRINTED_QUOTES):
+        raise UsageError(f"{word} has printed quotes, which a shell does not know: type \" or '.")
+    return f"{name}{equals}{value}"
+
+
+def _joined(words: Iterable[str]) -> list[str]:
+    """The words, where --config.KEY VALUE is one: --config.KEY=VALUE."""
+    joined = []
+    for word in words:
+        before = joined[-1] if joined else ""
+        if before.startswith("--config.") and "=" not in before and word[:1] not in ("-", "="):
+            joined[-1] = f"{before}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _read_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Let flags take their values from the command line; UsageError if they cannot."""
     try:
         rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname, values) from error
     except flags.Error as error:
-        flag = getattr(error, "flagname", "")  # of one that there is not
-        if flag in keys_of(Experiment):
-            raise UsageError(
-                f"--{flag} is a key of the configuration: write --config.{flag}=VALUE."
-            ) from error
-        raise UsageError(f"{' '.join(str(error).split())}\n{usage}") from error
+        raise UsageError(" ".join(str(error).split())) from error
+    swallowed = [name for name in values if str(values[name].value).startswith("--")]
+    if swallowed:
+        raise UsageError(f"--{swallowed[0]} needs a value: --{swallowed[0]}=VALUE.")
     if rest:
-        raise UsageError(f'"{rest[0]}" is not a flag; flags are written --flag=VALUE.\n{usage}')
+        remedy = "write --flag=VALUE, without spaces around the ="
+        modes = values["mode"].parser.enum_values
+        if "=" in rest[0][1:]:
+            remedy = f"write --{rest[0]}"
+        for flag, known in (("mode", modes), ("config", files.builtin_names())):
+            if likely := difflib.get_close_matches(rest[0], known, n=1):
+                remedy = f"write --{flag}={likely[0]}"
+        raise UsageError(f'"{rest[0]}" is not a flag; {remedy}.')
+
+
+def _unknown_flag(flag: str, values: flags.FlagValues) -> UsageError:
+    """The error for a flag that there is not: perhaps it is a key, or misspelt."""
+    key = closest(flag, keys_of(Experiment))
+    if key and key.rpartition(".")[2] == flag:
+        return UsageError(f"--{flag} is a key of the configuration: write --config.{key}=VALUE.")
+    likely = [name for name, words in ALSO_CALLED.items() if flag in words.split()]
+    likely = likely or difflib.get_close_matches(flag, list(values), n=1)
+    likely = [f"--{name}" for name in likely] + ([f"--config.{key}"] if key else [])
+    remedy = f"did you mean {' or '.join(likely)}?" if likely else "djepa --help lists the flags."
+    return UsageError(f"there is no flag --{flag}; {remedy}")
 
 
 def _expand_paths(values: flags.FlagValues) -> None:
@@ -146,12 +203,6 @@ def program() -> list[str]:
     return [str(python), "-m", "djepa_jax"]
 
 
-def _with_underscores(word: str) -> str:
-    """A flag such as --measure-scale as it is called here, --measure_scale."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
-
-
 def read_config(
     spec: str | None, json_path: str | None, overrides: Sequence[str]
 ) -> Experiment | None:
@@ -172,14 +223,16 @@ def read_config(
 
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """A configuration with the values of some --config.KEY=VALUE words."""
-    changes = dict(word.removeprefix("--config.").partition("=")[::2] for word in overrides)
+    pairs = [word.removeprefix("--config.").partition("=") for word in overrides]
+    changes = {key: word if equals else None for key, equals, word in pairs}
     convert_group(config.to_dict(), Experiment)  # a file's own faults come first
     with config.unlocked():
         _complete_options(config, changes.get("loss.name", config.loss.name))
-    known = list(flatten(config.to_dict()))
-    for group in ("loss", "data"):
-        known += [f"{group}.options.{name}" for name in config[group].options]
-    for key in changes:
+    known = keys_of(Experiment)
+    for group, options in flatten(config.to_dict()).items():
+        if isinstance(options, dict):
+            known |= {f"{group}.{name}": type(value) for name, value in options.items()}
+    for key, word in changes.items():
         if key in RENAMED:
             raise ConfigError(f"config.{key} is called config.{RENAMED[key]} now.")
         if key.startswith("loss.options."):
@@ -187,15 +240,12 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             check_options("loss.options", {name: None}, set(config.loss.options), "this loss")
         if key not in known:
             raise unknown_key(key, known)
-    values = flags.FlagValues()
-    try:
-        config_flags.DEFINE_config_dict(
-            "config", config, flag_values=values, sys_argv=["", *overrides]
-        )
-        values(["", *overrides])
-    except Exception as error:  # of absl, of ml_collections, of the parsers of values
-        raise ConfigError(" ".join(str(error).split()) or type(error).__name__) from error
-    return values.config
+        if word is None and known[key] is not bool:
+            raise ConfigError(f"config.{key} has no value: write --config.{key}=VALUE.")
+        changes[key] = word is None or from_word(word, known[key], key)
+    with config.ignore_type():
+        config.update_from_flattened_dict(changes)
+    return config
 
 
 def _complete_options(config: ConfigDict, name: str) -> None:
@@ -230,9 +280,7 @@ def _read_json(path: str) -> dict:
             *groups, key = name.split(".", 1)
             place = values.get(groups[0], {}) if groups else values
             if key not in place:
-                raise ValueError(
-                    f"unknown config key {name}; did you mean {closest(name, keys_of(Experiment))}?"
-                )
+                raise unknown_key(name, keys_of(Experiment))
             place[key] = value
         return convert_group(values, Experiment)
     except OSError as error:

@@ -42,7 +42,7 @@ def test_help_is_the_comment_at_the_head(machine):
 @pytest.mark.parametrize(
     ("script", "arguments", "texts"),
     [
-        ("local.sh", ["gpu"], ['unknown platform "gpu"', "cpu, cuda or tpu"]),
+        ("local.sh", ["gpu"], ['unknown platform "gpu"', "cuda (for GPUs)"]),
         ("setup.sh", ["cpu", "--fast"], ['unknown flag "--fast"', "--help"]),
         ("setup.sh", ["--config.seed=1"], ["--config.seed=1", "installs"]),
         ("train_gpu.sh", GPU[:1], ["--workdir is missing"]),
