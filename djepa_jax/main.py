@@ -11,7 +11,7 @@ import jax
 from absl import flags
 
 from djepa_jax.config import files
-from djepa_jax.config.convert import closest, keys_of
+from djepa_jax.config.convert import SYNONYMS, keys_of
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import HelpRequest, UsageError
 from djepa_jax.config.flags import parse as parse_flags
@@ -208,10 +208,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Experiment | None]:
             takers.setdefault(flag, []).append(name)
     for flag, modes in takers.items():
         if values[flag].present and values.mode not in modes:
-            key = closest(flag, keys_of(Experiment))
+            alike = [key for key in keys_of(Experiment) if key.rpartition(".")[2] == flag]
+            alike += [key for key, words in SYNONYMS.items() if flag in words.split()]
             raise UsageError(
                 f"--{flag} is for --mode={' or '.join(modes)}; leave it out of {values.mode}"
-                f"{f', or write --config.{key}=VALUE' if key else ''}."
+                f"{f', or write --config.{alike[0]}=VALUE' if alike else ''}."
             )
     if values.distributed != "none" and MODES[values.mode].one_process:
         raise UsageError(

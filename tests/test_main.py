@@ -174,7 +174,8 @@ def test_help_has_an_example_of_every_mode_and_the_configurations(words, capsys)
     assert "digits" in output and "--help=keys" in output
     for name, mode in cli.MODES.items():
         assert f"djepa --mode={name} {mode.example}" in output
-        cli.parse(["djepa", f"--mode={name}", *mode.example.split()])  # no mistake in it
+        of_workdir = ["--config=digits"] if "config" in mode.needs else []  # as its config.json
+        cli.parse(["djepa", f"--mode={name}", *of_workdir, *mode.example.split()])
     assert run("--help=keys") == 0
     assert "sample.cfg_scale = " in capsys.readouterr().out
 
@@ -198,11 +199,11 @@ def test_home_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
         '    config.prepare.path = "~/photos"\n    return config\n'
     )
     (tmp_path / "mine.json").write_text('{"data.staging": "~/copies"}')
-    flags = ("--workdir=~/run", "--out=~/each/", "--source=~/a.pth", "--restore_from=~/old@3")
     keys = ("--config.data.path=~/a [1]", "--config.data.class_names=~/names")
-    values, experiment = cli.parse(["djepa", "--config=~/mine.py", *flags, *keys])
-    found = (values.workdir, values.out, values.source, values.restore_from)
-    assert found == tuple(f"{tmp_path}/{name}" for name in ("run", "each/", "a.pth", "old@3"))
+    command = ["djepa", "--config=~/mine.py", "--workdir=~/run", *keys]
+    for mode, flag in (("sample", "out"), ("import", "source"), ("train", "restore_from")):
+        values, experiment = cli.parse([*command, f"--mode={mode}", f"--{flag}=~/given/"])
+        assert (values.workdir, values[flag].value) == (f"{tmp_path}/run", f"{tmp_path}/given/")
     assert experiment.data.path == f"{tmp_path}/a [1]"
     assert experiment.prepare.path == f"{tmp_path}/photos"
     assert experiment.class_names == tuple("abcdefghij")
