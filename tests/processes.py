@@ -195,7 +195,7 @@ def reach(storage: dict[str, str]) -> None:
     lock.RENEW_SECONDS, lock.STALE_SECONDS = LEASE
 
 
-def simple_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+def simple_step(state: TrainState, batch: dict, values) -> tuple[TrainState, dict]:
     """In place of the training step: all arrays depend on all batches and their order, and on the
     arrays before.
     """

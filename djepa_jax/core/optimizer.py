@@ -73,6 +73,23 @@ def ema_decay(config: OptimizerConfig, step: jax.Array) -> jax.Array:
     return jnp.minimum(ramped, max(MAX_RAMPED_EMA_DECAY, config.ema_decay))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UpdateValues:
+    """The numbers of one update that its program need not know when it is compiled."""
+
+    learning_rate: jax.Array
+    weight_decay: jax.Array
+    ema_decay: jax.Array
+
+
+def update_values(config: OptimizerConfig, step: jax.Array) -> UpdateValues:
+    """Those of update number `step` (from 0)."""
+    schedules = learning_rate, weight_decay, ema_decay
+    values = (schedule(config, step) for schedule in schedules)
+    return UpdateValues(*(jnp.asarray(value, float) for value in values))  # one type for all kinds
+
+
 def decay_mask(params: dict) -> dict:
     """True for the parameters that weight decay acts on, by their path."""
 
@@ -82,14 +99,23 @@ def decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig, mask=decay_mask) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019) with scheduled decay."""
+def make_optimizer(
+    config: OptimizerConfig, mask=decay_mask, values: UpdateValues | None = None
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019) with scheduled decay.
+
+    With `values` the next update takes its numbers from there, and not from the configuration.
+    """
+
+    def at(count) -> UpdateValues:
+        return values or update_values(config, count)
+
     adamw = optax.adamw(
-        lambda count: learning_rate(config, count),
+        lambda count: at(count).learning_rate,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
-        weight_decay=lambda count: weight_decay(config, count),
+        weight_decay=lambda count: at(count).weight_decay,
         mask=mask,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -45,7 +45,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class TrainStepConfig:
-    """What the step is made of; all static."""
+    """What the step is made of; static but for what `StepValues` has in its place."""
 
     model: ModelConfig
     token_loss: TokenLoss
@@ -67,6 +67,26 @@ class TrainStepConfig:
             )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepValues:
+    """What a compiled step is told anew at every call: one program serves all such numbers.
+
+    Weights of the losses, `clip_norm` and the constants of the moments are compiled in: XLA folds
+    them into others, so that a step without them rounds differently.
+    """
+
+    seed: jax.Array
+    label_drop_prob: jax.Array
+    update: optimizer.UpdateValues
+
+
+def step_values(config: TrainStepConfig, state: TrainState) -> StepValues:
+    """Those of the step that follows a state."""
+    update = optimizer.update_values(config.optimizer, state.step - state.skipped_steps)
+    return StepValues(config.seed, config.label_drop_prob, update)
+
+
 def init_state(config: TrainStepConfig) -> TrainState:
     """A fresh state; call it inside `jax.jit` with output shardings, so that it is never whole."""
     params = init_params(config.model, jax.random.key(config.seed))
@@ -77,7 +97,9 @@ def init_state(config: TrainStepConfig) -> TrainState:
     return TrainState(params=params, ema_params=average, opt_state=opt_state, **counters)
 
 
-def draw_examples(config: TrainStepConfig, tokens, conditions, key, dropout_key) -> dict:
+def draw_examples(
+    config: TrainStepConfig, values: StepValues, tokens, conditions, key, dropout_key
+) -> dict:
     """All that a step draws per example, for the whole batch, so that no splitting changes it.
 
     Returns:
@@ -88,7 +110,7 @@ def draw_examples(config: TrainStepConfig, tokens, conditions, key, dropout_key)
     order_key, ratio_key, drop_key = jax.random.split(key, 3)
     order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
     num_visible = masking.draw_num_visible(ratio_key, config.masking)  # [B]
-    told = config.model.conditioner.drop(drop_key, conditions, config.label_drop_prob)
+    told = config.model.conditioner.drop(drop_key, conditions, values.label_drop_prob)
     return {
         "x0": masking.to_order(tokens, order),  # [B, N, C]
         "order": order,
@@ -145,16 +167,22 @@ def predict_features(
 
 
 def make_train_step(config: TrainStepConfig) -> Callable:
-    """The pure update `(state, batch of "example" and "condition") -> (state, metrics)`."""
-    graph, _ = split_model(config.model)
-    transform = optimizer.make_optimizer(config.optimizer)
+    """The pure update `(state, batch of "example" and "condition") -> (state, metrics)`.
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    A third argument, `step_values(config, state)`, keeps its numbers out of the program.
+    """
+    graph, _ = split_model(config.model)
+
+    def train_step(
+        state: TrainState, batch: dict, values: StepValues | None = None
+    ) -> tuple[TrainState, dict]:
         """One update; everything random in it is drawn from (seed, step)."""
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        values = values or step_values(config, state)
+        key = jax.random.fold_in(jax.random.key(values.seed), state.step)
         example_key, token_key, dropout_key, posterior_key = jax.random.split(key, 4)
         tokens = config.tokenize(batch["example"], posterior_key)
-        examples = draw_examples(config, tokens, batch["condition"], example_key, dropout_key)
+        keys = example_key, dropout_key
+        examples = draw_examples(config, values, tokens, batch["condition"], *keys)
         num_packs = config.masking.batch_size // config.masking.pack_size
         token_keys = jax.random.split(token_key, num_packs)
 
@@ -168,7 +196,8 @@ def make_train_step(config: TrainStepConfig) -> Callable:
         grads, metrics = accumulate(config, gradient_of, examples, token_keys)
         visible = examples["num_visible"].mean() / config.masking.num_tokens
         metrics |= {"grad_norm": optax.tree.norm(grads), "mask_ratio": 1 - visible}
-        return apply_update(config.optimizer, transform, state, grads, metrics)
+        transform = optimizer.make_optimizer(config.optimizer, values=values.update)
+        return apply_update(values.update, transform, state, grads, metrics)
 
     return train_step
 
@@ -200,15 +229,13 @@ def split_packs(x: jax.Array, parts: int, pack_size: int) -> jax.Array:
     return rearrange(x, "(c p e) ... -> p (c e) ...", p=parts, e=pack_size)
 
 
-def apply_update(config: optimizer.OptimizerConfig, transform, state: TrainState, grads, metrics):
+def apply_update(values: optimizer.UpdateValues, transform, state: TrainState, grads, metrics):
     """Optimiser and average; only counters move if loss, gradient or update is not finite."""
-    updates_made = state.step - state.skipped_steps
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
     finite &= jnp.isfinite(optax.tree.norm(updates))
     params = optax.apply_updates(state.params, updates)
-    decay = optimizer.ema_decay(config, updates_made)
-    ema_params = optimizer.update_ema(state.ema_params, params, decay)
+    ema_params = optimizer.update_ema(state.ema_params, params, values.ema_decay)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -224,7 +251,7 @@ def apply_update(config: optimizer.OptimizerConfig, transform, state: TrainState
     )
     metrics |= {
         "param_norm": optax.tree.norm(state.params),
-        "learning_rate": optimizer.learning_rate(config, updates_made),
+        "learning_rate": values.learning_rate,
         "skipped_steps": state.skipped_steps,
         "bad_streak": state.bad_streak,
     }

@@ -113,12 +113,13 @@ def prepare_training(experiment: Experiment, mesh, timing: Timing) -> BenchmarkC
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
     state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
     batch = random_batch(experiment, mesh)
-    step = StepProgram(config, shardings).jitted(donate=True)
+    program = StepProgram(config, shardings)
+    values = program.values(state)
     return BenchmarkCase(
         unit="step",
-        function=step,
-        arguments=(state, batch),
-        following=lambda _, result: (result[0], batch),
+        function=program.jitted(donate=True),
+        arguments=(state, batch, values),
+        following=lambda _, result: (result[0], batch, values),
         calls=timing.steps,
         batch_size=experiment.batch_size,
         flops=train_flops(config),

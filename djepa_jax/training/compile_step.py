@@ -5,6 +5,7 @@ and the answer is kept in the workdir for the next start on such devices.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import jax
 from etils import epath
 
 from djepa_jax.core import sharding
-from djepa_jax.core.train_step import TrainState, TrainStepConfig, make_train_step
+from djepa_jax.core.train_step import TrainState, TrainStepConfig, make_train_step, step_values
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
@@ -34,6 +35,16 @@ class StepProgram:
         donated = 0 if donate else ()
         step = make_train_step(self.config)
         return jax.jit(step, donate_argnums=donated, out_shardings=(self.shardings, None))
+
+    @functools.cached_property
+    def values(self) -> Callable:
+        """What the step that follows a state is told: a small program of its own."""
+        return jax.jit(functools.partial(step_values, self.config))
+
+    def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
+        """The step for arguments like these, not compiled yet."""
+        values = jax.eval_shape(self.values, state)
+        return self.jitted(donate=True).lower(state, batch, values)
 
     def choices(self) -> list["StepProgram"]:
         """The step in 1, 2, 4, ... accumulation steps, as far as packs and devices allow."""
@@ -89,7 +100,7 @@ def describe_memory(compiled, limit: int | None) -> str:
 def compile_step(program: StepProgram, state, batch, limit: int | None, say: Callable[[str], None]):
     """The step as one program for arguments like these, with its memory plan said."""
     with without_alarms():
-        compiled = program.jitted(donate=True).lower(state, batch).compile()
+        compiled = program.lower(state, batch).compile()
     say(describe_memory(compiled, limit))
     return compiled
 

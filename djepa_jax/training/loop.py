@@ -201,11 +201,13 @@ class _Run:
         else:
             workdir = self.checkpoints.workdir
             compiled = compile_to_fit(program, state, batch, limit, workdir, say)
+        program.values(state)  # compiled here, too
         # One that is much later than the others at its first step counts as lost.
         distributed.wait_for_all("compiled")
         say(f"compiled in {format_seconds(time.perf_counter() - start)}")
         # Looking for NaNs needs the old state, and runs the step operation by operation.
-        return program.jitted(donate=False) if self.experiment.debug.nans else compiled
+        step = program.jitted(donate=False) if self.experiment.debug.nans else compiled
+        return lambda state, batch: step(state, batch, program.values(state))
 
     def _read_metrics(self, lag: int = 0) -> None:
         """Read the metrics of all but the last `lag` steps, log them, stop a run gone bad."""

@@ -18,6 +18,7 @@ from djepa_jax.core.optimizer import (
     ema_decay,
     learning_rate,
     make_optimizer,
+    update_values,
     weight_decay,
 )
 from djepa_jax.core.train_step import TrainState, apply_update
@@ -72,7 +73,8 @@ def run_toy(prefix: str) -> dict[str, np.ndarray]:
     def run(state, gradients):
         def step(state, grads):
             metrics = {"loss": jnp.zeros(()), "grad_norm": optax.tree.norm(grads)}
-            state, metrics = apply_update(config, optimizer, state, grads, metrics)
+            values = update_values(config, state.step)
+            state, metrics = apply_update(values, optimizer, state, grads, metrics)
             after = {f"{name}_after": value for name, value in state.params.items()}
             average = {f"{name}_ema_after": value for name, value in state.ema_params.items()}
             return state, after | average | {

@@ -63,7 +63,7 @@ def test_steps_compile_nothing_after_the_first(tmp_path):
 
 def test_nans_are_found_where_they_arise(tmp_path, monkeypatch):
     def poisoned(spec):
-        def step(state, batch):
+        def step(state, batch, values):
             image = batch["example"].astype("float32")
             return state, {"loss": jax.numpy.log(-image - 1).sum()}
 

@@ -13,7 +13,11 @@ from tiny import load_config, tiny_config
 
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.core import sharding
+from djepa_jax.core.optimizer import ema_decay, learning_rate, weight_decay
+from djepa_jax.core.train_step import TrainState
+from djepa_jax.sampling.generator import Generator, jitted_sampler
 from djepa_jax.training import compile_step as module
+from djepa_jax.training.benchmark import random_batch
 from djepa_jax.training.compile_step import (
     FILE_NAME,
     StepProgram,
@@ -22,6 +26,7 @@ from djepa_jax.training.compile_step import (
     describe_memory,
     planned_bytes,
 )
+from djepa_jax.training.initial_state import abstract_state
 
 GIB = 2**30
 LIMIT = 31 * GIB
@@ -32,6 +37,59 @@ FULL, BROKEN = "RESOURCE_EXHAUSTED: 99.9G of 31.0G hbm", "INTERNAL: no such oper
 def real_program(experiment, devices: int = 1) -> StepProgram:
     mesh = sharding.make_mesh((devices, 1, 1), jax.devices()[:devices])
     return StepProgram(experiment.train, {"step": sharding.replicated(mesh)})
+
+
+# Numbers that a run may be given at any time; no program depends on them.
+NUMBERS = {
+    "num_steps": 5000,
+    "log_every": 7,
+    "checkpoint_every": 9,
+    "sample_every": 11,
+    "seed": 8,
+    "optimizer.learning_rate": 1e-5,
+    "optimizer.min_learning_rate": 1e-6,
+    "optimizer.learning_rate_schedule": "constant",
+    "optimizer.warmup_steps": 77,
+    "optimizer.weight_decay": 0.3,
+    "optimizer.weight_decay_schedule": "linear",
+    "optimizer.ema_decay": 0.5,
+    "optimizer.ema_ramp": True,
+    "loss.label_drop_prob": 0.4,
+    "sample.count": 3,
+    "sample.seed": 4,
+    "sample.cfg_scale": 7.0,
+    "sample.cfg_schedule": "constant",
+    "sample.temperature": 0.5,
+}
+
+
+def test_programs_do_not_depend_on_numbers_that_are_changed_in_passing():
+    """Their text, which is what the cache of compiled programs is searched by, stays the same."""
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+    def texts(experiment) -> tuple[str, str]:
+        state = abstract_state(experiment, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        batch = random_batch(experiment, mesh)
+        step = StepProgram(experiment.train, shardings).lower(state, batch)
+        generator = Generator(experiment, mesh)
+        inputs = generator._inputs(np.arange(10, dtype=np.int32), 0, experiment.sample.seed)
+        sampler = jitted_sampler(experiment.sampler, mesh).lower(state.params, inputs)
+        return step.as_text(), sampler.as_text()
+
+    experiment = tiny_config()
+    assert texts(experiment.updated(NUMBERS)) == texts(experiment)
+
+
+def test_a_step_is_told_the_numbers_of_its_update():
+    config = tiny_config("--config.num_steps=10", "--config.optimizer.ema_ramp=True").train
+    program = StepProgram(config, {})
+    for step, skipped in ((0, 0), (7, 2)):
+        counters = (np.int32(step), None, None, None, np.int32(skipped), np.int32(0))
+        update = program.values(TrainState(*counters)).update
+        for schedule in (learning_rate, weight_decay, ema_decay):
+            expected = schedule(config.optimizer, np.int32(step - skipped))
+            assert float(getattr(update, schedule.__name__)) == pytest.approx(float(expected))
 
 
 def counts(program: StepProgram) -> list[int]:
@@ -77,10 +135,6 @@ class Program:
 
     def choices(self) -> list["Program"]:
         return [dataclasses.replace(self, steps=count) for count in COUNTS]
-
-    def jitted(self, donate: bool) -> "Program":
-        assert donate
-        return self
 
     def lower(self, state, batch) -> "Program":
         return self

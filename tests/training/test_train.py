@@ -26,8 +26,9 @@ from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
-from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer
+from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer, update_values
 from djepa_jax.core.train_step import (
+    StepValues,
     TrainState,
     TrainStepConfig,
     apply_update,
@@ -214,11 +215,11 @@ def bad_from(first: int, monkeypatch):
     def make_step(config: TrainStepConfig):
         optimizer = make_optimizer(config.optimizer)
 
-        def step(state: TrainState, batch: dict):
+        def step(state: TrainState, batch: dict, values: StepValues):
             value = jnp.where(state.step >= first, jnp.nan, jnp.mean(batch["example"]))
             grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), state.params)
             found = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-            return apply_update(config.optimizer, optimizer, state, grads, found)
+            return apply_update(values.update, optimizer, state, grads, found)
 
         return step
 
@@ -294,7 +295,9 @@ def test_finite_gradient_with_a_non_finite_update_changes_nothing():
     params, zero = {"w": jnp.ones(3)}, jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, params, optimizer.init(params), zero, zero)
     found = {"loss": jnp.ones(()), "grad_norm": jnp.ones(())}
-    after, _ = apply_update(config, optimizer, state, {"w": jnp.full(3, 100.0)}, found)
+    after, _ = apply_update(
+        update_values(config, zero), optimizer, state, {"w": jnp.full(3, 100.0)}, found
+    )
     assert int(after.skipped_steps) == 1
     np.testing.assert_array_equal(after.params["w"], 1)
     np.testing.assert_array_equal(after.ema_params["w"], 1)
@@ -304,7 +307,7 @@ def loss_of(config: TrainStepConfig, params, ema_params, batch: dict):
     """Loss and metrics of a batch, with some randomness."""
     key, (graph, _) = jax.random.key(0), split_model(config.model)
     tokens = config.tokenize(batch["example"], key)
-    examples = draw_examples(config, tokens, batch["condition"], key, key)
+    examples = draw_examples(config, config, tokens, batch["condition"], key, key)
     token_keys = jax.random.split(key, config.masking.batch_size // config.masking.pack_size)
     return batch_loss(config, graph, params, ema_params, examples, token_keys)
 
