@@ -53,7 +53,8 @@ def test_steps_compile_nothing_after_the_first(tmp_path):
     assert len(before) == STEPS and first["names"].count("jit(train_step)") == 1
     assert before[0] < 40, "small programs that make the first state are compiled one by one"
     assert before[SAMPLE - 1] == before[0], "a program was compiled where nothing but steps is made"
-    assert before[SAVE - 1] - before[SAMPLE - 1] <= 5, "a grid has more programs than planned"
+    of_grid = before[SAVE - 1] - before[SAMPLE - 1]  # and of the real examples beside the first
+    assert of_grid <= 8, "a grid has more programs than planned"
     assert before[SAVE] == before[SAVE - 1], "a save has a program of its own"
     assert before[-1] == before[SAVE], "something was compiled by the second save or grid"
     assert first["missed"] >= 3
@@ -77,8 +78,8 @@ def test_nans_are_found_where_they_arise(tmp_path, monkeypatch):
 
 
 def test_compilations_are_logged_and_steps_traced_when_asked(tmp_path, caplog, monkeypatch):
-    def train_step(state, batch):  # none that was compiled before
-        return simple_step(state, batch)
+    def train_step(state, batch, values):  # none that was compiled before
+        return simple_step(state, batch, values)
 
     monkeypatch.setattr(compile_step, "make_train_step", lambda config: train_step)
     monkeypatch.setattr(Reporter, "final_grid", lambda self, step, state: None)
