@@ -235,7 +235,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path, monkeypatch):
 
 
 def test_a_run_without_one_good_step_is_not_complete(tmp_path, monkeypatch):
-    def bad_step(state: TrainState, batch: dict):
+    def bad_step(state: TrainState, batch: dict, values):
         counted = ("step", "skipped_steps", "bad_streak")
         more = {name: getattr(state, name) + 1 for name in counted}
         return dataclasses.replace(state, **more), {
