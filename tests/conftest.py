@@ -7,12 +7,14 @@ import os
 import pathlib
 
 # Most of the time goes into compiling; without optimisations, and with each program in one piece
-# for LLVM, it is a third. Processes that tests start inherit it. XLA_FLAGS=" " tests what users
-# run.
+# for LLVM, it is a third. On a busy machine devices may wait for one another longer than the 40 s
+# after which XLA ends the process. Processes that tests start inherit this. XLA_FLAGS=" " tests
+# what users run.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 
 import jax
