@@ -33,15 +33,22 @@ from djepa_jax.core.models.djepa import ModelConfig, split_model  # noqa: E402
 
 gc.set_threshold(100_000)  # tracing makes very many objects and hardly a cycle: a quarter faster
 
-# Files of few and long tests come first, so that no worker is left alone with them at the end.
+# The longest files come first, so that no worker is left alone with one at the end.
 LONG = (
     "test_distributed_processes",
     "test_train",
+    "test_doors",
+    "test_export",
     "test_pipeline_proof",
     "test_configs",
-    "test_profiling",
-    "test_kill",
+    "test_api",
+    "test_importing_training",
     "test_mesh_programs",
+    "test_profiling",
+    "test_ahead_of_time",
+    "test_bucket_life",
+    "test_kill",
+    "test_prepare_interruptions",
 )
 PARITY = pathlib.Path(__file__).parent / "fixtures" / "parity"
 VARIANTS = ("gauss", "flow", "gauss_p2")
@@ -49,7 +56,8 @@ VARIANTS = ("gauss", "flow", "gauss_p2")
 
 def pytest_collection_modifyitems(items):
     """Long files first; the order within a file stays."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 class Parity:
