@@ -7,12 +7,14 @@ import os
 import pathlib
 
 # Most of the time goes into compiling; without optimisations, and with each program in one piece
-# for LLVM, it is a third. Processes that tests start inherit it. XLA_FLAGS=" " tests what users
-# run.
+# for LLVM, it is a third. On a busy machine devices may wait for one another longer than the 40 s
+# after which XLA ends the process. Processes that tests start inherit this. XLA_FLAGS=" " tests
+# what users run.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 
 import jax
@@ -31,15 +33,22 @@ from djepa_jax.core.models.djepa import ModelConfig, split_model  # noqa: E402
 
 gc.set_threshold(100_000)  # tracing makes very many objects and hardly a cycle: a quarter faster
 
-# Files of few and long tests come first, so that no worker is left alone with them at the end.
+# The longest files come first, so that no worker is left alone with one at the end.
 LONG = (
     "test_distributed_processes",
     "test_train",
+    "test_doors",
+    "test_export",
     "test_pipeline_proof",
     "test_configs",
-    "test_profiling",
-    "test_kill",
+    "test_api",
+    "test_importing_training",
     "test_mesh_programs",
+    "test_profiling",
+    "test_ahead_of_time",
+    "test_bucket_life",
+    "test_kill",
+    "test_prepare_interruptions",
 )
 PARITY = pathlib.Path(__file__).parent / "fixtures" / "parity"
 VARIANTS = ("gauss", "flow", "gauss_p2")
@@ -47,7 +56,8 @@ VARIANTS = ("gauss", "flow", "gauss_p2")
 
 def pytest_collection_modifyitems(items):
     """Long files first; the order within a file stays."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 class Parity:

@@ -13,13 +13,13 @@ from small_autoencoder import cache_config, files_of, write_weights
 
 from djepa_jax.data.latent_cache import LatentCache
 
-COUNT, SHARD = 36, 1
+COUNT, SHARD = 24, 1
 SHARDS = COUNT // SHARD
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Settings for a cache of 36 images in 36 shards."""
+    """Settings for a cache of 24 images in 24 shards."""
     root = tmp_path_factory.mktemp("data")
     images = [
         (f"{name}/{i:02d}", encode(crop(name, i)), label)
