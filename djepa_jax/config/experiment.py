@@ -166,7 +166,7 @@ class Experiment(Settings):
         if not data.class_names and names and len(names) == count:
             changes["data.class_names"] = tuple(names)
         experiment = self.updated(changes) if changes else self
-        getattr(experiment, "sample_conditions")  # noqa: B009 (checks the labels that are asked for)
+        _ = experiment.sample_conditions  # checks the labels that are asked for
         return experiment
 
     def completed_by(self, stored: "Experiment") -> "Experiment":
