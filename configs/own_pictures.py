@@ -4,10 +4,10 @@
     djepa --config=own_pictures --workdir=runs/mine --config.data.path=IMAGES
     djepa --workdir=runs/mine --mode=sample --out=grid.png
 
-IMAGES holds a folder of pictures per class (or pictures alone), of any size. Grids appear in runs/mine/samples, beside
-`real.png`, real examples of the same classes. With 3,068 photographs of clothing they showed blobs
-of the right colours, full of specks, after 5 minutes; first outlines after 9; things with clear
-outlines after 17; and docs/images/own_pictures_clothing.png after 26.
+IMAGES holds a folder of pictures per class (or pictures alone), of any size. Grids appear in
+runs/mine/samples, beside `real.png`, real examples of the same classes. With 3,068 photographs of
+clothing they showed blobs of the right colours, full of specks, after 5 minutes; first outlines
+after 9; things with clear outlines after 17; and docs/images/own_pictures_clothing.png after 26.
 
 What is young gets fewer specks from grid to grid. Something is wrong if real.png does not show your
 pictures, if `token_loss` has not halved after 400 steps, or if there is no outline by step 1,600:
