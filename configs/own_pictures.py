@@ -1,4 +1,18 @@
-"""Pictures of your own."""
+"""Pictures of your own, 64 x 64 in colour: recognisable things in half an hour on two CPU cores.
+
+    bash launch/setup.sh cpu && source .venv/bin/activate
+    djepa --config=own_pictures --workdir=runs/mine --config.data.path=IMAGES
+    djepa --workdir=runs/mine --mode=sample --out=grid.png
+
+IMAGES holds a folder of pictures per class (or pictures alone), of any size. Grids appear in
+runs/mine/samples, beside `real.png`, real examples of the same classes. With 3,068 photographs of
+clothing they showed blobs of the right colours, full of specks, after 5 minutes; first outlines
+after 9; things with clear outlines after 17; and docs/images/own_pictures_clothing.png after 26.
+
+What is young gets fewer specks from grid to grid. Something is wrong if real.png does not show your
+pictures, if `token_loss` has not halved after 400 steps, or if there is no outline by step 1,600:
+docs/own_data.md.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +20,7 @@ from djepa_jax.config.files import builtin
 
 
 def get_config() -> ConfigDict:
-    """Pictures in folders, 64 x 64 in colour."""
+    """The digits' networks on tokens of larger pictures; small batches, for many steps count."""
     config = builtin("digits").get_config()
     config.num_steps = 5000
     config.batch_size = 16
@@ -23,7 +37,7 @@ def get_config() -> ConfigDict:
 
 
 def _set_data(data: ConfigDict) -> None:
-    """64 tokens of 19 values."""
+    """64 tokens of 19 values; more frequencies are sharper and harder to learn."""
     data.source = "folder"
     data.modality = "image_lapped"
     data.image_size = 64
@@ -34,9 +48,10 @@ def _set_data(data: ConfigDict) -> None:
 
 
 def _set_sample(sample: ConfigDict) -> None:
-    """As many of each class as go into a grid."""
+    """A grid of 8 x 8, the classes in turn."""
     sample.count = 64
     sample.batch_size = 64
-    sample.cfg_scale = 2.0
+    sample.cfg_scale = 3.0
+    sample.cfg_schedule = "constant"  # shapes are decided by the first tokens
     sample.num_ar_steps = 32
     sample.num_denoise_steps = 30
