@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 
 # Most of the time goes into compiling; without optimisations, and with each program in one piece
 # for LLVM, it is a third. On a busy machine devices may wait for one another longer than the 40 s
@@ -20,6 +21,7 @@ os.environ.setdefault(
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, for all processes of tests, too
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

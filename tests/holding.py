@@ -18,6 +18,7 @@ class FailingSource:
 
     def __init__(self, source, reads: int):
         self._source, self._left = source, reads
+        self.class_names, self.labels = source.class_names, source.labels
 
     def __len__(self) -> int:
         return len(self._source)

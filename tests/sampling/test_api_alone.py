@@ -13,6 +13,7 @@ import jax
 
 ROOT = pathlib.Path(__file__).parents[2]
 NEEDED = {"jax", "flax", "optax", "orbax-checkpoint", "etils", "einops", "numpy", "pillow"}
+NEEDED |= {"tqdm"}
 MODULES = {"scikit-learn": "sklearn"}  # of distributions that are imported under another name
 NEVER = {"torch", "tensorflow", "tensorflow_datasets", "pytest"}
 
