@@ -346,7 +346,7 @@ def _prepare(values: dict, folder: str, compiled: str, limit: int | None, shard:
     keep_compiled(compiled)
 
     def say(text: str) -> None:
-        if "images; of " in text or text.startswith(("the middle square", "classes: ")):
+        if " looked at, " in text or text.startswith(("the middle square", "classes: ")):
             return  # of the data, before anything is made
         pipe.send(text)
         if limit is not None:
