@@ -199,6 +199,9 @@ class Checkpoints:
             return None
         (step, ended), self._saving = self._saving, None
         with self._errors_of(step):
+            # In turns: a signal that comes just before a long wait would be answered after it.
+            while not concurrent.futures.wait([ended], timeout=1).done:
+                pass
             ended.result()
         return step
 
