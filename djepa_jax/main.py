@@ -1,6 +1,5 @@
 """Command line: `djepa --config=NAME --workdir=DIR [--mode=MODE]`, also `python -m djepa_jax`."""
 
-import contextlib
 import dataclasses
 import os
 import sys
@@ -241,11 +240,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
     ignore_lost_readers()
-    for stream in (sys.stdout, sys.stderr):
-        # Any path can be printed, whatever the terminal can show. Notebooks have other streams, and
-        # one that has become a pipe cannot be changed.
-        with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="backslashreplace")
     try:
         values, experiment = parse(argv if len(argv) > 1 else [*argv, "--help"])
         connect(values)

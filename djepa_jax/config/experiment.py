@@ -144,6 +144,11 @@ class Experiment(Settings):
         """Whether the model makes latents, and an autoencoder is named that decodes them."""
         return self.modality.needs_decoder and bool(self.autoencoder.path)
 
+    @property
+    def lacks_decoder(self) -> bool:
+        """Whether the model makes latents, and no autoencoder is named that decodes them."""
+        return self.modality.needs_decoder and not self.autoencoder.path
+
     def decoded_by(self, sha256: str) -> "Experiment":
         """One whose latents are those of the autoencoder with `sha256`, unless that is empty."""
         return self.updated({"autoencoder.sha256": sha256}) if sha256 else self

@@ -36,6 +36,13 @@ class Source:
         return str(index)
 
 
+def unwrapped(source):
+    """The source inside of those that wrap another (`source.source`), such as `SkipBroken`."""
+    while hasattr(source, "source"):
+        source = source.source
+    return source
+
+
 def counted(numbers: Counter) -> str:
     """Names with their numbers, the largest first, as "3 .heic, 1 .txt"."""
     shown = [f"{number:,} {name}" for name, number in numbers.most_common(MAX_LISTED)]

@@ -7,7 +7,7 @@ import numpy as np
 from djepa_jax.config.class_names import called_by_numbers, listed
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.data.images import FORMATS, open_image
-from djepa_jax.data.records import ImageSource, Source, counted
+from djepa_jax.data.records import ImageSource, Source, counted, unwrapped
 
 LOOKED_AT = 200  # images whose headers are read, spread over the data
 MAX_BYTES = 2**26  # of these images; large ones are fewer
@@ -17,8 +17,7 @@ MANY_TIMES = 8  # smaller, where detail is lost that somebody may have wanted
 
 def describe_data(experiment: Experiment, source: Source) -> list[str]:
     """What is trained on: the images, what becomes of them, and the classes by index and name."""
-    while not isinstance(source, ImageSource) and hasattr(source, "source"):
-        source = source.source  # of `SkipBroken` and `SingleClass`
+    source = unwrapped(source)
     lines = describe_images(source) if isinstance(source, ImageSource) else []
     names = experiment.class_names
     if experiment.data.class_names:

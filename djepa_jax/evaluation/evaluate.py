@@ -12,6 +12,7 @@ from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
+from djepa_jax.data.records import unwrapped
 from djepa_jax.data.sources import open_training_data
 from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.runtime import distributed
@@ -62,8 +63,7 @@ def is_of(record: dict, expected: dict) -> bool:
 
 def _subject(experiment: Experiment, generator: Generator, params, source, step: int) -> dict:
     """What an evaluation is of: the `identity`, its own settings, and a checksum of the data."""
-    while hasattr(source, "source"):  # one that wraps another
-        source = source.source
+    source = unwrapped(source)
     data = source.digest() if hasattr(source, "digest") else str(len(source))
     settings = {"evaluation": dataclasses.asdict(experiment.evaluation), "data": data}
     return identity(params, experiment, step, generator.autoencoder_sha256) | settings

@@ -1,5 +1,6 @@
 """Output that nobody need read: a closed terminal, a pipe whose reader went, a full disk."""
 
+import contextlib
 import io
 import os
 import sys
@@ -16,7 +17,9 @@ class _Dropping(io.FileIO):
 
 
 def ignore_lost_readers() -> None:
-    """Let no print fail in this process, whatever becomes of its standard output and error."""
+    """Let no print fail in this process, whatever becomes of its standard output and error, and
+    whatever characters they can show.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -25,7 +28,11 @@ def ignore_lost_readers() -> None:
     for number, name in enumerate(("stdout", "stderr"), 1):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):
-            continue  # somebody else's
-        kept = {"encoding": stream.encoding, "errors": stream.errors} if stream else {}
+            # Somebody else's: notebooks have others, and one that is a pipe cannot be changed.
+            with contextlib.suppress(AttributeError, OSError):
+                stream.reconfigure(errors="backslashreplace")
+            continue
         raw = io.BufferedWriter(_Dropping(number, "wb", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(raw, line_buffering=True, **kept))
+        encoding = stream.encoding if stream else None
+        text = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, text)

@@ -218,7 +218,7 @@ class Model:
         return -(-size // divisor) * divisor
 
     def _check_pictures(self) -> None:
-        if self.config.modality.needs_decoder and not self.config.has_decoder:
+        if self.config.lacks_decoder:
             raise TypeError(
                 "this model makes latents, not pictures; name its autoencoder in "
                 "load(..., autoencoder=PATH), or use sample_arrays."

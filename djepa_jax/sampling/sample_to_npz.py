@@ -96,8 +96,7 @@ def describe_network(experiment: Experiment) -> dict:
 
 def check_pictures(experiment: Experiment, out: str, latents_only: bool) -> None:
     """Raise ConfigError unless what is asked for can be made."""
-    needs_decoder = experiment.modality.needs_decoder
-    if latents_only and not needs_decoder:
+    if latents_only and not experiment.modality.needs_decoder:
         raise ConfigError(
             "--latents_only is for models of latents, and this one makes none; leave it out."
         )
@@ -105,7 +104,7 @@ def check_pictures(experiment: Experiment, out: str, latents_only: bool) -> None
         raise ConfigError(
             f'--out "{out}" with --latents_only: latents are no picture; let the name end in .npz.'
         )
-    if needs_decoder and not latents_only and not experiment.has_decoder:
+    if experiment.lacks_decoder and not latents_only:
         raise ConfigError(
             "config.autoencoder.path is empty, and this model makes latents: name the weights that "
             "decode them (--config.autoencoder.path=kl16.ckpt), or add --latents_only."

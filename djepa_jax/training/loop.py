@@ -234,8 +234,8 @@ class _Run:
         self._say_saved(self.checkpoints.poll())  # finds a save that failed, too
         if step == experiment.num_steps:
             return
-        everies = (experiment.checkpoint_every, experiment.sample_every, experiment.evaluate_every)
-        save, grid, evaluation = (every and step % every == 0 for every in everies)
+        periods = (experiment.checkpoint_every, experiment.sample_every, experiment.evaluate_every)
+        save, grid, evaluation = (period and step % period == 0 for period in periods)
         if not (save or grid or evaluation):
             return
         self._read_metrics()  # what the device still does for them is training

@@ -64,7 +64,8 @@ class Reporter:
     ):
         self.experiment, self.source, self.workdir = experiment, source, workdir
         self.generator = Generator(experiment, mesh, progress=True)
-        self._stop_requested, self._progress = stop_requested, None
+        self._stop_requested = stop_requested
+        self._progress: Progress | None = None
         self.watch = Stopwatch()
         self._logged, self._rate = 0, 0.0  # step, and steps per second up to it
         self.writer: MetricWriter | None = None
@@ -113,8 +114,7 @@ class Reporter:
             f"training {count:,} parameters on {devices}, mesh {shape}; {len(self.source):,} "
             f"examples, batches of {experiment.batch_size}"
         )
-        undecoded = experiment.modality.needs_decoder and not experiment.has_decoder
-        if experiment.sample_every and undecoded:
+        if experiment.sample_every and experiment.lacks_decoder:
             self.say(
                 "WARNING: sample grids will hold latents (.npz) and no pictures, for "
                 "config.autoencoder.path is empty; name the autoencoder's weights there to see "
@@ -211,7 +211,7 @@ class Reporter:
         Every process takes part, since they share the autoencoder of latents.
         """
         experiment, path = self.experiment, self._grid_path(step).with_name("real.png")
-        if distributed.run_on_main(lambda: int(path.exists())):
+        if experiment.lacks_decoder or distributed.run_on_main(lambda: int(path.exists())):
             return
         wanted = jax.tree.map(lambda leaf: leaf[:MAX_GRID], experiment.sample_conditions)
         examples = [self.source[index] for index in real_examples(self.source, wanted)]
@@ -285,7 +285,7 @@ def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
     some_class = experiment.class_names[:4][-1]
     few = max(1, experiment.sample.num_ar_steps // 2)
     sample, ending = ("--mode=sample",), "png"
-    if experiment.modality.needs_decoder and not experiment.has_decoder:
+    if experiment.lacks_decoder:
         sample, ending = ("--mode=sample", "--latents_only"), "npz"
     changes = {
         "one_class": f"sample.labels={some_class}",
