@@ -145,7 +145,7 @@ def from_word(word: str, kind: Any, name: str) -> Any:
         if kind is float:
             return float(word)
         if kind is int and float(word).is_integer():
-            return int(word) if word.lstrip("+-").isdecimal() else int(float(word))
+            return int(float(word))
         if kind is tuple:
             return tuple(int(part) for part in word.strip("()[] ").split(","))
     except (KeyError, ValueError):
