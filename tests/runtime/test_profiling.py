@@ -48,13 +48,15 @@ def counts(workdir, cache, stop: int) -> dict:
 
 def test_steps_compile_nothing_after_the_first(tmp_path):
     """But for the first grid and save; and a run that goes on finds all programs in the cache."""
+    real = tmp_path / "run" / "samples" / "real.png"  # there already: made once, not with a grid
+    real.parent.mkdir(parents=True)
+    real.touch()
     first = counts(tmp_path / "run", tmp_path / "cache", stop=STEPS - 1)
     before = first["before"]  # the first step, and each after it
     assert len(before) == STEPS and first["names"].count("jit(train_step)") == 1
     assert before[0] < 40, "small programs that make the first state are compiled one by one"
     assert before[SAMPLE - 1] == before[0], "a program was compiled where nothing but steps is made"
-    of_grid = before[SAVE - 1] - before[SAMPLE - 1]  # and of the real examples beside the first
-    assert of_grid <= 8, "a grid has more programs than planned"
+    assert before[SAVE - 1] - before[SAMPLE - 1] <= 5, "a grid has more programs than planned"
     assert before[SAVE] == before[SAVE - 1], "a save has a program of its own"
     assert before[-1] == before[SAVE], "something was compiled by the second save or grid"
     assert first["missed"] >= 3
