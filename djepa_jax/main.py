@@ -38,7 +38,8 @@ def sample(values: flags.FlagValues, experiment: Experiment) -> None:
     """Draw samples from the latest checkpoint into files."""
     from djepa_jax.sampling.sample_to_npz import run_sample
 
-    for path in run_sample(experiment, values.workdir, values.out, values.latents_only):
+    options = (values.latents_only, values.overwrite)
+    for path in run_sample(experiment, values.workdir, values.out, *options):
         print(f"wrote {path}")
 
 
@@ -85,7 +86,7 @@ def benchmark(values: flags.FlagValues, experiment: Experiment) -> None:
     from djepa_jax.training.benchmark import Timing, run_benchmark
 
     timing = Timing(values.steps, values.repeats, values.warmup)
-    run_benchmark(experiment, values.parts, timing, values.out)
+    run_benchmark(experiment, values.parts, timing, values.out, values.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ MODES = {
         sample,
         ("config", "workdir"),
         "--workdir=runs/digits --out=three.png --config.sample.labels=3",
-        own=("latents_only", "out"),
+        own=("latents_only", "out", "overwrite"),
     ),
     "evaluate": Mode(evaluate, ("config", "workdir"), "--workdir=runs/digits", own=("overwrite",)),
     "export": Mode(
@@ -137,7 +138,7 @@ MODES = {
         benchmark,
         ("config",),
         "--config=digits --parts=train",
-        own=("steps", "repeats", "warmup", "parts", "out"),
+        own=("steps", "repeats", "warmup", "parts", "out", "overwrite"),
         one_process=True,
     ),
 }
@@ -176,7 +177,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "export, evaluate: replace what is there.",
+        "overwrite": "sample, export, evaluate, benchmark: replace what is there.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",
     }
     for name, words in switches.items():

@@ -33,9 +33,10 @@ from djepa_jax.data.sources import SingleClass, open_source, with_classes_of
 from djepa_jax.data.summary import describe_data
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
 from djepa_jax.runtime.progress import Progress, say
-from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
+from djepa_jax.runtime.storage import as_path, check_local, check_ours, check_writable, write_json
 
 AHEAD = 3  # batches of images that may wait, read, for the autoencoder
+PLAN_NAME = "plan.json"
 PUBLISH = "prepare into a folder and copy it with gcloud storage cp -r CACHE gs://BUCKET/CACHE"
 
 
@@ -61,6 +62,8 @@ def run_prepare(
     source = labelled
     check_writable(folder)
     path, parts = pathlib.Path(as_path(folder)), shard_parts(plan["examples"], plan["shard_size"])
+    if not (path / PLAN_NAME).exists():
+        check_ours(path / latent_cache.METADATA_NAME, "shards", "name another --workdir")
     name = f"{LOCK_NAME}-{shard.replace('/', '-of-')}" if shard else LOCK_NAME
     with lock_workdir(folder, name):
         claim(path, plan, experiment.prepare.path)
@@ -139,7 +142,7 @@ def shard_parts(examples: int, shard_size: int) -> dict[str, range]:
 
 def claim(folder: pathlib.Path, plan: dict, source_path: str) -> None:
     """Write the plan, or find the same one there; raises DataError if it is another."""
-    path = folder / "plan.json"
+    path = folder / PLAN_NAME
     (folder / SHARDS_NAME).mkdir(exist_ok=True)
     try:
         if not path.exists():

@@ -4,6 +4,7 @@ An object in a bucket appears whole or not at all, but nothing can be renamed th
 the other way round.
 """
 
+import contextlib
 import errno
 import glob
 import importlib.util
@@ -115,6 +116,15 @@ def write_npz(path: os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
+
+
+def check_ours(path: os.PathLike, key: str, remedy: str) -> None:
+    """Raise PathError if there is a file that is no JSON object with a key that ours has."""
+    path = as_path(path)
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        if not path.exists() or key in json.loads(path.read_bytes()):
+            return
+    raise PathError(f'"{path}" exists and holds something else; {remedy}.')
 
 
 def check_local(path: str | os.PathLike, flag: str, remedy: str = "name one") -> None:

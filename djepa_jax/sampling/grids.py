@@ -5,6 +5,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 
 import jax
 import numpy as np
@@ -105,6 +106,7 @@ def stored_settings(npz: epath.Path) -> dict | None:
     """The settings in a file that `save_samples` wrote; None if it cannot be read."""
     try:
         with npz.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return json.loads(str(arrays["settings"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            settings = json.loads(str(arrays["settings"]))
+            return settings if isinstance(settings, dict) else None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
         return None

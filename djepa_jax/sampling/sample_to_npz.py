@@ -47,13 +47,14 @@ from djepa_jax.sampling.grids import (
     npz_members,
     output_paths,
     save_grid,
+    stored_settings,
 )
 
 IDENTITY_NAME = "identity.json"  # what the parts are samples of
 
 
 def run_sample(
-    experiment: Experiment, workdir: str, out: str, latents_only: bool = False
+    experiment: Experiment, workdir: str, out: str, latents_only=False, overwrite=False
 ) -> list[epath.Path]:
     """Sample the moving average of the latest checkpoint into files; their paths, in process 0.
 
@@ -63,16 +64,17 @@ def run_sample(
         out: the npz or png file to write, or a folder (it ends in "/") for a file per sample;
             empty for a place in the workdir.
         latents_only: write latents and no pictures.
+        overwrite: replace files of that name that were not made by sampling, too.
 
     Raises:
         ConfigError: another model, or an autoencoder that is missing or not that of the latents.
-        CheckpointError: there is nothing to sample, or `out` is a folder.
+        CheckpointError: there is nothing to sample, or `out` is a folder or somebody's file.
         PathError: `out` cannot be written, or another process does so.
     """
     check_pictures(experiment, out, latents_only)
     model = latest_model(experiment, workdir)
     experiment = experiment.completed_by(model.config)
-    target = check_target(out, workdir)
+    target = check_target(out, workdir, overwrite)
     mesh = sharding.make_mesh(experiment.mesh)
     generator = Generator(experiment, mesh, decode=not latents_only, progress=True)
     settings = {
@@ -111,13 +113,13 @@ def check_pictures(experiment: Experiment, out: str, latents_only: bool) -> None
         )
 
 
-def check_target(out: str, workdir: str) -> epath.Path:
-    """Where the samples go; raises CheckpointError if there is a folder."""
-    target = as_path(out or as_path(workdir) / "samples" / "sample.png")
+def check_target(out: str, workdir: str, overwrite: bool) -> epath.Path:
+    """Where the samples go; raises CheckpointError if there is a folder, or a file of others."""
+    target, numbered = as_path(out or as_path(workdir) / "samples" / "sample.png"), []
     if out.endswith("/"):
         check_local(out, "--out", "name one for a file per sample")
-        return target / "samples.npz"
-    if target.suffix.lower() not in ("", *ENDINGS):
+        target, numbered = target / "samples.npz", sorted(target.glob(f"{'[0-9]' * 6}_*"))
+    elif target.suffix.lower() not in ("", *ENDINGS):
         raise CheckpointError(
             f'--out "{out}" ends in {target.suffix}; write {" or ".join(ENDINGS)}, or neither, '
             "for a grid and its arrays, or a folder with / at its end."
@@ -126,6 +128,12 @@ def check_target(out: str, workdir: str) -> epath.Path:
         raise CheckpointError(
             f'--out "{out}" is a folder; name a file in it, such as {target / "sample.png"}, or '
             f'write "{out}/" for a file per sample.'
+        )
+    found = [path for path in (*output_paths(target), *numbered) if path.exists()]
+    if found and not overwrite and stored_settings(output_paths(target)[1]) is None:
+        raise CheckpointError(
+            f'--out "{out}" would replace {found[0]}, which --mode=sample did not make; name '
+            "another, or add --overwrite."
         )
     return target
 

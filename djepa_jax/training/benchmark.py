@@ -31,7 +31,7 @@ from djepa_jax.core.bounds import Natural, Positive, check_bounds
 from djepa_jax.core.models.djepa import init_params
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler, plan_segments
 from djepa_jax.core.train_step import TrainStepConfig, init_state
-from djepa_jax.runtime.storage import as_path, check_writable, write_json
+from djepa_jax.runtime.storage import as_path, check_ours, check_writable, write_json
 from djepa_jax.training.benchmark_table import report
 from djepa_jax.training.compile_step import StepProgram, planned_bytes
 from djepa_jax.training.initial_state import abstract_state, check_mesh
@@ -63,11 +63,12 @@ class BenchmarkCase:
 
 
 def run_benchmark(
-    experiment: Experiment, parts: Sequence[str], timing: Timing, out: str = ""
+    experiment: Experiment, parts: Sequence[str], timing: Timing, out="", overwrite=False
 ) -> dict:
     """Measure some of `PARTS`, print the table, and write the results into `out` as JSON.
 
     Raises:
+        PathError: `out` cannot be written, or is a file of others and `overwrite` is not set.
         ConfigError: an unknown part, or a mesh that cannot split the batch.
     """
     unknown = [part for part in parts if part not in PARTS]
@@ -77,6 +78,8 @@ def run_benchmark(
         check_writable(as_path(out).parent, "--out")
         if out.endswith("/") or as_path(out).is_dir():
             raise ConfigError(f'--out "{out}" is a folder; name a file in it.')
+        if not overwrite:
+            check_ours(out, "device", "let --out name another, or add --overwrite")
     mesh = sharding.make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     results = describe(experiment, mesh) | {"timing": dataclasses.asdict(timing)}

@@ -13,7 +13,7 @@ from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.integrity import check_storable
 from djepa_jax.checkpoints.restore import go_back
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.stored import to_stored
+from djepa_jax.config.stored import FILE_NAME, to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data.device_cache import table_bytes
@@ -26,7 +26,7 @@ from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.metric_writer import check_wandb
 from djepa_jax.runtime.profiling import ProfileWindow, debug_switches
 from djepa_jax.runtime.progress import format_seconds
-from djepa_jax.runtime.storage import as_path, check_writable
+from djepa_jax.runtime.storage import as_path, check_ours, check_writable
 from djepa_jax.training.compile_step import (
     StepProgram,
     compile_step,
@@ -90,6 +90,8 @@ def train(
     if wandb:
         distributed.run_on_main(check_wandb)
     distributed.run_on_main(lambda: check_writable(workdir))
+    own, remedy = as_path(workdir) / FILE_NAME, "move it away, or name another --workdir"
+    distributed.run_on_main(lambda: check_ours(own, "optimizer", remedy))
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.held_by_main(lock_workdir(workdir)))
         stack.enter_context(debug_switches(experiment.debug))

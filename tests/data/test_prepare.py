@@ -407,12 +407,17 @@ def test_images_that_are_all_broken_are_an_error(config, tmp_path):
         run_prepare(config.updated({"prepare.path": folder}), str(tmp_path / "new"))
 
 
-def test_workdir_that_is_in_use_or_cannot_be_written(config, cache):
+def test_workdir_that_is_in_use_or_cannot_be_written(config, cache, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metadata.json").write_text('{"mine": 1}')
     with lock_workdir(cache), pytest.raises(PathError, match="is in use by process"):
         run_prepare(config, str(cache))
     for folder, words in (
         (str(cache / "plan.json"), "cannot be written"),
         ("gs://b/x", "rsync|cp"),
+        (str(other), "metadata.json"),
     ):
         with pytest.raises(PathError, match=words):
             run_prepare(config, folder)
+    assert [path.name for path in other.iterdir()] == ["metadata.json"]

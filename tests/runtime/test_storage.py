@@ -20,6 +20,7 @@ from djepa_jax.runtime.storage import (
     PathError,
     as_path,
     check_local,
+    check_ours,
     check_writable,
     is_remote,
     may_pass,
@@ -108,6 +109,17 @@ def test_failures_that_may_pass_are_told_from_damage():
 
 
 # ---------------------------------------------------------------- checks of what flags name
+
+
+def test_a_file_of_something_else_is_told_from_ours(tmp_path):
+    path = tmp_path / "config.json"
+    check_ours(path, "key", "")  # there is none
+    path.write_text('{"key": 1}')
+    check_ours(path, "key", "")
+    for content in (b"", b"3", b"[]", b'{"other": "key"}', b"[" * 100_000, b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(PathError, match="name another"):
+            check_ours(path, "key", "name another")
 
 
 def test_some_flags_need_a_disk():

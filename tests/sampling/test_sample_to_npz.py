@@ -17,11 +17,12 @@ from dummy_sampler import PARAMS, DummySampler, make_generator
 from object_store import ObjectStore
 from tiny import arrays_of, tiny_config
 
+from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.runtime import storage
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import PathError, as_path
-from djepa_jax.sampling.sample_to_npz import parts_folder, write_samples
+from djepa_jax.sampling.sample_to_npz import check_target, parts_folder, write_samples
 
 FLAGS = ("--config.sample.count=20", "--config.sample.batch_size=8")
 SETTINGS = {"step": 3, "model": {"shape": (1, 2)}}
@@ -179,9 +180,45 @@ def test_a_file_is_replaced_whole_or_not_at_all(experiment, whole, tmp_path, mon
         with pytest.raises(OSError, match="full"):
             write(experiment, target, settings=SETTINGS | {"step": 4})
     assert target.read_bytes() == before
+    assert check_target(str(target), "", False) == as_path(target), "samples may be replaced"
     drawn, found = write(experiment, target, settings=SETTINGS | {"step": 4})
     assert drawn == [], "all samples were there"
     np.testing.assert_array_equal(found["arr_0"], whole["arr_0"])
+
+
+OTHERS = {  # files in a folder -> whether --out=FOLDER/x.png and --out=FOLDER/ may be written there
+    ("y.npz", "photo.png", "12_apple.png"): (True, True),
+    ("x.npz",): (False, True),
+    ("x.png",): (False, True),
+    ("samples.png",): (True, False),
+    ("000001_apple.png",): (True, False),
+}
+
+
+@pytest.mark.parametrize("content", ["npz", "npy", "settings", "text"])
+def test_only_samples_are_replaced_unless_one_asks_for_more(content, tmp_path):
+    def may_be_written(out: str, overwrite: bool = False) -> bool:
+        try:
+            check_target(out, str(tmp_path), overwrite)
+            return True
+        except CheckpointError as error:
+            assert "--overwrite" in str(error)
+            return False
+
+    for number, (names, expected) in enumerate(OTHERS.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            with (folder / name).open("wb") as file:
+                if content == "npy":
+                    np.save(file, np.zeros(3))
+                elif content == "text":
+                    file.write(b"precious")
+                else:
+                    np.savez(file, **{content: 3})
+        outs = (f"{folder}/x.png", f"{folder}/")
+        assert tuple(map(may_be_written, outs)) == expected
+        assert all(may_be_written(out, overwrite=True) for out in outs)
 
 
 def test_two_processes_do_not_write_the_same_file(experiment, tmp_path):

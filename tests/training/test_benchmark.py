@@ -34,6 +34,7 @@ def tiny_run(tmp_path_factory) -> tuple[dict, str]:
 
 def test_what_the_figures_depend_on_is_written(tiny_run):
     results, table = tiny_run
+    assert results["device"], "by this the file is told from others, which are not replaced"
     assert results["devices"] == 8 and results["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     assert results["versions"]["jax"] == jax.__version__ and "flax" in results["versions"]
     config = results["config"]
