@@ -190,9 +190,13 @@ def match_classes(
         return tuple(known), None if same else np.array([known[name] for name in own], np.int32)
     if num_classes and len(own) != num_classes:
         some = ", ".join(own[:SHOWN]) + (", ..." if len(own) > SHOWN else "")
+        remedy = f"set --config.data.num_classes={len(own)}, or correct the classes"
+        if isinstance(names, tuple):  # those of a run
+            some = f"new: {', '.join(name for name in own if name not in names) or 'none'}"
+            remedy = "correct them, or train in another --workdir with --config and --init_from"
         raise DataError(
-            f"{where} holds {len(own)} classes ({some}), data.num_classes is {num_classes}; set "
-            f"--config.data.num_classes={len(own)}, or correct the classes."
+            f"{where} holds {len(own)} classes ({some}), data.num_classes is {num_classes}; "
+            f"{remedy}."
         )
     name = misplaced(resolve(names, len(own)), own) if names else None
     if name:

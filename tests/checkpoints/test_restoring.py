@@ -15,7 +15,7 @@ from workdirs import EVERY, RUN, STEPS, arrays, assert_same_arrays, digest, run,
 from djepa_jax.checkpoints import checkpointer, integrity
 from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, write_manifest
-from djepa_jax.checkpoints.restore import go_back
+from djepa_jax.checkpoints.restore import check_same_model, go_back
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
@@ -173,6 +173,14 @@ def test_a_step_that_training_cannot_go_on_from_changes_nothing(saved_run, tmp_p
             restored(workdir, f"{source}@{STEPS}", *([WIDER] if fault == "another model" else []))
         assert digest(workdir) == before
         assert Checkpoints(workdir).step_to_resume() == STEPS + 1
+
+
+def test_a_class_that_was_added_is_named():
+    names = ("apple", "pear", "plum", "quince")
+    now = tiny_config().updated({"data.num_classes": 4, "data.class_names": names})
+    before = now.updated({"data.num_classes": 3, "data.class_names": ("apple", "pear", "quince")})
+    with pytest.raises(ConfigError, match="num_classes: 3 -> 4, new classes: 2 plum.*--init_from"):
+        check_same_model(before, now)
 
 
 def test_the_command_line_refuses_a_step_of_another_model(workdir, other, capsys):

@@ -321,6 +321,7 @@ def test_classes_that_are_not_those_of_the_config_are_refused():
         ((*SOME, "n99999999"), 1000, "imagenet", 'the class "n99999999"'),
         (NAMES, 3, "", r"2 classes \(flower, temple\), data.num_classes is 3; .*num_classes=2"),
         (SOME, 1, "", "3 classes .*, data.num_classes is 1"),
+        (NAMES, 1, ("flower",), r"new: temple\), data.num_classes is 1; .*--init_from"),
         (NAMES, 2, ("temple", "flower"), 'another class "temple".* 0 flower, 1 temple'),
         (("0", "1"), 0, ("1", "0"), 'another class "1"'),
     ):
