@@ -94,7 +94,15 @@ MISTAKES = [
     ("train", "--mode=train"),
     ("smaple", "--mode=sample"),
     ("digits", "--config=digits"),
-    ("--mode=smaple", "sample"),
+    ("--mode=smaple", "did you mean sample"),
+    ("--format=safetensor", "did you mean safetensors"),
+    ("--config.sample.labels=apple pear", '"--config.sample.labels=apple pear"'),
+    ("--config.sample.labels apple pear", '"--config.sample.labels=apple pear"'),
+    ("--workdir=runs/my run", '"--workdir=runs/my run"'),
+    ("--config.num_steps= 100", "without spaces"),
+    ("--config.num_steps=-5", "config.num_steps is -5"),
+    ("--help=key", "--help=keys"),
+    ("--help sample", "--help=keys"),
     ("--mode=sample --num_samples=4", "--config.sample.count"),
     ("--output_dir=x", "--workdir"),
     ("--out=x.png", "--mode=sample"),
@@ -167,7 +175,9 @@ def test_required_flags(missing, capsys):
     assert f"--{missing} is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [(), ("-h",), ("--help",), ("help",), ("--help=config",)])
+@pytest.mark.parametrize(
+    "words", [(), ("-h",), ("--help",), ("help",), ("--help", "--mode=sample")]
+)
 def test_help_has_an_example_of_every_mode_and_the_configurations(words, capsys):
     assert run(*words) == 0
     output = capsys.readouterr().out
@@ -176,8 +186,9 @@ def test_help_has_an_example_of_every_mode_and_the_configurations(words, capsys)
         assert f"djepa --mode={name} {mode.example}" in output
         of_workdir = ["--config=digits"] if "config" in mode.needs else []  # as its config.json
         cli.parse(["djepa", f"--mode={name}", *of_workdir, *mode.example.split()])
-    assert run("--help=keys") == 0
-    assert "sample.cfg_scale = " in capsys.readouterr().out
+    for keys in (["--help=keys"], ["--help", "keys"], ["help", "keys"]):
+        assert run(*keys) == 0
+        assert "sample.cfg_scale = " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["djepa_jax", "djepa_jax.main"])
@@ -315,6 +326,25 @@ def test_unusable_out_is_refused_before_sampling(trained, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_files_of_others_are_not_replaced(trained, tmp_path, capsys):
+    """Whatever mode is given their name; nothing is done before that is said."""
+    np.savez(tmp_path / "mine.npz", images=np.zeros((2, 8, 8), np.uint8))
+    for name in ("photo.png", "notes.json", "config.json"):
+        (tmp_path / name).write_text('{"mine": 1}')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    sample = ("--mode=sample", f"--workdir={trained}")
+    for *command, named in (
+        (*sample, f"--out={tmp_path}/mine.png", "mine.npz"),
+        (*sample, f"--out={tmp_path}/photo", "photo.png"),
+        ("--mode=benchmark", f"--out={tmp_path}/notes.json", "notes.json"),
+        ("--mode=benchmark", f"--out={tmp_path}/mine.npz", "mine.npz"),
+        (f"--workdir={tmp_path}", "config.json"),
+    ):
+        assert run(f"--config={CONFIG}", *TINY, *command) == 2
+        assert f"{tmp_path}/{named}" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_evaluate_mode_writes_its_record(trained, capsys):
     assert run(f"--config={CONFIG}", f"--workdir={trained}", "--mode=evaluate", *TINY) == 0
     record = json.loads((pathlib.Path(trained) / "evaluation.json").read_text())
@@ -349,10 +379,15 @@ def test_what_to_try_is_short_and_can_be_run(name, monkeypatch, capsys):
 
 def test_a_workdir_brings_its_configuration(trained, tmp_path, capsys):
     """Values on the command line come on top; a workdir without one needs a --config."""
-    values, experiment = cli.parse(["djepa", f"--workdir={trained}", "--config.seed=5"])
-    assert experiment == load_config(CONFIG, *TINY, "--config.seed=5")
-    assert run(f"--workdir={tmp_path / 'none'}") == 2
-    assert "--config is missing" in capsys.readouterr().err
+    for mode in (["--mode=sample"], ["--mode=export", "--out=x"]):
+        _, experiment = cli.parse(["djepa", f"--workdir={trained}", *mode, "--config.seed=5"])
+        assert experiment == load_config(CONFIG, *TINY, "--config.seed=5")
+        assert run(f"--workdir={trained}s", *mode, "--config.seed=5") == 2
+        error = capsys.readouterr().err
+        assert "does not exist" in error and f"near it are {trained}" in error
+    assert run(f"--workdir={tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert "--config is missing" in error and "does not exist" not in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,13 +23,13 @@ from etils import epath
 
 from djepa_jax.checkpoints import integrity
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, DamagedError
+from djepa_jax.config.stored import models_near
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.runtime.storage import as_path, write_json
 
 FORMAT = 2  # of steps; earlier versions wrote 1, at first without manifests
 STEPS_NAME, QUARANTINE_NAME = "checkpoints", "quarantine"
 RECORD_NAME = "last_saved.json"  # the step that was saved last, and the one that is being saved
-MAX_LISTED = 8  # models that an error names
 STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 SAVE_SECONDS = 6 * 3600  # after which Orbax gives up; a slow bucket is no failure
@@ -84,20 +84,6 @@ def check_step(folder: epath.Path) -> None:
     read_meta(folder)
     if (folder / MANIFEST_NAME).exists():  # which the first versions did not write
         integrity.check_manifest(folder)
-
-
-def models_near(path: epath.Path) -> str:
-    """Words that name workdirs and exports where there is none: around a path, or inside it."""
-
-    def inside(folder: epath.Path) -> list[epath.Path]:
-        return sorted(folder.iterdir()) if folder.is_dir() else []
-
-    with contextlib.suppress(OSError):  # a folder that must not be listed
-        for places in ([path.parent], inside(path), inside(path.parent)):
-            found = [str(p) for p in places if p != path and (p / "config.json").exists()]
-            if found:
-                return f"; near it are {', '.join(found[:MAX_LISTED])}"
-    return ""
 
 
 class Checkpoints:

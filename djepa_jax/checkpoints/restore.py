@@ -16,14 +16,13 @@ from djepa_jax.checkpoints.checkpointer import (
     Checkpoints,
     Meta,
     check_step,
-    models_near,
     read_meta,
 )
 from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.config.class_names import listed, misplaced
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.stored import from_stored, model_differences
+from djepa_jax.config.stored import from_stored, model_differences, models_near
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.sharding import path_name
@@ -149,9 +148,13 @@ def check_same_model(stored: Experiment, experiment: Experiment) -> None:
     experiment = experiment.completed_by(stored)
     changed = model_differences(stored, experiment)
     if changed:
+        names = experiment.class_names
+        new = [index for index, name in enumerate(names) if name not in stored.class_names]
+        changed += [f"new classes: {listed(new, names)}"] if new else []
         raise ConfigError(
             f"the checkpoint is of another model (stored -> config): {', '.join(changed)}. Use "
-            "its config, or another --workdir."
+            "its config and data, or begin another --workdir with these weights "
+            "(--init_from=PATH)."
         )
     if stored.data.class_names and experiment.data.class_names:
         name = misplaced(experiment.class_names, stored.class_names)

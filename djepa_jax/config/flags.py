@@ -31,7 +31,7 @@ from djepa_jax.config.convert import (
     unknown_key,
 )
 from djepa_jax.config.experiment import SHARED_LOSS_FIELDS, Experiment
-from djepa_jax.config.stored import FILE_NAME, upgrade
+from djepa_jax.config.stored import FILE_NAME, models_near, upgrade
 from djepa_jax.core.losses import TOKEN_LOSSES
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import as_path
@@ -88,30 +88,45 @@ def parse(
         HelpRequest: help was asked for.
     """
     argv = [argv[0], *_joined(_plain(word) for word in argv[1:])]
-    if "--help=keys" in argv:
-        raise HelpRequest((files.FOLDER / "default.py").read_text("utf-8"))
-    if argv[1:2] == ["help"] or any(re.match("--(help|h$)", word) for word in argv):
-        raise HelpRequest(usage())
+    _answer_help(argv, usage)
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     define(values)
     flags.DEFINE_string("config", None, "NAME[:VARIANT] or FILE.py", flag_values=values)
     flags.DEFINE_string("config_json", None, "JSON over the defaults", flag_values=values)
     overrides = [word for word in argv if word.startswith("--config.")]
-    _read_flags(values, [word for word in argv if not word.startswith("--config.")])
+    _read_flags(values, argv)
     _expand_paths(values)
-    needed = required(values)
-    if "config" in needed and values.workdir and not (values.config or values.config_json):
+    needed = [*required(values), *(["config"] if overrides else [])]
+    if "config" in needed and not (values.config or values.config_json):
         stored = as_path(values.workdir) / FILE_NAME
-        values.config_json = str(stored) if stored.exists() else None
+        values.config_json = str(stored) if values.workdir and stored.exists() else None
     for name in needed:
         if not values[name].value and not (name == "config" and values.config_json):
-            raise UsageError(
-                f"--{name} is missing: --mode={values.mode} needs it"
-                f"{', or a --workdir with the config.json of a run' if name == 'config' else ''}; "
-                "djepa --help has an example."
-            )
+            more = ", or a --workdir with the config.json of a run" if name == "config" else ""
+            if more and values.workdir:
+                path = as_path(values.workdir)
+                found = "has none" if path.exists() else "does not exist"
+                more += f' ("{values.workdir}" {found}{models_near(path)})'
+            needed_by = f"--mode={values.mode} needs it{more}"
+            raise UsageError(f"--{name} is missing: {needed_by}; djepa --help has an example.")
     return values, read_config(values.config, values.config_json, overrides)
+
+
+def _answer_help(argv: Sequence[str], usage: Callable[[], str]) -> None:
+    """Raise HelpRequest, or UsageError for a word that there is no help on, if help is asked."""
+    for index, word in enumerate(argv):
+        if re.match("--(help|h$)", word) or (index, word) == (1, "help"):
+            rest = [word.partition("=")[2], *argv[index + 1 : index + 2]]
+            topic = next((word for word in rest if word and not word.startswith("-")), "")
+            if topic == "keys":
+                raise HelpRequest((files.FOLDER / "default.py").read_text("utf-8"))
+            if topic:
+                raise UsageError(
+                    f'there is no help on "{topic}"; djepa --help is on modes and flags, djepa '
+                    "--help=keys on the keys of a configuration."
+                )
+            raise HelpRequest(usage())
 
 
 def _plain(word: str) -> str:
@@ -139,21 +154,28 @@ def _joined(words: Iterable[str]) -> list[str]:
 def _read_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Let flags take their values from the command line; UsageError if they cannot."""
     try:
-        rest = values(argv)[1:]
+        rest = values([word for word in argv if not word.startswith("--config.")])[1:]
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname, values) from error
     except flags.Error as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        text = " ".join(str(error).split())
+        if choice := re.search("=(.*): value should be one of <(.*)>", text):
+            likely = difflib.get_close_matches(choice[1], choice[2].split("|"), n=1)
+            text += f"; did you mean {likely[0]}?" if likely else ""
+        raise UsageError(text) from error
     swallowed = [name for name in values if str(values[name].value).startswith("--")]
     if swallowed:
         raise UsageError(f"--{swallowed[0]} needs a value: --{swallowed[0]}=VALUE.")
     if rest:
         remedy = "write --flag=VALUE, without spaces around the ="
         modes = values["mode"].parser.enum_values
+        before = argv[argv.index(rest[0]) - 1]
+        if re.match("--[^=]+=.", before):
+            remedy = f'if it is of the value before, write both in quotes: "{before} {rest[0]}"'
         if "=" in rest[0][1:]:
             remedy = f"write --{rest[0]}"
         for flag, known in (("mode", modes), ("config", files.builtin_names())):
-            if likely := difflib.get_close_matches(rest[0], known, n=1):
+            if likely := difflib.get_close_matches(rest[0], known, n=1, cutoff=0.8):
                 remedy = f"write --{flag}={likely[0]}"
         raise UsageError(f'"{rest[0]}" is not a flag; {remedy}.')
 

@@ -1,6 +1,9 @@
 """Configurations as they are stored beside weights, of this and of earlier versions."""
 
+import contextlib
 from collections.abc import Mapping
+
+from etils import epath
 
 from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
@@ -11,6 +14,7 @@ from djepa_jax.core.models.djepa import SIZES
 FORMAT = 3
 COUNTED_AS_TEXT = (1, 2)
 FILE_NAME = "config.json"  # in a workdir
+MAX_LISTED = 8  # models that an error names
 # Keys that older configurations of format 1 lack, with what was done then.
 ADDED = {
     "data": {
@@ -121,3 +125,13 @@ def _lines(stored: dict, current: dict) -> list[str]:
         for name in names
         if stored.get(name) != current.get(name)
     ]
+
+
+def models_near(path: epath.Path) -> str:
+    """Words that name workdirs and exports where there is none: around a path, or inside it."""
+    with contextlib.suppress(OSError):  # a folder that must not be listed
+        for places in ([path.parent], path.glob("*"), path.parent.glob("*")):
+            found = sorted(str(p) for p in places if p != path and (p / FILE_NAME).exists())
+            if found:
+                return f"; near it are {', '.join(found[:MAX_LISTED])}"
+    return ""

@@ -26,7 +26,7 @@ class OptimizerConfig:
     """Settings of the update; steps are optimiser steps."""
 
     learning_rate: bounds.AboveZero
-    num_steps: bounds.Positive
+    num_steps: int  # of the training, which checks it
     warmup_steps: bounds.Natural = 0  # linear, from exactly 0
     # "cosine" falls to `min_learning_rate` at the last step, "linear" rises from 0.
     learning_rate_schedule: Annotated[str, bounds.OneOf(("constant", "cosine"))] = "constant"
