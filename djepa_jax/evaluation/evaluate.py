@@ -1,5 +1,6 @@
 """The `--mode=evaluate` command, and the same at the end of training."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -132,11 +133,12 @@ def run_evaluate(
     """
     source, experiment = open_training_data(experiment)
     if open_metric(experiment, source) is None:
-        for metric in METRICS.values():
-            metric.from_data(source)  # says so if it cannot judge them
-        raise ConfigError(
-            f'config.evaluation.kind is "none"; set it to one of {", ".join(METRICS)} to evaluate.'
-        )
+        remedy = "there is no metric for these data: look at samples (--mode=sample)"
+        for name, metric in METRICS.items():
+            with contextlib.suppress(ValueError):  # it cannot judge them
+                metric.from_data(source)
+                remedy = f"add --config.evaluation.kind={name}"
+        raise ConfigError(f'config.evaluation.kind is "none"; {remedy}.')
     mesh = sharding.make_mesh(experiment.mesh)
     model = latest_model(experiment, workdir)
     params = model.restore(placed_params(experiment, mesh))
