@@ -7,6 +7,7 @@ and the answer is kept in the workdir for the next start on such devices.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 
 import jax
@@ -69,6 +70,13 @@ def device_limit() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+def cpu_share() -> int | None:
+    """Of CPU devices, which have no limit, each one's share of the machine's memory."""
+    if jax.default_backend() != "cpu":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
 def planned_bytes(compiled) -> int | None:
     """Bytes per device that XLA plans for a program, arguments included; None if unknown."""
     plan = compiled.memory_analysis()
@@ -101,7 +109,7 @@ def compile_step(program: StepProgram, state, batch, limit: int | None, say: Cal
     """The step as one program for arguments like these, with its memory plan said."""
     with without_alarms():
         compiled = program.lower(state, batch).compile()
-    say(describe_memory(compiled, limit))
+    say(describe_memory(compiled, limit or cpu_share()))
     return compiled
 
 

@@ -263,7 +263,7 @@ def summarise(result, experiment: Experiment, workdir: str) -> None:
     """Say how training ended, where the pictures are and what to try next."""
     if not result.finished:
         unfinished = result.step < experiment.num_steps
-        rest = "goes on from there" if unfinished else "makes the samples and the evaluation"
+        rest = "goes on from there" if unfinished else "makes the missing samples or figures"
         print(f"stopped at step {result.step} of {experiment.num_steps}; the same command {rest}.")
         return
     print(

@@ -173,6 +173,10 @@ def test_steps_are_doubled_until_the_plan_fits(tmp_path):
         assert steps == expected and tried == list(COUNTS[: COUNTS.index(expected) + 1])
         assert (f"in {expected} accumulation steps" in said) == (expected > 1)
         assert said.count("memory per device") == sum(type(peaks[n]) is int for n in tried)
+    (tmp_path / "cpu").mkdir()
+    steps, _, said = fit(tmp_path / "cpu", {1: 2**60}, None)
+    assert steps == 1 and "may not fit" in said, "more than this machine has"
+    assert "may not fit" not in fit(tmp_path / "cpu", {1: 1}, None)[2]
 
 
 def test_errors_that_more_steps_do_not_mend_come_through(tmp_path):
