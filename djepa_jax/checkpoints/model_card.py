@@ -93,7 +93,9 @@ def model_card(
     trained = model.config
     imported = provenance.imported
     metrics = provenance.metrics
-    autoencoder = trained.autoencoder.sha256
+    sha256, scale = trained.autoencoder.sha256, trained.data.latent_scale
+    decoder = f" The autoencoder that turns its latents, divided by {scale}, into pictures: "
+    decoder += f"sha256 `{sha256}`." if sha256 else "not known."
     _, abstract = split_model(experiment.network)
     names = arguments(experiment.sampler.guided)
     literals = {name: f"np.float32({getattr(experiment.sample, name)})" for name in names[4:]}
@@ -115,7 +117,7 @@ def model_card(
         "metrics": "not recorded",
         "evaluation": "None of these weights was recorded.",
         "licence": provenance.licence or "not stated",
-        "autoencoder": f"sha256 `{autoencoder}`" if autoencoder else "not known, or not needed",
+        "autoencoder": decoder if trained.modality.needs_decoder else "",
         "size": experiment.sample.batch_size,
         "sampler": SAMPLER_NAME,
         "arrays": ARRAYS_NAME,

@@ -164,7 +164,11 @@ def test_the_newest_grid_goes_along_without_paths(trained, exports, tmp_path):
 
 
 CARDS = {  # settings of a model -> what its card must say, and may not
-    "digits": ({"data.path": "/home/me/secret/pets"}, ["`pets`"], ["secret"]),
+    "digits": (
+        {"data.path": "/home/me/secret/pets"},
+        ["`pets`", "--init_from="],
+        ["secret", "autoencoder", "$"],
+    ),
     "djepa_b:pixels": (
         {"data.source": "tfds", "data.path": "mnist:3.0.1@/home/me/secret#test"},
         ["`mnist:3.0.1`", "`tench`", "988 more", "labels=['tench', 'goldfish']"],
@@ -172,7 +176,7 @@ CARDS = {  # settings of a model -> what its card must say, and may not
     ),
     "djepa_l": (
         {"data.path": "/home/me/secret/cache/"},
-        ["`latents` `cache`", "autoencoder=", "--config.autoencoder.path"],
+        ["`latents` `cache`", "autoencoder=", "--config.autoencoder.path", "divided by 0.2325"],
         ["secret"],
     ),
 }
