@@ -160,9 +160,8 @@ def predict_features(
     model, x0, order, condition, num_visible, max_visible: int, keys=(None, None)
 ) -> jax.Array:
     """Context encoder on the visible prefix, then predictor: `[B, N, C]` -> cond `[B, N, D]`."""
-    visible = jnp.arange(max_visible) < num_visible[:, None]  # [B, V]
     seen = x0[:, :max_visible], order[:, :max_visible]
-    encoded = model.context_encoder(*seen, condition, visible=visible, keys=keys[0])
+    encoded = model.context_encoder(*seen, condition, num_visible=num_visible, keys=keys[0])
     return model.predictor(encoded, order, num_visible, condition.mask, keys=keys[1])
 
 

@@ -17,16 +17,21 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from djepa_jax.core.models.attention import SAVED, attend, precision_of
+from djepa_jax.core.models.dropout import dropout, split_keys
 from djepa_jax.core.sharding import keep_batch_split
 
 if TYPE_CHECKING:  # it names the conditioner, which is built from these layers
     from djepa_jax.core.models.djepa import ModelConfig
 
 NORM_EPSILON = 1e-6
+policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    ),
+    "full": policies.nothing_saveable,
 }
 
 zeros_init = nnx.initializers.zeros
@@ -44,29 +49,6 @@ def torch_linear_init(key, shape, dtype=jnp.float32, *, fan_in: int) -> jax.Arra
     """PyTorch's default for kernel and bias alike: uniform within +-1/sqrt(fan_in)."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zero a share `rate` of `x` `[B, ...]` and scale the rest up; does nothing without keys `[B]`.
-
-    The mask of an example is a function of its own key, the same in any part of a batch.
-    """
-    if keys is None or rate == 0.0:
-        return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
-
-
-def split_keys(keys: jax.Array | None, count: int) -> jax.Array | tuple:
-    """Keys of examples `[B]` -> `[count, B]`; no keys stay none."""
-    if keys is None:
-        return (None,) * count
-    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
-
-
-def precision_of(dtype) -> jax.lax.Precision | None:
-    """Float32 as it is: left alone, TPUs round factors to bfloat16, recent GPUs to TF32."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 class Linear(nnx.Module):
@@ -129,7 +111,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
         width, dtype = config.width, config.dtype
-        self.num_heads = config.num_heads
+        self.num_heads, self.implementation = config.num_heads, config.attention
         self.weight_dropout, self.out_dropout = config.attention_dropout, config.dropout
         norm = functools.partial(RMSNorm, width // config.num_heads, dtype=dtype)
         self.qkv = Linear(width, (3, width), rngs=rngs, dtype=dtype)
@@ -139,27 +121,18 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, key_mask, keys, queries) -> jax.Array:
         """Attend within `x` `[B, S, D]`; arguments as for `Stack`."""
-        heads = "b s three (h d) -> three b h s d"
-        q, k, v = rearrange(self.qkv(x), heads, three=3, h=self.num_heads)  # [B, H, S, D/H] each
+        qkv = self.qkv(x)  # [B, S, 3, D]
+        heads = {"pattern": "b s (h d) -> b s h d", "h": self.num_heads}
+        q, k, v = (rearrange(qkv[:, :, i], **heads) for i in range(3))  # [B, S, H, D/H] each
         if queries is not None:
-            q = jnp.take(q, queries, axis=2)  # [B, H, Q, D/H]
+            q = jnp.take(q, queries, axis=1)  # [B, Q, H, D/H]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         weight_keys, out_keys = split_keys(keys, 2)
-        weights = attention_weights(q, k, key_mask)  # [B, H, Q, S]
-        weights = dropout(weights, self.weight_dropout, weight_keys).astype(v.dtype)
-        mixed = jnp.einsum("bhqs,bhsd->bqhd", weights, v, precision=precision_of(v.dtype))
+        drop = {"rate": self.weight_dropout, "keys": weight_keys}
+        mixed = attend(q, k, v, mask=key_mask, implementation=self.implementation, **drop)
         out = self.out(rearrange(mixed, "b q h d -> b q (h d)"))  # [B, Q, D]
         return dropout(out, self.out_dropout, out_keys)
-
-
-def attention_weights(q: jax.Array, k: jax.Array, key_mask: jax.Array | None) -> jax.Array:
-    """Softmax of scaled dot products (Vaswani et al. 2017, eq. 1) in float32: `[B, H, Q, S]`."""
-    exact = {"precision": precision_of(q.dtype), "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bhqd,bhsd->bhqs", q, k, **exact) * q.shape[-1] ** -0.5
-    if key_mask is not None:
-        scores = jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
 
 
 class Mlp(nnx.Module):
@@ -208,8 +181,9 @@ class Stack(nnx.Module):
     def __call__(self, x, *, key_mask=None, keys=None, queries=None):
         """Run all layers on `[B, S, D]`: `[B, S, D]`, or `[B, Q, D]` at the places `queries` `[Q]`.
 
-        Places where `key_mask` `[B, S]` is False never influence another; `keys` `[B]` turn dropout
-        on. With `queries` the last layer skips all other places, which nothing reads.
+        Places beyond the first `key_mask` `[B]`, or where it is False `[B, S]`, never influence
+        another; `keys` `[B]` turn dropout on. With `queries` the last layer skips all other places,
+        which nothing reads.
         """
         graph, params = nnx.split(self.blocks)
         x = x.astype(self.dtype)
