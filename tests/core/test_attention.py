@@ -22,7 +22,8 @@ from djepa_jax.checkpoints.restore import find_model
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.core.models import attention
-from djepa_jax.core.models.attention import Tiles, attend, fused_attention, obstacle
+from djepa_jax.core.models.attention import attend, obstacle
+from djepa_jax.core.models.fused_attention import Tiles, attention_kernel
 from djepa_jax.core.models.vit import Stack
 from djepa_jax.core.train_step import init_state, make_train_step
 from djepa_jax.training.loop import train
@@ -95,7 +96,7 @@ def test_kernels_lower_to_sound_triton(width):
     inputs = (x, x, x, *(jax.ShapeDtypeStruct(*what) for what in rest))
 
     def loss(*inputs):
-        return fused_attention(tiles, *inputs).astype(jnp.float32).sum()
+        return attention_kernel(tiles, *inputs).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*inputs)
     program = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
@@ -249,3 +250,5 @@ def test_auto_is_the_best_that_can_be_had(monkeypatch):
     auto, plain = (results(kind, *CASES["holes"]) for kind in ("auto", "plain"))
     jax.tree.map(np.testing.assert_array_equal, auto, plain)
     assert obstacle("cudnn", "gpu", jnp.bfloat16, 80, 0.0) == ""
+    with pytest.raises(ValueError, match="no dropout"):
+        results("cudnn", KEYS, 2, 16, "bfloat16", 0.3, LENGTHS)

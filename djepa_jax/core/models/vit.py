@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from djepa_jax.core.models.attention import SAVED, attend, precision_of
+from djepa_jax.core.models.attention import attend, precision_of
 from djepa_jax.core.models.dropout import dropout, split_keys
+from djepa_jax.core.models.fused_attention import SAVED
 from djepa_jax.core.sharding import keep_batch_split
 
 if TYPE_CHECKING:  # it names the conditioner, which is built from these layers
