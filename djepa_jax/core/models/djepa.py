@@ -22,6 +22,7 @@ from flax import nnx
 from djepa_jax.core.models import vit
 from djepa_jax.core.models.conditioning import Condition, Conditioner
 from djepa_jax.core.models.denoiser import Denoiser
+from djepa_jax.core.models.ragged import Ragged
 
 SIZED = "width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width"
 SIZES = {  # the published scales
@@ -93,7 +94,7 @@ class JepaHead(nnx.Module):
 
     def __call__(self, cond: jax.Array) -> jax.Array:
         """Predict target features from predictor features: `[..., D]` -> `[..., D]`."""
-        return self.down(self.norm(jax.nn.gelu(self.up(cond), approximate=False)))
+        return self.down(self.norm(vit.gelu(self.up(cond))))
 
 
 class ContextEncoder(nnx.Module):
@@ -118,17 +119,22 @@ class ContextEncoder(nnx.Module):
         added = self.conditioner.embed(embedding, raw)
         return Condition(self.prefix_table[...] + added.prefix, added.mask)
 
-    def __call__(self, tokens, order, condition: Condition, *, num_visible=None, keys=None):
+    def __call__(
+        self, tokens, order, condition: Condition, *, num_visible=None, keys=None, lengths=()
+    ):
         """Prefix and tokens `[B, V, C]`, whose raster places are `order` `[B, V]`: `[B, P + V, D]`.
 
-        The first `num_visible` `[B]` are real, None if all are; `keys` `[B]` turn dropout on.
+        The first `num_visible` `[B]` are real, None if all are; `keys` `[B]` turn dropout on. Where
+        examples are sorted as `MaskingConfig.lengths` says, less is computed for padding.
         """
         positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, V, D]
         x = self.input_proj(tokens) + positions  # [B, V, D]
         prefix = condition.prefix.astype(x.dtype)  # [B, P, D]
         key_mask = join_masks(condition.mask, num_visible, prefix.shape[1], order.shape)
         x = jnp.concatenate([prefix, x], axis=1)  # [B, P + V, D]
-        return self.stack(self.input_norm(x), key_mask=key_mask, keys=keys)
+        parts = tuple((count, prefix.shape[1] + most) for count, most in lengths)
+        ragged = Ragged(parts) if parts else None
+        return self.stack(self.input_norm(x), key_mask=key_mask, keys=keys, ragged=ragged)
 
 
 class Predictor(nnx.Module):
