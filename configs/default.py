@@ -53,6 +53,9 @@ def _model() -> ConfigDict:
     model.qk_norm = True
     model.dropout = 0.1  # after projections and inside the MLPs
     model.attention_dropout = 0.1  # on attention weights
+    # how it is computed: plain (anywhere), cudnn (NVIDIA GPUs; bfloat16, no attention_dropout),
+    # fused (GPUs; a kernel that keeps no weights), or auto: what was measured best on the platform
+    model.attention = "auto"
     model.remat = "dots"  # none, dots (keep matrix products), full (keep nothing)
     model.scan_unroll = 1  # layers per iteration of the scans; more compile longer, may be faster
     model.condition = "classes"  # classes, or nothing: no labels at all

@@ -39,6 +39,7 @@ from djepa_jax.core.bounds import Bound, Natural, Positive, Seed, check_bounds, 
 from djepa_jax.core.losses import TOKEN_LOSSES, TokenLoss
 from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.modalities import MODALITIES, Modality
+from djepa_jax.core.models.attention import obstacle
 from djepa_jax.core.models.conditioning import CONDITIONERS
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.optimizer import OptimizerConfig
@@ -203,10 +204,19 @@ class Experiment(Settings):
             group = "loss.options" if name in own else "sample"
             raise ConfigError(f"config.{group}.{error}") from error
 
+    def check_attention(self, platform: str = "gpu") -> None:
+        """Raise ConfigError if the attention asked for by name cannot be had on a platform."""
+        model = self.model
+        width = model.shape["width"] // model.shape["num_heads"]
+        what = (platform, self.compute_dtype, width, model.attention_dropout)
+        if why := obstacle(model.attention, *what):
+            raise ConfigError(f'config.model.attention is "{model.attention}"; {why}.')
+
     @functools.cached_property
     def network(self) -> ModelConfig:
         """The shape of the networks."""
         model, modality = self.model, self.modality
+        self.check_attention()
         options = model.condition_options
         try:
             conditioner = CONDITIONERS[model.condition](self.data.num_classes, **options)
@@ -224,6 +234,7 @@ class Experiment(Settings):
             jepa_head=self.loss.jepa_weight > 0,
             attention_dropout=model.attention_dropout,
             dropout=model.dropout,
+            attention=model.attention,
             compute_dtype=self.compute_dtype,
             remat=model.remat,
             scan_unroll=model.scan_unroll,

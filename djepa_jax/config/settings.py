@@ -22,6 +22,7 @@ from djepa_jax.core.bounds import (
 )
 from djepa_jax.core.losses import TOKEN_LOSSES
 from djepa_jax.core.modalities import MODALITIES
+from djepa_jax.core.models.attention import IMPLEMENTATIONS
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.core.models.conditioning import CONDITIONERS
 from djepa_jax.core.models.djepa import SIZES
@@ -64,6 +65,7 @@ class ModelSettings(Settings):
     qk_norm: bool
     dropout: Share
     attention_dropout: Share
+    attention: Annotated[str, OneOf(IMPLEMENTATIONS)]
     remat: Annotated[str, OneOf(REMAT_POLICIES)]
     scan_unroll: Positive
     condition: Annotated[str, OneOf(CONDITIONERS)]

@@ -46,6 +46,8 @@ ADDED = {
     "model": {"condition": "classes", "condition_options": {}},
     "sample": {"order": "random"},
 }
+# The same for configurations of any format.
+LATER = {"model": {"attention": "auto"}}
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`
 # What fixes the meaning of parameters: it must agree between a config and a checkpoint.
 MODEL_KEYS = {
@@ -72,6 +74,9 @@ def from_stored(values: Mapping) -> Experiment:
 def upgrade(values: Mapping) -> dict:
     """Stored values, whatever their format, as `Experiment.from_dict` takes them."""
     values = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
+    for group, keys in LATER.items():
+        if isinstance(values.get(group), dict):
+            values[group] = keys | values[group]
     number = values.pop("format", 1)
     if number in (2, FORMAT):
         return values

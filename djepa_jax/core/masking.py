@@ -17,6 +17,7 @@ Shape letters: B batch, N tokens, V visible (padded), K packed rows of a pack.
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 
@@ -28,6 +29,7 @@ from jax.scipy.special import ndtri
 from djepa_jax.core.bounds import AboveZero, Positive, Ratio, check_bounds
 
 STRATA_PER_PACK = 32
+NUM_LENGTHS = 4  # to how many lengths the visible tokens of a pack's examples are padded
 RATIO_MEAN = 1.0
 RATIO_MAX = 1.0
 
@@ -74,6 +76,17 @@ class MaskingConfig:
         slack = 1e-3 + 1e-6 * self.num_tokens  # the draw is made in float32
         return self.group_size * sum(self.masked_at((i + 1) / strata, slack) for i in range(strata))
 
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """Parts of a pack that is sorted by `sort_packs`: (examples, the most tokens they show)."""
+        strata, slack = self.pack_size // self.group_size, 1e-3 + 1e-6 * self.num_tokens
+        cuts = sorted({-(-strata * part // NUM_LENGTHS) for part in range(NUM_LENGTHS + 1)})
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            most = self.num_tokens - self.masked_at(start / strata, -slack)
+            parts.append(((stop - start) * self.group_size, min(most, self.max_visible)))
+        return tuple(parts)
+
     def masked_at(self, u: float, slack: float = 0.0) -> int:
         """Masked tokens at quantile `u` of the ratio's distribution, rounded up."""
         low, high = self.cdf_range
@@ -99,6 +112,18 @@ def draw_num_visible(key: jax.Array, config: MaskingConfig) -> jax.Array:
     masked = jnp.ceil(config.num_tokens * ratio - 1e-4).astype(jnp.int32)
     masked = jnp.clip(masked, config.num_tokens - config.max_visible, config.num_tokens)
     return config.num_tokens - jnp.repeat(masked.reshape(-1), config.group_size)
+
+
+def sort_packs(examples, num_visible: jax.Array, config: MaskingConfig):
+    """A tree of arrays `[B, ...]` with the examples of each pack sorted, most visible first."""
+    counts = rearrange(num_visible, "(p e) -> p e", e=config.pack_size)
+    index = jnp.argsort(-counts, axis=-1, stable=True)  # [packs, size]
+
+    def sort(x: jax.Array) -> jax.Array:
+        packs = x.reshape(*index.shape, *x.shape[1:])
+        return jax.vmap(lambda pack, chosen: pack[chosen])(packs, index).reshape(x.shape)
+
+    return jax.tree.map(sort, examples)
 
 
 def draw_orders(key: jax.Array, batch_size: int, num_tokens: int) -> jax.Array:

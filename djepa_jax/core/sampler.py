@@ -160,9 +160,9 @@ def predict(config: SamplerConfig, model, state, order, condition, query_ids, ma
     guidance = 2 if config.guided else 1
     order = repeat(order, "b n -> (b g) n", g=guidance)
     tokens = repeat(state.tokens[:, :max_visible], "b v c -> (b g) v c", g=guidance)
-    visible = jnp.broadcast_to(jnp.arange(max_visible) < state.num_visible, tokens.shape[:2])
-    encoded = model.context_encoder(tokens, order[:, :max_visible], condition, visible=visible)
     num_visible = jnp.full(len(order), state.num_visible)
+    seen = tokens, order[:, :max_visible]
+    encoded = model.context_encoder(*seen, condition, num_visible=num_visible)
     cond = model.predictor(encoded, order, num_visible, condition.mask, query_ids=query_ids)
     return rearrange(cond, "(b g) k d -> g b k d", g=guidance)
 

@@ -103,15 +103,16 @@ def draw_examples(
     """All that a step draws per example, for the whole batch, so that no splitting changes it.
 
     Returns:
-        arrays with leading axis B; `x0` are the tokens in order coordinates, `told_conditions`
-        those of which some are dropped, `weights` those of every place in the losses (summing to
-        one over the batch), `dropout_keys` one for each of both networks.
+        arrays with leading axis B, in the order of `masking.sort_packs`; `x0` are the tokens in
+        order coordinates, `told_conditions` those of which some are dropped, `weights` those of
+        every place in the losses (summing to one over the batch), `dropout_keys` one for each of
+        both networks.
     """
     order_key, ratio_key, drop_key = jax.random.split(key, 3)
     order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
     num_visible = masking.draw_num_visible(ratio_key, config.masking)  # [B]
     told = config.model.conditioner.drop(drop_key, conditions, values.label_drop_prob)
-    return {
+    examples = {
         "x0": masking.to_order(tokens, order),  # [B, N, C]
         "order": order,
         "conditions": conditions,
@@ -120,6 +121,7 @@ def draw_examples(
         "weights": masking.masked_weights(num_visible, config.masking),  # [B, N]
         "dropout_keys": jax.random.split(dropout_key, (len(tokens), 2)),  # [B, 2]
     }
+    return masking.sort_packs(examples, num_visible, config.masking)
 
 
 def batch_loss(config: TrainStepConfig, graph, params, ema_params, examples: dict, token_keys):
@@ -129,13 +131,13 @@ def batch_loss(config: TrainStepConfig, graph, params, ema_params, examples: dic
     of the token loss. The context encoder of `ema_params` gives the targets.
     """
     x0, order, num_visible = examples["x0"], examples["order"], examples["num_visible"]
-    max_visible = config.masking.max_visible
     model = nnx.merge(graph, params)
     model.denoiser.many_rows = True  # B K of them, which a mesh splits along the batch
     drops = config.model.dropout or config.model.attention_dropout
     keys = examples["dropout_keys"].T if drops else (None, None)
     condition = model.embed_condition(examples["told_conditions"])
-    cond = predict_features(model, x0, order, condition, num_visible, max_visible, keys)
+    most, lengths = config.masking.max_visible, config.masking.lengths
+    cond = predict_features(model, x0, order, condition, num_visible, most, keys, lengths)
 
     pack = masking.pack_masked(num_visible, config.masking)
     x0_masked = pack(x0)  # [packs, K, C]
@@ -157,12 +159,12 @@ def batch_loss(config: TrainStepConfig, graph, params, ema_params, examples: dic
 
 
 def predict_features(
-    model, x0, order, condition, num_visible, max_visible: int, keys=(None, None)
+    model, x0, order, condition, num_visible, max_visible: int, keys=(None, None), lengths=()
 ) -> jax.Array:
     """Context encoder on the visible prefix, then predictor: `[B, N, C]` -> cond `[B, N, D]`."""
-    visible = jnp.arange(max_visible) < num_visible[:, None]  # [B, V]
     seen = x0[:, :max_visible], order[:, :max_visible]
-    encoded = model.context_encoder(*seen, condition, visible=visible, keys=keys[0])
+    how = {"num_visible": num_visible, "keys": keys[0], "lengths": lengths}
+    encoded = model.context_encoder(*seen, condition, **how)  # [B, P + V, D]
     return model.predictor(encoded, order, num_visible, condition.mask, keys=keys[1])
 
 

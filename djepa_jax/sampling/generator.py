@@ -70,6 +70,7 @@ class Generator:
         progress: bool = False,
         sampler: Callable[[SamplerConfig, Any], Callable] = jitted_sampler,
     ):
+        experiment.check_attention(jax.default_backend())
         self.experiment, self.mesh = experiment, mesh
         self._make_sampler, self._autoencoder = sampler, autoencoder
         self._progress = progress

@@ -64,7 +64,9 @@ class Model:
         autoencoder: str | os.PathLike | None = None,
     ):
         stored = find_model(path)
-        self.path, self.step, self.config = stored.path, stored.step, stored.config
+        self.path, self.step = stored.path, stored.step
+        # Not as in training, which may have been on other devices
+        self.config = stored.config.updated({"model.attention": "auto"})
         if autoencoder is not None:
             self.config = self.config.updated({"autoencoder.path": str(autoencoder)})
             if self.config.has_decoder:

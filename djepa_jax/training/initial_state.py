@@ -22,7 +22,8 @@ INIT_NAME = "began_with.json"
 
 
 def check_mesh(experiment: Experiment, mesh) -> None:
-    """Raise ConfigError unless the axes of the mesh divide what they split."""
+    """Raise ConfigError unless the mesh divides what it splits, and can do what is asked for."""
+    experiment.check_attention(jax.default_backend())
     divisor = sharding.batch_divisor(mesh)
     if experiment.batch_size % divisor:
         raise ConfigError(

@@ -29,6 +29,15 @@ def test_configurations_of_the_first_versions_are_read():
         assert from_stored(to_stored(experiment)) == experiment
 
 
+def test_a_later_key_may_be_absent():
+    """Of any format; then it is what was done before there was one."""
+    experiment = tiny_config()
+    stored = to_stored(experiment)
+    del stored["model"]["attention"]
+    assert from_stored(stored) == from_stored(stored | {"format": 2}) == experiment
+    assert experiment.model.attention == "auto"
+
+
 def test_a_named_size_of_the_first_version_stays_a_name():
     """Its numbers were written out; then --config.model.size would change nothing."""
     stored = to_stored(load_config("djepa_b"))

@@ -113,7 +113,7 @@ def test_padding_never_reaches_a_real_place(inputs):
             tokens[:, :PLACES],
             order[:, :PLACES],
             model.embed_condition(labels),
-            visible=jnp.asarray(REAL),
+            num_visible=NUM_VISIBLE,
         )
         prefix, seen = encoded[:, : TINY.num_prefix_tokens], encoded[:, TINY.num_prefix_tokens :]
         outputs = (
@@ -147,7 +147,7 @@ def test_partial_output_is_a_slice_of_the_full_one(inputs):
             tokens[:, :PLACES],
             order[:, :PLACES],
             model.embed_condition(labels),
-            visible=jnp.asarray(REAL),
+            num_visible=NUM_VISIBLE,
         )
         stack, keys = (
             model.context_encoder.stack,

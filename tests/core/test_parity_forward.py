@@ -48,9 +48,8 @@ def _outputs(variant, cache={}):  # noqa: B006 (one compile per variant)
         def forward(params):
             model = nnx.merge(parity.graph, params)
             x0 = to_order(tokens, order)
-            visible = jnp.arange(padded) < num_visible[:, None]
             condition = model.embed_condition(labels)
-            encoded = model.context_encoder(x0, order, condition, visible=visible)
+            encoded = model.context_encoder(x0, order, condition, num_visible=num_visible)
             cond = predict_features(model, x0, order, condition, num_visible, padded)
             target = model.encode_all(x0, order, condition)
             return dict(

@@ -33,8 +33,8 @@ class DenoiserBlock(nnx.Module):
         self.modulation = Linear(width, (3, width), rngs=rngs, dtype=dtype, kernel_init=zeros_init)
 
     def __call__(self, x: jax.Array, activated: jax.Array) -> jax.Array:
-        """Map `[..., w]`, with silu(y) `[..., w]`, to `[..., w]`."""
-        shift, scale, gate = jnp.moveaxis(self.modulation(activated), -2, 0)  # [..., w] each
+        """Map rows `[R, w]`, with silu(y) `[R, w]`, to `[R, w]`."""
+        shift, scale, gate = self.modulation.apart(activated)  # [R, w] each
         hidden = self.norm(x) * (1 + scale) + shift
         return x + gate * self.down(jax.nn.silu(self.up(hidden)))
 
@@ -71,8 +71,9 @@ class Denoiser(nnx.Module):
         """Run the network on `xt` `[..., C]` with results of `time` and `condition`."""
         activated = jax.nn.silu(time + condition).astype(self.dtype)  # [..., w]
         x = self.input_proj(xt)
-        x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, activated.shape))
-        activated = jnp.broadcast_to(activated, x.shape)
+        shape = jnp.broadcast_shapes(x.shape, activated.shape)
+        # Rows on one axis throughout: CPUs are slow on others, and copy between them
+        x, activated = (jnp.broadcast_to(y, shape).reshape(-1, shape[-1]) for y in (x, activated))
         keep = keep_batch_split if self.many_rows else lambda x: x
         graph, params = nnx.split(self.blocks)
 
@@ -80,5 +81,6 @@ class Denoiser(nnx.Module):
             return keep(nnx.merge(graph, block_params)(keep(x), activated)), None
 
         x, _ = jax.lax.scan(remat_layer(body, self.remat), x, params, unroll=self.unroll)
-        shift, scale = jnp.moveaxis(self.final_modulation(activated), -2, 0)
-        return self.out(self.final_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+        shift, scale = self.final_modulation.apart(activated)
+        out = self.out(self.final_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+        return out.reshape(*shape[:-1], -1)

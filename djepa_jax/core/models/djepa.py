@@ -22,6 +22,7 @@ from flax import nnx
 from djepa_jax.core.models import vit
 from djepa_jax.core.models.conditioning import Condition, Conditioner
 from djepa_jax.core.models.denoiser import Denoiser
+from djepa_jax.core.models.ragged import Ragged
 
 SIZED = "width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width"
 SIZES = {  # the published scales
@@ -50,6 +51,7 @@ class ModelConfig:
     qk_norm: bool = True
     jepa_head: bool = True
     attention_dropout: float = 0.1
+    attention: str = "auto"  # which implementation of it
     dropout: float = 0.1
     compute_dtype: str = "float32"
     remat: str = "none"
@@ -92,7 +94,7 @@ class JepaHead(nnx.Module):
 
     def __call__(self, cond: jax.Array) -> jax.Array:
         """Predict target features from predictor features: `[..., D]` -> `[..., D]`."""
-        return self.down(self.norm(jax.nn.gelu(self.up(cond), approximate=False)))
+        return self.down(self.norm(vit.gelu(self.up(cond))))
 
 
 class ContextEncoder(nnx.Module):
@@ -117,17 +119,22 @@ class ContextEncoder(nnx.Module):
         added = self.conditioner.embed(embedding, raw)
         return Condition(self.prefix_table[...] + added.prefix, added.mask)
 
-    def __call__(self, tokens, order, condition: Condition, *, visible=None, keys=None):
+    def __call__(
+        self, tokens, order, condition: Condition, *, num_visible=None, keys=None, lengths=()
+    ):
         """Prefix and tokens `[B, V, C]`, whose raster places are `order` `[B, V]`: `[B, P + V, D]`.
 
-        `visible` `[B, V]` is False at padding, None if all are real; `keys` `[B]` turn dropout on.
+        The first `num_visible` `[B]` are real, None if all are; `keys` `[B]` turn dropout on. Where
+        examples are sorted as `MaskingConfig.lengths` says, less is computed for padding.
         """
         positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, V, D]
         x = self.input_proj(tokens) + positions  # [B, V, D]
         prefix = condition.prefix.astype(x.dtype)  # [B, P, D]
-        key_mask = join_masks(condition.mask, visible, prefix.shape[:2], order.shape)
+        key_mask = join_masks(condition.mask, num_visible, prefix.shape[1], order.shape)
         x = jnp.concatenate([prefix, x], axis=1)  # [B, P + V, D]
-        return self.stack(self.input_norm(x), key_mask=key_mask, keys=keys)
+        parts = tuple((count, prefix.shape[1] + most) for count, most in lengths)
+        ragged = Ragged(parts) if parts else None
+        return self.stack(self.input_norm(x), key_mask=key_mask, keys=keys, ragged=ragged)
 
 
 class Predictor(nnx.Module):
@@ -159,7 +166,7 @@ class Predictor(nnx.Module):
         positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, N, D]
         places = jnp.concatenate([seen, hidden], axis=1) + positions.astype(x.dtype)  # [B, N, D]
         x = jnp.concatenate([prefix, places], axis=1)  # [B, P + N, D]
-        key_mask = join_masks(prefix_mask, None, prefix.shape[:2], order.shape)
+        key_mask = join_masks(prefix_mask, None, prefix.shape[1], order.shape)
         if query_ids is not None:
             queries = query_ids + self.num_prefix_tokens
             return self.stack(x, key_mask=key_mask, keys=keys, queries=queries)
@@ -177,13 +184,16 @@ def position_vectors(table: jax.Array, order: jax.Array, axes: tuple[int, ...]) 
     return sum(jnp.take(table, i, axis=0) for i in ids)
 
 
-def join_masks(prefix_mask, token_mask, prefix_shape, token_shape) -> jax.Array | None:
-    """Masks `[B, P]` and `[B, V]`, either None where all are real -> `[B, P + V]` or None."""
-    if prefix_mask is None and token_mask is None:
-        return None
-    prefix_mask = jnp.ones(prefix_shape, bool) if prefix_mask is None else prefix_mask
-    token_mask = jnp.ones(token_shape, bool) if token_mask is None else token_mask
-    return jnp.concatenate([prefix_mask, token_mask], axis=1)
+def join_masks(prefix_mask, num_visible, num_prefix: int, shape) -> jax.Array | None:
+    """Which of prefix and tokens, of the shape `[B, V]`, are real, as `attend` takes it.
+
+    A mask of the prefix `[B, P]` and a number of tokens `[B]`, either None where all are real.
+    """
+    if prefix_mask is None:
+        return None if num_visible is None else num_prefix + num_visible
+    num_visible = jnp.full(shape[0], shape[1]) if num_visible is None else num_visible
+    visible = jnp.arange(shape[1]) < num_visible[:, None]
+    return jnp.concatenate([prefix_mask, visible], axis=1)
 
 
 class DJepa(nnx.Module):

@@ -17,16 +17,23 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from djepa_jax.core.sharding import keep_batch_split
+from djepa_jax.core.models.attention import attend, precision_of
+from djepa_jax.core.models.dropout import dropout, split_keys
+from djepa_jax.core.models.fused_attention import SAVED
+from djepa_jax.core.models.ragged import Ragged, whole
+from djepa_jax.core.sharding import batch_divisor, keep_batch_split
 
 if TYPE_CHECKING:  # it names the conditioner, which is built from these layers
     from djepa_jax.core.models.djepa import ModelConfig
 
 NORM_EPSILON = 1e-6
+policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    ),
+    "full": policies.nothing_saveable,
 }
 
 zeros_init = nnx.initializers.zeros
@@ -46,29 +53,6 @@ def torch_linear_init(key, shape, dtype=jnp.float32, *, fan_in: int) -> jax.Arra
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zero a share `rate` of `x` `[B, ...]` and scale the rest up; does nothing without keys `[B]`.
-
-    The mask of an example is a function of its own key, the same in any part of a batch.
-    """
-    if keys is None or rate == 0.0:
-        return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
-
-
-def split_keys(keys: jax.Array | None, count: int) -> jax.Array | tuple:
-    """Keys of examples `[B]` -> `[count, B]`; no keys stay none."""
-    if keys is None:
-        return (None,) * count
-    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
-
-
-def precision_of(dtype) -> jax.lax.Precision | None:
-    """Float32 as it is: left alone, TPUs round factors to bfloat16, recent GPUs to TF32."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-
-
 class Linear(nnx.Module):
     """y = x W + b over the last axis, in the compute dtype; `out` is one size or several."""
 
@@ -86,10 +70,39 @@ class Linear(nnx.Module):
         # they span several; on accelerators the reshape is free.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # [R, in]
         kernel = self.kernel[...].astype(self.dtype)
-        contract_in = (((1,), (0,)), ((), ()))
-        out = jax.lax.dot_general(rows, kernel, contract_in, precision_of(self.dtype))  # [R, *out]
-        out = out + self.bias[...].astype(self.dtype)
+        out = product(rows, kernel) + self.bias[...].astype(self.dtype)  # [R, *out]
         return out.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+    def apart(self, rows: jax.Array) -> list[jax.Array]:
+        """Map `[R, in]` to the `n` parts of an `out` of `(n, w)`: each `[R, w]`."""
+        kernel = self.kernel[...].astype(self.dtype)
+        flat = product(rows.astype(self.dtype), kernel.reshape(len(kernel), -1))  # [R, n w]
+        return jnp.split(flat + self.bias[...].astype(self.dtype).reshape(-1), kernel.shape[1], 1)
+
+
+def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Rows `[R, in]` times a kernel `[in, *out]`: `[R, *out]`, in the type of both."""
+    is_tall = kernel.ndim == 2 and kernel.shape[0] > kernel.shape[1]
+    return _tall_product(rows, kernel) if is_tall else _contract(rows, kernel, 1, 0)
+
+
+def _contract(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision_of(x.dtype))
+
+
+@jax.custom_vjp
+def _tall_product(rows, kernel):
+    return _contract(rows, kernel, 1, 0)
+
+
+def _tall_product_backward(inputs, gradient):
+    rows, kernel = inputs
+    # CPUs take twice as long for the gradient of a tall kernel as for that of its transpose
+    transposed = jax.lax.optimization_barrier(_contract(gradient, rows, 0, 0))  # [out, in]
+    return _contract(gradient, kernel, 1, 1), transposed.T
+
+
+_tall_product.defvjp(lambda *inputs: (_tall_product(*inputs), inputs), _tall_product_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -129,7 +142,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
         width, dtype = config.width, config.dtype
-        self.num_heads = config.num_heads
+        self.num_heads, self.implementation = config.num_heads, config.attention
         self.weight_dropout, self.out_dropout = config.attention_dropout, config.dropout
         norm = functools.partial(RMSNorm, width // config.num_heads, dtype=dtype)
         self.qkv = Linear(width, (3, width), rngs=rngs, dtype=dtype)
@@ -137,29 +150,56 @@ class Attention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
         self.out = Linear(width, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, key_mask, keys, queries) -> jax.Array:
-        """Attend within `x` `[B, S, D]`; arguments as for `Stack`."""
-        heads = "b s three (h d) -> three b h s d"
-        q, k, v = rearrange(self.qkv(x), heads, three=3, h=self.num_heads)  # [B, H, S, D/H] each
+    def __call__(self, x: jax.Array, key_mask, keys, queries, ragged: Ragged) -> jax.Array:
+        """Attend within each of the examples whose rows are `x` `[G, R, D]`; as for `Stack`."""
+        weight_keys, out_keys = split_keys(keys, 2)
+        masks = ragged.of_examples(key_mask)
+        parts = zip(ragged.split(self.qkv(x)), masks, ragged.of_examples(weight_keys), strict=True)
+        mixed = ragged.join([self._attend(*part, queries) for part in parts])  # [G, R, D]
+        return drop_rows(self.out(mixed), self.out_dropout, out_keys, ragged)
+
+    def _attend(self, qkv: jax.Array, key_mask, weight_keys, queries) -> jax.Array:
+        """Attention of examples `[B, S, 3, D]` of one length: `[B, S, D]` or `[B, Q, D]`."""
+        heads = {"pattern": "b s (h d) -> b s h d", "h": self.num_heads}
+        q, k, v = (rearrange(qkv[:, :, i], **heads) for i in range(3))  # [B, S, H, D/H] each
         if queries is not None:
-            q = jnp.take(q, queries, axis=2)  # [B, H, Q, D/H]
+            q = jnp.take(q, queries, axis=1)  # [B, Q, H, D/H]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        weight_keys, out_keys = split_keys(keys, 2)
-        weights = attention_weights(q, k, key_mask)  # [B, H, Q, S]
-        weights = dropout(weights, self.weight_dropout, weight_keys).astype(v.dtype)
-        mixed = jnp.einsum("bhqs,bhsd->bqhd", weights, v, precision=precision_of(v.dtype))
-        out = self.out(rearrange(mixed, "b q h d -> b q (h d)"))  # [B, Q, D]
-        return dropout(out, self.out_dropout, out_keys)
+        if key_mask is not None and key_mask.ndim == 2:
+            key_mask = key_mask[:, : qkv.shape[1]]
+        drop = {"rate": self.weight_dropout, "keys": weight_keys}
+        mixed = attend(q, k, v, mask=key_mask, implementation=self.implementation, **drop)
+        return rearrange(mixed, "b q h d -> b q (h d)")
 
 
-def attention_weights(q: jax.Array, k: jax.Array, key_mask: jax.Array | None) -> jax.Array:
-    """Softmax of scaled dot products (Vaswani et al. 2017, eq. 1) in float32: `[B, H, Q, S]`."""
-    exact = {"precision": precision_of(q.dtype), "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bhqd,bhsd->bhqs", q, k, **exact) * q.shape[-1] ** -0.5
-    if key_mask is not None:
-        scores = jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
+def drop_rows(x: jax.Array, rate: float, keys: jax.Array | None, ragged: Ragged) -> jax.Array:
+    """Dropout on rows `[G, R, D]` of examples with `keys` `[B]`."""
+    if keys is None or rate == 0.0:
+        return x
+    parts = zip(ragged.split(x), ragged.of_examples(keys), strict=True)
+    return ragged.join([dropout(part, rate, part_keys) for part, part_keys in parts])
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x Phi(x) (Hendrycks and Gimpel 2016), with erf.
+
+    JAX's own form has erfc, which takes CPUs longer, and so does its gradient.
+    """
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x, gradient):
+    density = jnp.exp(-0.5 * jnp.square(x)) * (1 / math.sqrt(2 * math.pi))
+    return (gradient * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class Mlp(nnx.Module):
@@ -171,11 +211,11 @@ class Mlp(nnx.Module):
         self.up = Linear(config.width, hidden, rngs=rngs, dtype=config.dtype)
         self.down = Linear(hidden, config.width, rngs=rngs, dtype=config.dtype)
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Map `[B, S, D]` to `[B, S, D]`; `keys` `[B]` drop."""
+    def __call__(self, x: jax.Array, keys: jax.Array | None, ragged: Ragged) -> jax.Array:
+        """Map rows `[G, R, D]` to as many; the `keys` `[B]` of their examples drop."""
         up_keys, down_keys = split_keys(keys, 2)
-        x = dropout(jax.nn.gelu(self.up(x), approximate=False), self.dropout_rate, up_keys)
-        return dropout(self.down(x), self.dropout_rate, down_keys)
+        x = drop_rows(gelu(self.up(x)), self.dropout_rate, up_keys, ragged)
+        return drop_rows(self.down(x), self.dropout_rate, down_keys, ragged)
 
 
 class Block(nnx.Module):
@@ -187,12 +227,12 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, dtype=config.dtype)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x, key_mask=None, keys=None, queries=None):
-        """Map `[B, S, D]` to `[B, S, D]`, or to `[B, Q, D]` where only `queries` are wanted."""
+    def __call__(self, x, ragged: Ragged, key_mask=None, keys=None, queries=None):
+        """Map rows `[G, R, D]` to as many, or to `[B, Q, D]` where only `queries` are wanted."""
         attention_keys, mlp_keys = split_keys(keys, 2)
-        mixed = self.attention(self.attention_norm(x), key_mask, attention_keys, queries)
+        mixed = self.attention(self.attention_norm(x), key_mask, attention_keys, queries, ragged)
         x = (x if queries is None else jnp.take(x, queries, axis=1)) + mixed
-        return x + self.mlp(self.mlp_norm(x), mlp_keys)
+        return x + self.mlp(self.mlp_norm(x), mlp_keys, ragged)
 
 
 class Stack(nnx.Module):
@@ -205,34 +245,45 @@ class Stack(nnx.Module):
         self.blocks = make_block(jax.random.split(rngs.params(), depth))
         self.norm = LayerNorm(config.width, dtype=config.dtype)
 
-    def __call__(self, x, *, key_mask=None, keys=None, queries=None):
+    def __call__(self, x, *, key_mask=None, keys=None, queries=None, ragged: Ragged | None = None):
         """Run all layers on `[B, S, D]`: `[B, S, D]`, or `[B, Q, D]` at the places `queries` `[Q]`.
 
-        Places where `key_mask` `[B, S]` is False never influence another; `keys` `[B]` turn dropout
-        on. With `queries` the last layer skips all other places, which nothing reads.
+        Places beyond the first `key_mask` `[B]`, or where it is False `[B, S]`, never influence
+        another; `keys` `[B]` turn dropout on. With `queries` the last layer skips all other places,
+        which nothing reads. With `ragged` the places beyond the lengths that it tells are left out,
+        and zero in the result.
         """
         graph, params = nnx.split(self.blocks)
-        x = x.astype(self.dtype)
+        length, ragged = x.shape[1], usable(ragged, x) or whole(x.shape[1])
+        x = ragged.flatten(x.astype(self.dtype))  # [G, R, D]
         if queries is None:
             layer_keys = None if keys is None else split_keys(keys, self.depth)  # [L, B]
 
             def body(x, layer):
                 block_params, keys = layer
-                x = nnx.merge(graph, block_params)(keep_batch_split(x), key_mask, keys)
+                x = nnx.merge(graph, block_params)(keep_batch_split(x), ragged, key_mask, keys)
                 return keep_batch_split(x), None
 
             body = remat_layer(body, self.remat)
-            return self.norm(jax.lax.scan(body, x, (params, layer_keys), unroll=self.unroll)[0])
+            x, _ = jax.lax.scan(body, x, (params, layer_keys), unroll=self.unroll)
+            return ragged.restore(self.norm(x), length)
 
         def block_at(index):  # by index, so that no slice of the stack is copied
             layer = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
             return nnx.merge(graph, jax.tree.map(layer, params))
 
         def indexed_body(x, index):
-            return block_at(index)(x, key_mask), None
+            return block_at(index)(x, ragged, key_mask), None
 
         x, _ = jax.lax.scan(indexed_body, x, jnp.arange(self.depth - 1))
-        return self.norm(block_at(self.depth - 1)(x, key_mask, None, queries))
+        return self.norm(block_at(self.depth - 1)(x, ragged, key_mask, None, queries))
+
+
+def usable(ragged: Ragged | None, x: jax.Array) -> Ragged | None:
+    """`ragged` where the groups of `x` `[B, ...]` divide over the devices that share the batch."""
+    mesh = jax.typeof(x).sharding.mesh
+    devices = 1 if mesh.empty else batch_divisor(mesh)
+    return None if ragged is None or len(x) // ragged.size % devices else ragged
 
 
 def remat_layer(body: Callable, policy: str) -> Callable:
