@@ -19,15 +19,16 @@ def read_other(file: str, names: Collection[str]) -> dict:
     """
     try:
         other = json.loads(as_path(file).read_text("utf-8"))
-        costs = {name: cost(part) for name, part in timed(other).items()}
+        comparison(other, other, file)  # which meets whatever is not of the form
     except OSError as error:
         raise ConfigError(f'--compare "{file}" cannot be read: {error.strerror}.') from error
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f'--compare "{file}" must be of the form {FORM} ({reason}).') from error
-    if not costs.keys() & set(names):
+    parts = timed(other)
+    if not parts.keys() & set(names):
         raise ConfigError(
-            f'--compare "{file}" times {", ".join(costs) or "nothing"}, this run '
+            f'--compare "{file}" times {", ".join(parts) or "nothing"}, this run '
             f"{', '.join(names)}; measure a part that both have."
         )
     return other
@@ -45,6 +46,7 @@ def cost(part: dict) -> float:
 
 def comparison(ours: dict, other: dict, file: str) -> str:
     """A table of the parts that both have, and below it what else differs."""
+    ours = json.loads(json.dumps(ours))  # as the other was read: tuples are lists
     lines, told = ["", f"{'':<20}{'here':<32}{file:<32}an image: theirs / ours"], {}
     theirs = timed(other)
     for name, part in timed(ours).items():

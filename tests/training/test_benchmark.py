@@ -160,6 +160,10 @@ def test_a_file_of_another_program_stands_beside_ours(tiny_run, tmp_path):
     text = comparison(ours, own, "own.json")
     assert "differs: device cpu here, abacus there (train, sample, denoise)" in text
     assert "config.model.width 16 here, 17 there" in text and text.count("1.000") == 3
+    assert text.count("differs") == 2
+    assert "differs" not in comparison(
+        ours | {"config": {"mesh": (1, 1)}}, ours | {"config": {"mesh": [1, 1]}}, "x"
+    )
     median = ours["train"]["milliseconds"]["median"]
     other = {"train": {"batch_size": 32, "milliseconds": {"median": 4 * median}}}
     text = comparison(ours, other, "other.json")
@@ -174,6 +178,14 @@ BAD_FILES = {
     "no batch size": ('{"train": {"milliseconds": {"median": 1}}}', "form.*batch_size'"),
     "text for a number": (
         '{"train": {"batch_size": 1, "milliseconds": {"median": "1"}}}',
+        "must be of the form",
+    ),
+    "text for a percentile": (
+        '{"train": {"batch_size": 1, "milliseconds": {"median": 1, "p10": 1, "p90": "1"}}}',
+        "must be of the form",
+    ),
+    "no images": (
+        '{"train": {"batch_size": 0, "milliseconds": {"median": 1}}}',
         "must be of the form",
     ),
     "no common part": (
