@@ -158,5 +158,5 @@ def run_tests(names: list[str], deadline: float) -> dict:
     paths = sorted(str(path) for name in names for path in TESTS.glob(name))
     if not paths or importlib.util.find_spec("pytest") is None:
         return {"found": "skipped: needs a checkout of the repository, and pytest"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
     return {"found": run_command(command, deadline).rpartition("\n")[2]}
