@@ -18,6 +18,8 @@ from djepa_jax.runtime import distributed, errors
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
 from djepa_jax.runtime.streams import ignore_lost_readers
 
+# Flags of the benchmark that a suite sets for its cases.
+OF_PARTS = ("parts", "steps", "repeats", "warmup", "batch_sizes", "profile")
 EXPORT_FORMATS = ("orbax", "safetensors", "official", "stablehlo")
 
 
@@ -81,12 +83,18 @@ def prepare(values: flags.FlagValues, experiment: Experiment) -> None:
     run_prepare(experiment, values.workdir, values.measure_scale, values.shard)
 
 
-def benchmark(values: flags.FlagValues, experiment: Experiment) -> None:
-    """Measure the speed of training and sampling."""
+def benchmark(values: flags.FlagValues, experiment: Experiment | None) -> None:
+    """Measure the speed of training, sampling and decoding; with --suite=gpu, check a machine."""
     from djepa_jax.training.benchmark import Timing, run_benchmark
 
-    timing = Timing(values.steps, values.repeats, values.warmup)
-    run_benchmark(experiment, values.parts, timing, values.out, values.overwrite)
+    if values.suite:
+        from djepa_jax.training.benchmark_suite import run_suite
+
+        run_suite(values.suite, values.out, values.time_limit, values.compare, values.overwrite)
+        return
+    timing = Timing(values.steps, values.repeats, values.warmup, values.profile)
+    options = (values.out, values.batch_sizes, values.compare, values.overwrite)
+    run_benchmark(experiment, values.parts, timing, *options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +146,7 @@ MODES = {
         benchmark,
         ("config",),
         "--config=digits --parts=train",
-        own=("steps", "repeats", "warmup", "parts", "out", "overwrite"),
+        own=("out", "compare", "suite", "time_limit", "overwrite", *OF_PARTS),
         one_process=True,
     ),
 }
@@ -168,6 +176,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "restore_from": "train: PATH@STEP, go on from that step.",
         "wandb": "train: a project of Weights & Biases, for scalars and grids.",
         "init_from": "train: a workdir, PATH@STEP or export, to begin with its weights.",
+        "compare": "benchmark: FILE of an earlier --out, to be put beside this one.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",
@@ -178,6 +187,7 @@ def define_flags(values: flags.FlagValues) -> None:
     switches = {
         "latents_only": "sample: write latents and no pictures.",
         "overwrite": "sample, export, evaluate, benchmark: replace what is there.",
+        "profile": "benchmark: trace one call, and name its largest kernels.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",
     }
     for name, words in switches.items():
@@ -190,18 +200,25 @@ def define_flags(values: flags.FlagValues) -> None:
         "steps": (10, None, "benchmark: training steps in one repeat."),
         "repeats": (10, None, "benchmark: timed repeats."),
         "warmup": (2, None, "benchmark: calls before the clock starts."),
+        "time_limit": (480, 1, "benchmark --suite: seconds after which it ends."),
     }
     for name, (default, least, words) in numbers.items():
         flags.DEFINE_integer(name, default, words, lower_bound=least, flag_values=values)
-    parts = ["train", "sample"]
-    flags.DEFINE_list("parts", parts, "benchmark: what to measure.", flag_values=values)
+    parts = "benchmark: train, sample, denoise, decode; parity, attention."
+    flags.DEFINE_list("parts", ["train", "sample"], parts, flag_values=values)
+    sizes = "benchmark: of sample, denoise and decode, each measured."
+    flags.DEFINE_list("batch_sizes", [], sizes, flag_values=values)
+    suite = "benchmark: check and measure this machine; tiny tries it out."
+    flags.DEFINE_enum("suite", None, ["gpu", "tiny"], suite, flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
     flags.DEFINE_enum("format", "orbax", EXPORT_FORMATS, "export: its form.", flag_values=values)
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Experiment | None]:
     """The flags' values, and the configuration, None without one (`config.flags.parse`)."""
-    values, experiment = parse_flags(argv, define_flags, usage, lambda v: MODES[v.mode].needs)
+    values, experiment = parse_flags(
+        argv, define_flags, usage, lambda v: () if v.suite else MODES[v.mode].needs
+    )
     takers = {}  # flags that not all modes take, and the modes that do
     for name, mode in MODES.items():
         for flag in {*mode.needs, *mode.own} - {"config", "workdir"}:
@@ -214,6 +231,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Experiment | None]:
                 f"--{flag} is for --mode={' or '.join(modes)}; leave it out of {values.mode}"
                 f"{f', or write --config.{alike[0]}=VALUE' if alike else ''}."
             )
+    for flag in ("config", "config_json", *OF_PARTS) if values.suite else ():
+        if values[flag].present:
+            raise UsageError(f"--{flag} is not for --suite, which has its own; leave out one.")
+    if not values.suite and values["time_limit"].present:
+        raise UsageError("--time_limit is for --suite; leave it out, or add --suite=gpu.")
     if values.distributed != "none" and MODES[values.mode].one_process:
         raise UsageError(
             f"--mode={values.mode} is for one process; leave out --distributed "

@@ -44,6 +44,7 @@ RENAMED = {  # keys of earlier versions
 }
 # Flags that name files and folders.
 PATHS = ("config", "config_json", "workdir", "out", "source", "restore_from", "init_from")
+PATHS += ("compare",)
 # Flags that belong to one start and not to the run.
 OF_ONE_START = ("distributed", "coordinator", "num_processes", "process_id", "restore_from")
 OF_ONE_START += ("rendezvous_timeout", "heartbeat_timeout", "init_from", "wandb")

@@ -1,7 +1,11 @@
-"""Switches for looking into a run: NaNs, compilations, a trace of some steps (`config.debug`)."""
+"""For looking into a run: NaNs, compilations, a trace of some steps (`config.debug`), kernels."""
 
+import collections
 import contextlib
+import gzip
+import json
 import os
+import pathlib
 
 import jax
 
@@ -41,3 +45,22 @@ class ProfileWindow:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+
+
+def largest_kernels(folder: str | os.PathLike, count: int = 10) -> dict:
+    """Kernels of the trace below a folder: milliseconds and calls of all, and by name the largest.
+
+    They are the events of a GPU's streams; elsewhere XLA's operations, inner ones beside outer.
+    """
+    with gzip.open(next(pathlib.Path(folder).rglob("*.trace.json.gz"))) as file:
+        events = json.load(file)["traceEvents"]
+    threads = [event for event in events if event.get("name") == "thread_name"]
+    streams = {(e["pid"], e["tid"]) for e in threads if e["args"]["name"].startswith("Stream")}
+    timed = [event for event in events if event.get("ph") == "X"]
+    kernels = [event for event in timed if (event["pid"], event["tid"]) in streams]
+    kernels = kernels or [event for event in timed if "hlo_op" in event.get("args", {})]
+    spent, calls = collections.Counter(), collections.Counter(event["name"] for event in kernels)
+    for event in kernels:
+        spent[event["name"]] += event["dur"] / 1e3
+    largest = [(name, ms, calls[name]) for name, ms in spent.most_common(count)]
+    return {"milliseconds": spent.total(), "calls": calls.total(), "largest": largest}

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from djepa_jax.training.benchmark_compare import spread
+
 
 def report(results: dict, parts: Sequence[str]) -> str:
     """The results of `parts` as a table for people."""
@@ -30,35 +32,49 @@ def _pairs(values: dict) -> str:
 
 def part_rows(part: str, record: dict) -> list[tuple[str, str]]:
     """Rows of the table for one part."""
-    ms, used, mfu = record["milliseconds"], record["memory_bytes"], record["useful_mfu"]
-    counts, unit = record["flops"], record["unit"]
-    runs = f"{len(record['seconds'])} repeats of {record['calls_per_repeat']}"
-    spread = f"10 % {ms['p10']:.1f}, 90 % {ms['p90']:.1f}, least {ms['min']:.1f}; {runs}"
-    planned, peak = (
-        f"{used[key] / 2**20:,.0f} MiB" if used[key] else "not known"
-        for key in ("xla_plan", "device_peak")
-    )
-    compiled, lowered = record["compile_seconds"], record["lower_seconds"]
-    per_image = f"{record['milliseconds_per_image']:.2f} ms an image"
+    if "found" in record:
+        return [(part, record["found"])]
+    counts = record["flops"]
 
     def times(name: str, other: str) -> str:
         value = counts[name]
         known = value is not None
         return f"{readable(value)}, {value / counts[other]:.3f} x {other}" if known else "not known"
 
-    return [
-        (part, f"batch {record['batch_size']}"),
-        ("compile", f"{compiled:.1f} s, after {lowered:.1f} s of tracing and lowering"),
-        ("time", f"{ms['median']:.1f} ms a {unit} ({spread}); {per_image}"),
-        ("images/s", f"{record['images_per_second']:.1f}"),
-        ("memory a device", f"{planned} planned by XLA; peak of the process so far {peak}"),
-        (f"FLOPs a {unit}", f"{readable(counts['ideal'])} ideal"),
+    rows = [(part, summary(record)), *kernel_rows(record["kernels"])]
+    if "ideal" not in counts:
+        return rows
+    return rows + [
+        (f"FLOPs a {record['unit']}", f"{readable(counts['ideal'])} ideal"),
         ("  padded", times("padded", "ideal")),
         ("  traced", times("traced", "padded")),
         ("  XLA, compiled", f"{times('compiled', 'padded')}; may count a loop's body once"),
         ("useful FLOP/s", readable(record["useful_flops_per_second"])),
-        ("useful MFU", f"{mfu:.1%} of the bfloat16 peak" if mfu is not None else "peak not known"),
     ]
+
+
+def summary(record: dict) -> str:
+    """One timed part on a line."""
+    used, mfu = record["memory_bytes"], record["useful_mfu"]
+    planned, peak = (
+        f"{used[key] / 2**20:,.0f} MiB" if used[key] else "not known"
+        for key in ("xla_plan", "device_peak")
+    )
+    useful = f"useful MFU {mfu:.1%} of the bfloat16 peak" if mfu else "MFU: peak not known"
+    return (
+        f"batch {record['batch_size']}: {spread(record)} a {record['unit']}, "
+        f"{record['milliseconds_per_image']:.4g} ms an image, {record['images_per_second']:.4g} "
+        f"images/s; {useful}; memory: {planned} planned by XLA, peak so far {peak}; compiled in "
+        f"{record['compile_seconds']:.1f} s after {record['lower_seconds']:.1f} s of tracing"
+    )
+
+
+def kernel_rows(kernels: dict | None) -> list[tuple[str, str]]:
+    """Rows for the largest kernels of one call, if it was traced."""
+    if kernels is None:
+        return []
+    rows = [("  kernels", f"{kernels['milliseconds']:.3f} ms in {kernels['calls']} calls")]
+    return rows + [("", f"{ms:9.3f} ms {n:5} x {name:.60}") for name, ms, n in kernels["largest"]]
 
 
 def readable(value: float) -> str:
@@ -66,3 +82,13 @@ def readable(value: float) -> str:
     scales = ((1e12, "T"), (1e9, "G"))
     scale, prefix = next(((s, p) for s, p in scales if value >= s), (1e6, "M"))
     return f"{value / scale:.4g} {prefix}"
+
+
+def suite_report(results: dict) -> str:
+    """What every case of a suite has found, or why it has found nothing."""
+    rows = []
+    for name, case in results["cases"].items():
+        record = results.get(name, {"found": case["outcome"]})
+        rows += [(name, record.get("found") or summary(record))]
+        rows += kernel_rows(record.get("kernels"))
+    return "\n".join(["", *(f"{name:<20}{text}" for name, text in rows)])
