@@ -185,13 +185,13 @@ def is_hash(product) -> bool:
 
 def test_a_step_draws_each_mask_where_it_is_used():
     """Forward and backward, and nothing of it by JAX's generators."""
-    width, heads, batch, layers = 16, 2, 16, 1
+    width, heads, layers = 16, 2, 1
     experiment = tiny_config()
     prefix, masking = experiment.model.num_prefix_tokens, experiment.train.masking
-    lengths = prefix + masking.max_visible, prefix + masking.num_tokens
-    weights = sum(heads * length**2 for length in lengths)
-    hidden, outputs = (sum(n * width * length for length in lengths) for n in (4, 2))
-    total = batch * layers * (weights + hidden + outputs)
+    packs = masking.batch_size // masking.pack_size
+    parts = [(count * packs, most) for count, most in masking.lengths]  # of the context encoder
+    parts = [(n, prefix + places) for n, places in [*parts, (16, masking.num_tokens)]]
+    total = layers * sum(n * (heads * s**2 + (4 + 2) * width * s) for n, s in parts)
     assert drawn(step_equations(0.0)) == 0
     assert drawn(step_equations(0.1)) == 2 * total
 

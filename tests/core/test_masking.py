@@ -123,6 +123,37 @@ def test_packed_rows_hold_every_draw(batch, group):
         )  # one stratum's worth of rows, and rounding
 
 
+@pytest.mark.parametrize("batch, group", GROUPED)
+def test_sorted_packs_fit_the_lengths(batch, group):
+    """Every draw, and they leave out half of the padding where ratios are many."""
+    plan = MaskingConfig(256, batch, group_size=group)
+    [masked] = draw_many(plan, seeds=1024)
+    shown = np.asarray(256 - masked).reshape(1024, -1, plan.pack_size)
+    shown = -np.sort(-shown, axis=-1)
+    limits = np.concatenate([np.full(count, most) for count, most in plan.lengths])
+    assert len(limits) == plan.pack_size and (shown <= limits).all()
+    if batch // group >= 32:
+        assert plan.max_visible - limits.mean() > (plan.max_visible - shown.mean()) / 2
+
+
+def test_sorting_keeps_examples_together():
+    plan = MaskingConfig(16, 8, group_size=1)
+    num_visible = masking.draw_num_visible(jax.random.key(5), plan)
+    examples = {
+        "shown": num_visible,
+        "id": jnp.arange(8),
+        "key": jax.random.split(jax.random.key(0), 8),
+    }
+    found = masking.sort_packs(examples, num_visible, plan)
+    packs = found["shown"].reshape(-1, plan.pack_size)
+    assert (jnp.diff(packs, axis=-1) <= 0).all()
+    np.testing.assert_array_equal(found["shown"], num_visible[found["id"]])
+    assert (found["key"] == examples["key"][found["id"]]).all()
+    assert (
+        found["id"].reshape(packs.shape) // plan.pack_size == jnp.arange(len(packs))[:, None]
+    ).all()
+
+
 @pytest.mark.parametrize("ratio_min", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("end", [0.0, 1 - 2**-24])
 def test_packed_rows_hold_the_most_extreme_draw(monkeypatch, ratio_min, end):
@@ -135,6 +166,8 @@ def test_packed_rows_hold_the_most_extreme_draw(monkeypatch, ratio_min, end):
         num_visible = np.asarray(masking.draw_num_visible(jax.random.key(0), plan))
         assert num_visible.min() >= 0 and num_visible.max() <= plan.max_visible
         assert (tokens - num_visible).reshape(-1, plan.pack_size).sum(-1).max() <= plan.packed_rows
+        limits = np.concatenate([np.full(count, most) for count, most in plan.lengths])
+        assert (-np.sort(-num_visible.reshape(-1, plan.pack_size)) <= limits).all()
 
 
 def test_masked_weights_closed_form():

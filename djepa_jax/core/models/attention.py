@@ -9,7 +9,7 @@ Shape letters: B batch, Q queries, S keys, H heads, d width of a head.
 import jax
 import jax.numpy as jnp
 
-from djepa_jax.core.models.dropout import dropout
+from djepa_jax.core.models.dropout import dropout, weight_places
 from djepa_jax.core.models.fused_attention import fused_attention
 
 IMPLEMENTATIONS = ("auto", "plain", "cudnn", "fused")
@@ -74,7 +74,8 @@ def _plain(q, k, v, mask, rate, keys):
     if mask is not None:
         seen = _seen(mask, k.shape[1])[:, None, None]
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores), rate, keys).astype(v.dtype)
+    sizes = (scores.shape[1], weight_places(k.shape[1]), weight_places(k.shape[1]))
+    weights = dropout(jax.nn.softmax(scores), rate, keys, sizes).astype(v.dtype)
     return jnp.einsum("bhqs,bshd->bqhd", weights, v, precision=precision_of(v.dtype))
 
 

@@ -12,30 +12,33 @@ import jax
 import jax.numpy as jnp
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+def dropout(
+    x: jax.Array, rate: float, keys: jax.Array | None, sizes: tuple[int, ...] | None = None
+) -> jax.Array:
     """Zero a share `rate` of `x` `[B, ...]` and scale the rest up; does nothing without keys `[B]`.
 
-    The mask of an example is a function of its own key, the same in any part of a batch.
+    The mask of an example is a function of its own key, the same in any part of a batch. It is a
+    part of the mask of an example of `sizes`, its own by default.
     """
     if keys is None or rate == 0.0:
         return x
-    return _dropout(rate, x, key_words(keys))
+    return _dropout(rate, sizes or x.shape[1:], x, key_words(keys))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dropout(rate: float, x: jax.Array, words: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dropout(rate: float, sizes: tuple[int, ...], x: jax.Array, words: jax.Array) -> jax.Array:
     example = (len(x),) + (1,) * (x.ndim - 1)
     words = [words[:, i].reshape(example) for i in range(2)]
-    keep = keep_mask(words, row_major_index(x.shape[1:]), rate)
+    keep = keep_mask(words, row_major_index(x.shape[1:], sizes), rate)
     return jnp.where(keep, x.astype(jnp.float32) * keep_scale(rate), 0).astype(x.dtype)
 
 
-def _dropout_forward(rate, x, words):
-    return _dropout(rate, x, words), words
+def _dropout_forward(rate, sizes, x, words):
+    return _dropout(rate, sizes, x, words), words
 
 
-def _dropout_backward(rate, words, gradient):
-    return _dropout(rate, gradient, words), None  # linear in x, and its own transpose
+def _dropout_backward(rate, sizes, words, gradient):
+    return _dropout(rate, sizes, gradient, words), None  # linear in x, and its own transpose
 
 
 _dropout.defvjp(_dropout_forward, _dropout_backward)
@@ -53,12 +56,19 @@ def key_words(keys: jax.Array) -> jax.Array:
     return jax.random.key_data(keys)[..., :2]
 
 
-def row_major_index(shape: tuple[int, ...]) -> jax.Array:
-    """The flat index of every element, uint32."""
+def row_major_index(shape: tuple[int, ...], sizes: tuple[int, ...] | None = None) -> jax.Array:
+    """For every element of a `shape` its flat index in an array of `sizes`, uint32."""
     index = jnp.uint32(0)
-    for axis, size in enumerate(shape):  # not a reshaped iota, which meshes could not split
+    for axis, size in enumerate(
+        sizes or shape
+    ):  # not a reshaped iota, which meshes could not split
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return index
+
+
+def weight_places(num_keys: int) -> int:
+    """Queries and keys in the numbering of attention weights: the same however much is padded."""
+    return max(4096, num_keys)
 
 
 def keep_mask(words, index: jax.Array, rate: float) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
 
-from djepa_jax.core.models.dropout import keep_mask, keep_scale, key_words
+from djepa_jax.core.models.dropout import keep_mask, keep_scale, key_words, weight_places
 from djepa_jax.core.sharding import BATCH_AXES, batch_divisor
 
 SAVED = "fused_attention"  # the name under which memory policies may keep the kernel's results
@@ -85,7 +85,8 @@ class Tiles:
         """A block of the mask that `dropout` draws for weights `[B, H, Q, S]`."""
         query = query_block * BLOCK + jnp.arange(BLOCK)
         key = key_block * BLOCK + jnp.arange(BLOCK)
-        index = (head * self.queries + query)[:, None] * self.keys + key
+        places = weight_places(self.keys)
+        index = (head * places + query)[:, None] * places + key
         return keep_mask((words_ref[0], words_ref[1]), index.astype(jnp.uint32), self.rate)
 
     def weight_gradients(self, inputs: "Inputs", q, dout, lse, delta, k, v, query_block, key_block):

@@ -1,0 +1,73 @@
+"""Rows of examples of several lengths: nothing is lost, and networks answer as on padded ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from djepa_jax.core.models.conditioning import Classes
+from djepa_jax.core.models.djepa import ModelConfig, init_params, split_model
+from djepa_jax.core.models.ragged import Ragged
+from djepa_jax.core.train_step import predict_features
+
+RAGGED = Ragged(((1, 5), (2, 3)))  # groups of three examples
+TINY = ModelConfig(
+    grid=(6,),
+    token_dim=3,
+    conditioner=Classes(5),
+    width=16,
+    encoder_depth=2,
+    predictor_depth=1,
+    num_heads=2,
+    denoiser_depth=1,
+    denoiser_width=8,
+    denoiser_out=3,
+    num_prefix_tokens=2,
+)
+NUM_VISIBLE = jnp.array([4, 2, 1, 3, 2, 0])
+LENGTHS = ((1, 4), (2, 2))  # hold these numbers in groups of three
+
+
+def test_rows_hold_what_is_inside_the_lengths():
+    x = jnp.arange(6 * 5 * 2.0).reshape(6, 5, 2)
+    rows = RAGGED.flatten(x)
+    assert rows.shape == (2, 11, 2)
+    parts = RAGGED.split(rows)
+    assert [part.shape for part in parts] == [(2, 5, 2), (4, 3, 2)]
+    np.testing.assert_array_equal(parts[1][2], x[4, :3])  # second group, its second example
+    np.testing.assert_array_equal(RAGGED.join(parts), rows)
+    inside = np.zeros((6, 5, 1), bool)
+    inside[[0, 3]] = inside[:, :3] = True
+    np.testing.assert_array_equal(RAGGED.restore(rows, 5), np.where(inside, x, 0))
+    chosen = RAGGED.of_examples(jnp.arange(6))
+    np.testing.assert_array_equal(chosen[0], [0, 3])
+    np.testing.assert_array_equal(chosen[1], [1, 2, 4, 5])
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+def test_features_and_gradients_are_those_of_padded_examples(dropped):
+    """With the same masks of dropout for an example, wherever its rows are."""
+    config = dataclasses.replace(TINY, dropout=dropped, attention_dropout=dropped)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+    order = jax.vmap(lambda key: jax.random.permutation(key, 6))(
+        jax.random.split(jax.random.key(1), 6)
+    )
+    tokens = jax.random.normal(jax.random.key(2), (6, 6, 3))
+    keys = jax.random.split(jax.random.key(3), (2, 6)) if dropped else (None, None)
+
+    def loss(params, lengths):
+        model = nnx.merge(split_model(config)[0], params)
+        condition = model.embed_condition(jnp.arange(6) % 6)
+        cond = predict_features(model, tokens, order, condition, NUM_VISIBLE, 4, keys, lengths)
+        return jnp.sin(cond).sum(), cond
+
+    evaluate = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, padded), expected = evaluate(params, ())
+    (_, ragged), gradient = evaluate(params, LENGTHS)
+    np.testing.assert_allclose(ragged, padded, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(1, float(jnp.abs(other).max())))
