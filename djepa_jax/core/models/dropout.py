@@ -59,9 +59,7 @@ def key_words(keys: jax.Array) -> jax.Array:
 def row_major_index(shape: tuple[int, ...], sizes: tuple[int, ...] | None = None) -> jax.Array:
     """For every element of a `shape` its flat index in an array of `sizes`, uint32."""
     index = jnp.uint32(0)
-    for axis, size in enumerate(
-        sizes or shape
-    ):  # not a reshaped iota, which meshes could not split
+    for axis, size in enumerate(sizes or shape):  # no reshaped iota: meshes could not split it
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return index
 
