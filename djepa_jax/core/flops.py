@@ -76,16 +76,17 @@ def train_image(
     """One training image, forward and backward.
 
     Ideal by default: mean numbers of visible and masked tokens, and the last layers at masked
-    places only. `padded` counts what the step really runs: V visible places, packed rows, whole
-    last layers; but not what `model.remat` computes again. `time_rows` is the number of time
+    places only. `padded` counts what the step really runs: visible tokens padded to
+    `masking.lengths`, packed rows, whole last layers; but not what `model.remat` computes again. `time_rows` is the number of time
     embeddings per image, see there.
     """
     masked = masked_rows(masking, padded)
-    visible = masking.max_visible if padded else model.num_tokens - masked
     queries = None if padded else masked
+    parts = masking.lengths if padded else ((masking.pack_size, model.num_tokens - masked),)
+    shown = sum(n * networks(model, visible, queries) for n, visible in parts) / masking.pack_size
     row = denoiser_row(model)
     per_token = noise_multiplicity * row["rest"] + row["condition"]
-    trained = networks(model, visible, queries) + (masked * per_token + time_rows * row["time"])
+    trained = shown + masked * per_token + time_rows * row["time"]
     if not model.jepa_head:
         return 3 * trained
     places = model.num_prefix_tokens + model.num_tokens

@@ -197,7 +197,7 @@ def make_train_step(config: TrainStepConfig) -> Callable:
 
         grads, metrics = accumulate(config, gradient_of, examples, token_keys)
         visible = examples["num_visible"].mean() / config.masking.num_tokens
-        metrics |= {"grad_norm": optax.tree.norm(grads), "mask_ratio": 1 - visible}
+        metrics |= {"grad_norm": optax.tree.norm(optimizer.pack(grads)), "mask_ratio": 1 - visible}
         transform = optimizer.make_optimizer(config.optimizer, values=values.update)
         return apply_update(values.update, transform, state, grads, metrics)
 
@@ -232,29 +232,54 @@ def split_packs(x: jax.Array, parts: int, pack_size: int) -> jax.Array:
 
 
 def apply_update(values: optimizer.UpdateValues, transform, state: TrainState, grads, metrics):
-    """Optimiser and average; only counters move if loss, gradient or update is not finite."""
-    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    """Optimiser and average; only counters move if loss, gradient or update is not finite.
+
+    The metric "param_norm" is that of the new parameters, also where they are left out.
+    """
+    old = pack_all((state.params, state.ema_params, state.opt_state))
+    params, ema_params, opt_state = old
+    updates, opt_state = transform.update(optimizer.pack(grads), opt_state, params)
+    params = optax.apply_updates(params, updates)
+    ema_params = optimizer.update_ema(ema_params, params, values.ema_decay)
+    metrics |= {"param_norm": optax.tree.norm(params)}
     finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
-    finite &= jnp.isfinite(optax.tree.norm(updates))
-    params = optax.apply_updates(state.params, updates)
-    ema_params = optimizer.update_ema(state.ema_params, params, values.ema_decay)
+    finite &= jnp.isfinite(metrics["param_norm"])
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jnp.where(finite, new, old)
 
+    new = jax.tree.map(keep, (params, ema_params, opt_state), old)
+    params, ema_params, opt_state = unpack_all(new, state.params)
     bad = 1 - finite.astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
-        params=keep(params, state.params),
-        ema_params=keep(ema_params, state.ema_params),
-        opt_state=keep(opt_state, state.opt_state),
+        params=params,
+        ema_params=ema_params,
+        opt_state=opt_state,
         skipped_steps=state.skipped_steps + bad,
         bad_streak=(state.bad_streak + 1) * bad,
     )
     metrics |= {
-        "param_norm": optax.tree.norm(state.params),
         "learning_rate": values.learning_rate,
         "skipped_steps": state.skipped_steps,
         "bad_streak": state.bad_streak,
     }
     return state, metrics
+
+
+def pack_all(state):
+    """`optimizer.pack` of all that is like the parameters, in a tree of more than that."""
+    return jax.tree.map(
+        lambda x: optimizer.pack(x) if isinstance(x, dict) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, dict),
+    )
+
+
+def unpack_all(state, like: dict):
+    """The reverse of `pack_all`."""
+    return jax.tree.map(
+        lambda x: optimizer.unpack(x, like) if isinstance(x, dict) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, dict),
+    )
