@@ -77,8 +77,8 @@ def train_image(
 
     Ideal by default: mean numbers of visible and masked tokens, and the last layers at masked
     places only. `padded` counts what the step really runs: visible tokens padded to
-    `masking.lengths`, packed rows, whole last layers; but not what `model.remat` computes again. `time_rows` is the number of time
-    embeddings per image, see there.
+    `masking.lengths`, packed rows, whole last layers; but not what `model.remat` computes again.
+    `time_rows` is the number of time embeddings per image, see there.
     """
     masked = masked_rows(masking, padded)
     queries = None if padded else masked

@@ -18,6 +18,7 @@ S noises per token, G halves of guidance, T autoregressive steps.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,9 @@ from djepa_jax.core.masking import to_raster
 from djepa_jax.core.models.conditioning import Condition
 from djepa_jax.core.models.djepa import ModelConfig, split_model
 from djepa_jax.core.schedules import ORDERS, reveal_counts
+from djepa_jax.core.sharding import path_name
 
+KERNEL, EXACT = re.compile(r"/kernel$"), re.compile(r"/time_embedding/")  # times stay float32
 ORDER_STREAM, NOISE_STREAM = 0, 1
 
 
@@ -201,13 +204,23 @@ def make_draws(config: SamplerConfig, seed, sample_ids) -> Draws:
     return Draws(jax.vmap(order_of)(keys), functools.partial(noise_at_all, keys))
 
 
+def cast_kernels(params: dict, dtype: jnp.dtype) -> dict:
+    """Parameters whose kernels have the type of products already: cast once, not in every step."""
+
+    def cast(path, x):
+        is_kernel = KERNEL.search(path_name(path)) and not EXACT.search(path_name(path))
+        return x.astype(dtype) if is_kernel else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def make_sampler(config: SamplerConfig) -> Callable:
     """The pure function `(params, SampleInputs) -> tokens [B, N, C]`."""
     graph, _ = split_model(config.model)
 
     def generate(params, inputs: SampleInputs) -> jax.Array:
         draws = make_draws(config, inputs.seed, inputs.sample_ids)
-        model = nnx.merge(graph, params)
+        model = nnx.merge(graph, cast_kernels(params, config.model.dtype))
         scales, temperature = inputs.cfg_scales, inputs.temperature
         return run_steps(config, model, draws, inputs.conditions, scales, temperature)
 
@@ -226,7 +239,7 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
     def step(params, state: SampleState, inputs: SampleInputs, number):
         """Reveal the tokens of step `number`."""
         draws = make_draws(config, inputs.seed, inputs.sample_ids)
-        model = nnx.merge(graph, params)
+        model = nnx.merge(graph, cast_kernels(params, config.model.dtype))
         condition = embed_guided(config, model, inputs.conditions)
         reveal = ar_step(config, model, draws, condition, segment)
         num_new, scale = jnp.asarray(counts)[number], inputs.cfg_scales[number]

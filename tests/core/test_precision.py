@@ -71,3 +71,26 @@ def test_autoencoder():
 
             found = products(call, params, jax.ShapeDtypeStruct(shape, "float32"))
             assert_exact(found, {dtype})
+
+
+def test_sampling_casts_kernels_once():
+    """Not in its loops, whose steps are many: there, only activations and vectors change type."""
+    experiment = tiny_config("--config.compute_dtype=bfloat16")
+    params = jax.eval_shape(lambda: init_state(experiment.train)).params
+    numbers = jnp.zeros(2, jnp.int32)
+    inputs = SampleInputs(numbers, numbers, 0, experiment.cfg_scales, 1.0)
+    blocks = params["denoiser"]["blocks"]
+    shapes = [blocks[name]["kernel"].shape for name in ("up", "down", "modulation")]
+    kernels = {size for shape in shapes for size in (shape, shape[1:])}
+
+    def casts(jaxpr, in_loop):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "convert_element_type" and in_loop:
+                yield equation.invars[0].aval.shape
+            for inner in jex.core.jaxprs_in_params(equation.params):
+                yield from casts(inner, in_loop or equation.primitive.name == "scan")
+
+    found = set(
+        casts(jax.make_jaxpr(make_sampler(experiment.sampler))(params, inputs).jaxpr, False)
+    )
+    assert found and not found & kernels
