@@ -29,6 +29,14 @@ def test_shellcheck_has_nothing_to_say():
     assert done.returncode == 0 and len(scripts) >= 8, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("given", [None, "glibc.malloc.perturb=1", ""])
+def test_programs_get_large_pages_unless_one_says_otherwise(given):
+    own = {} if given is None else {"GLIBC_TUNABLES": given}
+    command = ["bash", "-c", 'source launch/common.sh; printf %s "$GLIBC_TUNABLES"']
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
+    assert done.stdout == ("glibc.malloc.hugetlb=1" if given is None else given)
+
+
 def test_help_is_the_comment_at_the_head(machine):
     flags = {"setup": "--install_python", "train_gpu": "--gpus", "train_slurm": "--platform"}
     flags |= {"train_tpu_vm": "--spot", "prepare_imagenet": "--publish", "local": "--config.num"}
