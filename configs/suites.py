@@ -18,6 +18,7 @@ L = "--config=djepa_l --config.batch_size=64 --config.sample.batch_size=64"
 H = "--config=djepa_h --config.batch_size=32 --config.sample.batch_size=64"
 STEPS, BATCHES = "--steps=5 --repeats=5 --warmup=1", "--repeats=2 --warmup=1"
 UNGUIDED = "--config.sample.cfg_scale=1"
+CUDNN = "--config.model.attention=cudnn --config.model.attention_dropout=0"
 DEBUG = "--config=djepa_b:debug --steps=2 --repeats=2 --warmup=1"
 
 # Seconds on one H100 as estimated, not measured: 10 to start, 45 to 90 to compile B for the first
@@ -28,6 +29,8 @@ GPU = {
     "resume": ("resume", "--config=digits --config.num_steps=600"),  # 120, three programs
     "b_train": ("train", f"{B} {STEPS}"),  # 105
     "b_sample": ("sample", f"{B} {UNGUIDED} {BATCHES}"),  # 140
+    "b_train_fused": ("train", f"{B} {STEPS} --config.model.attention=fused"),  # 105
+    "b_sample_cudnn": ("sample", f"{B} {UNGUIDED} {BATCHES} {CUDNN}"),  # 140
     "b_train_kernels": ("train", f"{B} {STEPS} --profile"),  # 50, compiled before
     "b_denoise_kernels": ("denoise", f"{B} {UNGUIDED} {STEPS} --profile"),  # 40
     "b_guided": ("sample", f"{B} {BATCHES}"),  # 180
