@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from djepa_jax.core import bounds
-from djepa_jax.core.sharding import path_name
+from djepa_jax.core.sharding import is_alone, path_name
 
-VECTORS = re.compile(r"/(bias|scale)$")  # most of the arrays, hardly any of the numbers
+# Most of the arrays, and hardly any of the numbers.
+VECTORS = re.compile(r"/(bias|scale)$")
 MAX_RAMPED_EMA_DECAY = 0.9999
 # Only matrices of the ViT blocks decay: no denoiser, JEPA head, embedding, bias or norm.
 DECAYED = re.compile(
@@ -130,8 +131,11 @@ def pack(tree: dict) -> dict:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     packed = {path_name(path): leaf for path, leaf in leaves}
-    vectors = [packed.pop(name).reshape(-1) for name in list(packed) if VECTORS.search(name)]
-    return packed | ({"vectors": jnp.concatenate(vectors)} if vectors else {})
+    names = [name for name in packed if VECTORS.search(name)]
+    if not names or not is_alone(packed[names[0]]):  # on a mesh, XLA would gather kernels for it
+        return packed
+    vectors = [packed.pop(name).reshape(-1) for name in names]
+    return packed | {"vectors": jnp.concatenate(vectors)}
 
 
 def unpack(packed: dict, like: dict) -> dict:
@@ -140,7 +144,7 @@ def unpack(packed: dict, like: dict) -> dict:
 
     def take(path, leaf):
         nonlocal start
-        if not VECTORS.search(path_name(path)):
+        if path_name(path) in packed:
             return packed[path_name(path)]
         part = packed["vectors"][start : start + leaf.size]
         start += leaf.size

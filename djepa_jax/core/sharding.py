@@ -102,6 +102,12 @@ def keep_batch_split(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, split))
 
 
+def is_alone(x: jax.Array) -> bool:
+    """Whether `x` is traced for one device."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.empty or mesh.size == 1
+
+
 def host_device() -> jax.Device:
     """The CPU, for arrays that no device needs to hold; the first device where JAX has no CPU."""
     try:

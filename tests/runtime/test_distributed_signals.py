@@ -21,7 +21,7 @@ from djepa_jax.runtime.distributed import StopSignals
 from djepa_jax.runtime.metric_writer import METRICS_NAME
 
 MAKES_THE_REST = (
-    f"stopped at step {STEPS} of {STEPS}; the same command makes the samples and the evaluation."
+    f"stopped at step {STEPS} of {STEPS}; the same command makes the missing samples or figures."
 )
 
 

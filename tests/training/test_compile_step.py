@@ -17,7 +17,7 @@ from djepa_jax.core.optimizer import ema_decay, learning_rate, weight_decay
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.sampling.generator import Generator, jitted_sampler
 from djepa_jax.training import compile_step as module
-from djepa_jax.training.benchmark import random_batch
+from djepa_jax.training.benchmark_cases import random_batch
 from djepa_jax.training.compile_step import (
     FILE_NAME,
     StepProgram,
@@ -70,7 +70,7 @@ def test_programs_do_not_depend_on_numbers_that_are_changed_in_passing():
     def texts(experiment) -> tuple[str, str]:
         state = abstract_state(experiment, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        batch = random_batch(experiment, mesh)
+        batch = jax.device_put(random_batch(experiment), sharding.batch_sharding(mesh))
         step = StepProgram(experiment.train, shardings).lower(state, batch)
         generator = Generator(experiment, mesh)
         inputs = generator._inputs(np.arange(10, dtype=np.int32), 0, experiment.sample.seed)
