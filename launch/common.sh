@@ -5,8 +5,8 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 PYTHON="$PWD/.venv/bin/python"
-# Large pages for what programs allocate (glibc 2.35 or newer): a training step on a CPU takes a
-# quarter less time, which went into making its memory's 100,000 small ones
+# Large pages for what programs allocate (glibc 2.35 or newer), in place of 100,000 small ones for
+# every training step on a CPU, which takes about an eighth less time (docs/benchmarks.md)
 export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
 
 die() {

@@ -70,20 +70,28 @@ class MaskingConfig:
         return self.group_size * max(n for n in range(1, most + 1) if groups % n == 0)
 
     @property
+    def strata(self) -> int:
+        """Parts of the ratio's distribution, of which each group of a pack draws from another."""
+        return self.pack_size // self.group_size
+
+    @property
+    def slack(self) -> float:
+        """By how much a number of tokens may be off, since ratios are drawn in float32."""
+        return 1e-3 + 1e-6 * self.num_tokens
+
+    @property
     def packed_rows(self) -> int:
         """Rows per pack that hold all its masked tokens, whatever the draw (K)."""
-        strata = self.pack_size // self.group_size
-        slack = 1e-3 + 1e-6 * self.num_tokens  # the draw is made in float32
-        return self.group_size * sum(self.masked_at((i + 1) / strata, slack) for i in range(strata))
+        most = (self.masked_at((i + 1) / self.strata, self.slack) for i in range(self.strata))
+        return self.group_size * sum(most)
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
         """Parts of a pack that is sorted by `sort_packs`: (examples, the most tokens they show)."""
-        strata, slack = self.pack_size // self.group_size, 1e-3 + 1e-6 * self.num_tokens
-        cuts = sorted({-(-strata * part // NUM_LENGTHS) for part in range(NUM_LENGTHS + 1)})
+        cuts = sorted({-(-self.strata * part // NUM_LENGTHS) for part in range(NUM_LENGTHS + 1)})
         parts = []
         for start, stop in itertools.pairwise(cuts):
-            most = self.num_tokens - self.masked_at(start / strata, -slack)
+            most = self.num_tokens - self.masked_at(start / self.strata, -self.slack)
             parts.append(((stop - start) * self.group_size, min(most, self.max_visible)))
         return tuple(parts)
 
@@ -102,7 +110,7 @@ class MaskingConfig:
 
 def draw_num_visible(key: jax.Array, config: MaskingConfig) -> jax.Array:
     """Number of visible tokens of each example: `[B]` int32 in 0..config.max_visible."""
-    packs, strata = config.batch_size // config.pack_size, config.pack_size // config.group_size
+    packs, strata = config.batch_size // config.pack_size, config.strata
     shuffle_key, offset_key = jax.random.split(key)
     pack_keys = jax.random.split(shuffle_key, packs)
     ranks = jax.vmap(lambda key: jax.random.permutation(key, strata))(pack_keys)

@@ -4,7 +4,9 @@ Schedules are functions of the number of updates made, so that they can be read 
 """
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from typing import Annotated
 
 import jax
@@ -14,8 +16,7 @@ import optax
 from djepa_jax.core import bounds
 from djepa_jax.core.sharding import is_alone, path_name
 
-# Most of the arrays, and hardly any of the numbers.
-VECTORS = re.compile(r"/(bias|scale)$")
+VECTORS = re.compile(r"/(bias|scale)$")  # most of the arrays, hardly any of the numbers
 MAX_RAMPED_EMA_DECAY = 0.9999
 # Only matrices of the ViT blocks decay: no denoiser, JEPA head, embedding, bias or norm.
 DECAYED = re.compile(
@@ -123,12 +124,28 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def pack(tree: dict) -> dict:
-    """Parameters, or what is like them, by path, with all `VECTORS` joined to one.
+def pack(tree):
+    """A tree in which parameters, or dicts like them, are by path, with all `VECTORS` in one.
 
     An update runs a dozen kernels per array, which take longer to compile and to launch than to run
     on vectors.
     """
+    return _map_dicts(_pack, tree)
+
+
+def unpack(tree, like: dict):
+    """The reverse of `pack`; shapes are those of the parameters `like`."""
+    return _map_dicts(functools.partial(_unpack, like=like), tree)
+
+
+def _map_dicts(change: Callable[[dict], dict], tree):
+    def is_dict(x) -> bool:
+        return isinstance(x, dict)
+
+    return jax.tree.map(lambda x: change(x) if is_dict(x) else x, tree, is_leaf=is_dict)
+
+
+def _pack(tree: dict) -> dict:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     packed = {path_name(path): leaf for path, leaf in leaves}
     names = [name for name in packed if VECTORS.search(name)]
@@ -138,19 +155,17 @@ def pack(tree: dict) -> dict:
     return packed | {"vectors": jnp.concatenate(vectors)}
 
 
-def unpack(packed: dict, like: dict) -> dict:
-    """The reverse of `pack`; shapes are those of `like`."""
-    start = 0
-
-    def take(path, leaf):
-        nonlocal start
-        if path_name(path) in packed:
-            return packed[path_name(path)]
-        part = packed["vectors"][start : start + leaf.size]
-        start += leaf.size
-        return part.reshape(leaf.shape)
-
-    return jax.tree_util.tree_map_with_path(take, like)
+def _unpack(packed: dict, like: dict) -> dict:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    found, start = [], 0
+    for path, leaf in leaves:
+        name = path_name(path)
+        if name not in packed:
+            found.append(packed["vectors"][start : start + leaf.size].reshape(leaf.shape))
+            start += leaf.size
+        else:
+            found.append(packed[name])
+    return jax.tree.unflatten(treedef, found)
 
 
 def update_ema(ema: dict, params: dict, decay: jax.Array) -> dict:

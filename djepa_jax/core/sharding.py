@@ -84,8 +84,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """Devices that share a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    """Devices that share a batch; 1 outside a mesh."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
 def keep_batch_split(x: jax.Array) -> jax.Array:

@@ -236,7 +236,7 @@ def apply_update(values: optimizer.UpdateValues, transform, state: TrainState, g
 
     The metric "param_norm" is that of the new parameters, also where they are left out.
     """
-    old = pack_all((state.params, state.ema_params, state.opt_state))
+    old = optimizer.pack((state.params, state.ema_params, state.opt_state))
     params, ema_params, opt_state = old
     updates, opt_state = transform.update(optimizer.pack(grads), opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -249,7 +249,7 @@ def apply_update(values: optimizer.UpdateValues, transform, state: TrainState, g
         return jnp.where(finite, new, old)
 
     new = jax.tree.map(keep, (params, ema_params, opt_state), old)
-    params, ema_params, opt_state = unpack_all(new, state.params)
+    params, ema_params, opt_state = optimizer.unpack(new, state.params)
     bad = 1 - finite.astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
@@ -265,21 +265,3 @@ def apply_update(values: optimizer.UpdateValues, transform, state: TrainState, g
         "bad_streak": state.bad_streak,
     }
     return state, metrics
-
-
-def pack_all(state):
-    """`optimizer.pack` of all that is like the parameters, in a tree of more than that."""
-    return jax.tree.map(
-        lambda x: optimizer.pack(x) if isinstance(x, dict) else x,
-        state,
-        is_leaf=lambda x: isinstance(x, dict),
-    )
-
-
-def unpack_all(state, like: dict):
-    """The reverse of `pack_all`."""
-    return jax.tree.map(
-        lambda x: optimizer.unpack(x, like) if isinstance(x, dict) else x,
-        state,
-        is_leaf=lambda x: isinstance(x, dict),
-    )

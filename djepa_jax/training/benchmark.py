@@ -34,7 +34,7 @@ from djepa_jax.runtime.profiling import largest_kernels
 from djepa_jax.runtime.storage import as_path, check_ours, check_writable, write_json
 from djepa_jax.training import benchmark_cases as cases
 from djepa_jax.training.benchmark_attention import check_attention
-from djepa_jax.training.benchmark_compare import comparison, read_other
+from djepa_jax.training.benchmark_compare import ENVIRONMENT, comparison, read_other
 from djepa_jax.training.benchmark_parity import check_parity
 from djepa_jax.training.benchmark_table import report
 from djepa_jax.training.compile_step import planned_bytes
@@ -160,7 +160,7 @@ def describe(experiment: Experiment, mesh) -> dict:
         "mesh": dict(mesh.shape),
         "peak_flops_per_device": flops.peak_flops(device.device_kind),
         "versions": versions(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        **{name: os.environ.get(name, "") for name in ENVIRONMENT},
         "compilation_cache": jax.config.jax_compilation_cache_dir or "none",
         "segments": [dataclasses.asdict(segment) for segment in plan_segments(experiment.sampler)],
         "config": experiment.to_dict(),

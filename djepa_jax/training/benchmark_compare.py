@@ -8,7 +8,8 @@ from djepa_jax.runtime.storage import as_path
 
 FORM = '{"train": {"batch_size": 256, "milliseconds": {"median": 816.0}}}'
 # What figures depend on besides, by their names in results.
-FACTS = ("device", "devices", "batch_size", "XLA_FLAGS", "timing", "versions", "config")
+ENVIRONMENT = ("XLA_FLAGS", "GLIBC_TUNABLES")  # variables
+FACTS = ("device", "devices", "batch_size", *ENVIRONMENT, "timing", "versions", "config")
 
 
 def read_other(file: str, names: Collection[str]) -> dict:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from djepa_jax.training.benchmark_compare import spread
+from djepa_jax.training.benchmark_compare import ENVIRONMENT, spread
 
 
 def report(results: dict, parts: Sequence[str]) -> str:
@@ -13,7 +13,7 @@ def report(results: dict, parts: Sequence[str]) -> str:
     rows = [
         ("device", f"{devices}, mesh {_pairs(results['mesh'])}"),
         ("versions", _pairs(results["versions"])),
-        ("XLA_FLAGS", results["XLA_FLAGS"] or "none"),
+        *((name, results[name] or "none") for name in ENVIRONMENT),
         ("compilation cache", results["compilation_cache"]),
         ("precision", config["compute_dtype"]),
         ("model", _pairs(config["model"])),

@@ -77,7 +77,7 @@ def test_training_costs_what_was_worked_out():
         counted = flops.train_image(model, masking, 4)
         assert 1 <= counted / (TRAINING_GFLOP[size] * 1e9) < 1 + SMALL_PROJECTIONS, size
         padded = flops.train_image(model, masking, 4, padded=True)
-        assert 1.0 < padded / counted < 1.1, size
+        assert 1.0 < padded / counted < 1.03, size
         without_head = dataclasses.replace(model, jepa_head=False)
         assert flops.train_image(without_head, masking, 4) < 0.9 * counted, size
     assert flops.mean_masked(masking) == pytest.approx(256 - 33.545, abs=0.01)

@@ -15,7 +15,7 @@ from flax import nnx, traverse_util
 
 from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params, split_model
-from djepa_jax.core.models.vit import REMAT_POLICIES, dropout
+from djepa_jax.core.models.vit import REMAT_POLICIES, dropout, gelu
 from djepa_jax.core.train_step import predict_features
 
 TINY = ModelConfig(
@@ -328,3 +328,18 @@ def test_permuting_visible_and_masked_tokens_permutes_the_output(inputs):
         run(tokens, order), run(tokens[:, shuffle], order[:, shuffle]), strict=True
     ):
         assert_close(moved, plain[:, shuffle], 1e-5)
+
+
+def test_gelu_is_exact_in_either_type():
+    """Values and slopes of x Phi(x), also far below zero, where bfloat16 has few digits for it."""
+    x = jnp.linspace(-6, 6, 4001)
+    expected, slopes = jax.vmap(jax.value_and_grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
+    np.testing.assert_allclose(gelu(x), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), slopes, atol=1e-6)
+    coarse = x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(
+        gelu(coarse), gelu(coarse.astype(jnp.float32)).astype(jnp.bfloat16)
+    )
+    slope = jax.vmap(jax.grad(gelu))(coarse)
+    exact = jax.vmap(jax.grad(gelu))(coarse.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(slope, exact)

@@ -7,26 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import tiny_config
 
-from djepa_jax.core.models.conditioning import Classes
-from djepa_jax.core.models.djepa import ModelConfig, init_params, split_model
+from djepa_jax.core.models.djepa import init_params, split_model
 from djepa_jax.core.models.ragged import Ragged
 from djepa_jax.core.train_step import predict_features
 
 RAGGED = Ragged(((1, 5), (2, 3)))  # groups of three examples
-TINY = ModelConfig(
-    grid=(6,),
-    token_dim=3,
-    conditioner=Classes(5),
-    width=16,
-    encoder_depth=2,
-    predictor_depth=1,
-    num_heads=2,
-    denoiser_depth=1,
-    denoiser_width=8,
-    denoiser_out=3,
-    num_prefix_tokens=2,
-)
 NUM_VISIBLE = jnp.array([4, 2, 1, 3, 2, 0])
 LENGTHS = ((1, 4), (2, 2))  # hold these numbers in groups of three
 
@@ -50,13 +37,12 @@ def test_rows_hold_what_is_inside_the_lengths():
 @pytest.mark.parametrize("dropped", [0.0, 0.3])
 def test_features_and_gradients_are_those_of_padded_examples(dropped):
     """With the same masks of dropout for an example, wherever its rows are."""
-    config = dataclasses.replace(TINY, dropout=dropped, attention_dropout=dropped)
+    changes = {"encoder_depth": 2, "dropout": dropped, "attention_dropout": dropped}
+    config = dataclasses.replace(tiny_config().train.model, **changes)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
-    order = jax.vmap(lambda key: jax.random.permutation(key, 6))(
-        jax.random.split(jax.random.key(1), 6)
-    )
-    tokens = jax.random.normal(jax.random.key(2), (6, 6, 3))
+    order = jax.vmap(jax.random.permutation, (0, None))(jax.random.split(jax.random.key(1), 6), 16)
+    tokens = jax.random.normal(jax.random.key(2), (6, 16, config.token_dim))
     keys = jax.random.split(jax.random.key(3), (2, 6)) if dropped else (None, None)
 
     def loss(params, lengths):

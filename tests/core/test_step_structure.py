@@ -57,8 +57,8 @@ def test_products_are_those_of_the_formula():
     ours = flops.train_image(config.model, config.masking, 4, padded=True, time_rows=rows)
     ideal = flops.train_image(config.model, config.masking, 4)
     again = flops.count_products(jaxpr) / (BATCH * ours)
-    assert 0.99 < again < (1.01 if config.model.remat == "none" else 1.4)
-    assert ours < 1.06 * ideal
+    assert config.model.remat == "dots" and 0.99 < again < 1.01  # none of them is computed again
+    assert ours < 1.06 * ideal  # with two layers; test_flops has the whole
 
 
 def test_float32_products_are_small():
@@ -106,4 +106,4 @@ def test_xla_counts_no_more_than_it_did():
     """Of the program before it is optimised: bodies of loops once, and each operation by itself."""
     _, _, counts = lowered()
     assert counts["flops"] < 1.05 * 2.33e12
-    assert counts["bytes accessed"] < 1.05 * 219e9
+    assert counts["bytes accessed"] < 1.05 * 231e9

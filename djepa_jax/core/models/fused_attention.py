@@ -142,6 +142,7 @@ def _forward_kernel(tiles: Tiles, *refs):
     q = tiles.read(inputs.q, block, tiles.queries)
 
     def add_keys(key_block, carry):
+        """Output, maximum and sum after one more block of keys."""
         out, top, total = carry
         k = tiles.read(inputs.k, key_block, tiles.keys)
         v = tiles.read(inputs.v, key_block, tiles.keys)
@@ -170,6 +171,7 @@ def _query_gradient_kernel(tiles: Tiles, *refs):
     ]
 
     def add_keys(key_block, dq):
+        """The gradient of the queries after one more block of keys."""
         k = tiles.read(inputs.k, key_block, tiles.keys)
         v = tiles.read(inputs.v, key_block, tiles.keys)
         _, gradient = tiles.weight_gradients(inputs, *of_queries, k, v, block, key_block)
@@ -186,6 +188,7 @@ def _key_gradient_kernel(tiles: Tiles, *refs):
     k, v = (tiles.read(x, block, tiles.keys) for x in (inputs.k, inputs.v))
 
     def add_queries(query_block, carry):
+        """The gradients of keys and values after one more block of queries."""
         dk, dv = carry
         refs = inputs.q, dout_ref, lse_ref, delta_ref
         q, dout, *sums = [tiles.read(x, query_block, tiles.queries) for x in refs]

@@ -185,9 +185,11 @@ def drop_rows(x: jax.Array, rate: float, keys: jax.Array | None, ragged: Ragged)
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x Phi(x) (Hendrycks and Gimpel 2016), with erf.
 
-    JAX's own form has erfc, which takes CPUs longer, and so does its gradient.
+    JAX's own form has erfc, which takes CPUs longer, and so does its gradient. It is computed in
+    float32: far below zero, one plus erf has few digits, and in bfloat16 hardly any.
     """
-    return x * _normal_cdf(x)
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -195,8 +197,9 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x, gradient):
-    density = jnp.exp(-0.5 * jnp.square(x)) * (1 / math.sqrt(2 * math.pi))
-    return (gradient * (_normal_cdf(x) + x * density),)
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(wide)) * (1 / math.sqrt(2 * math.pi))
+    return ((gradient * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
@@ -281,8 +284,7 @@ class Stack(nnx.Module):
 
 def usable(ragged: Ragged | None, x: jax.Array) -> Ragged | None:
     """`ragged` where the groups of `x` `[B, ...]` divide over the devices that share the batch."""
-    mesh = jax.typeof(x).sharding.mesh
-    devices = 1 if mesh.empty else batch_divisor(mesh)
+    devices = batch_divisor(jax.typeof(x).sharding.mesh)
     return None if ragged is None or len(x) // ragged.size % devices else ragged
 
 
