@@ -31,11 +31,13 @@ from djepa_jax.core import flops
 from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.masking import to_raster
 from djepa_jax.core.models.conditioning import Condition
+from djepa_jax.core.models.denoiser import LoopDenoiser
 from djepa_jax.core.models.djepa import ModelConfig, split_model
 from djepa_jax.core.schedules import ORDERS, reveal_counts
 from djepa_jax.core.sharding import path_name
 
-KERNEL, EXACT = re.compile(r"/kernel$"), re.compile(r"/time_embedding/")  # times stay float32
+CAST = re.compile(r"/(kernel|bias)$")
+EXACT = re.compile(r"/time_embedding/|norm/bias$")  # what is computed in float32
 ORDER_STREAM, NOISE_STREAM = 0, 1
 
 
@@ -135,7 +137,7 @@ def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
 
 
 def ar_step(
-    config: SamplerConfig, model, draws: Draws, condition: Condition, segment: Segment
+    config: SamplerConfig, model, denoiser, draws: Draws, condition: Condition, segment: Segment
 ) -> Callable:
     """A function `(state, num_new, cfg_scale, temperature) -> state` that reveals the next tokens.
 
@@ -149,7 +151,7 @@ def ar_step(
         query_ids = jnp.minimum(places, num_tokens - 1)
         cond = predict(config, model, state, draws.order, condition, query_ids, segment.visible)
         noise = draws.noise_of(query_ids)  # [B, K, S, C]
-        new = config.token_loss.sample(model.denoiser, cond, noise, cfg_scale, temperature)
+        new = config.token_loss.sample(denoiser, cond, noise, cfg_scale, temperature)
         is_new = jnp.arange(segment.new) < num_new
         target = jnp.where(is_new, places, num_tokens)  # out of range is dropped
         tokens = state.tokens.at[:, target].set(new, mode="drop")
@@ -176,9 +178,9 @@ def run_steps(
     """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order."""
     counts = jnp.asarray(reveal_counts(config.model.num_tokens, config.num_ar_steps))
     condition = embed_guided(config, model, conditions)
-    state = config.start(len(draws.order))
+    state, denoiser = config.start(len(draws.order)), LoopDenoiser(model.denoiser)
     for segment in plan_segments(config):
-        step = ar_step(config, model, draws, condition, segment)
+        step = ar_step(config, model, denoiser, draws, condition, segment)
 
         def body(state, inputs, step=step):
             return step(state, *inputs, temperature), None
@@ -204,12 +206,12 @@ def make_draws(config: SamplerConfig, seed, sample_ids) -> Draws:
     return Draws(jax.vmap(order_of)(keys), functools.partial(noise_at_all, keys))
 
 
-def cast_kernels(params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters whose kernels have the type of products already: cast once, not in every step."""
+def cast_linear(params: dict, dtype: jnp.dtype) -> dict:
+    """Parameters of which linear maps' have the type of products: cast once, not in every step."""
 
     def cast(path, x):
-        is_kernel = KERNEL.search(path_name(path)) and not EXACT.search(path_name(path))
-        return x.astype(dtype) if is_kernel else x
+        is_linear = CAST.search(path_name(path)) and not EXACT.search(path_name(path))
+        return x.astype(dtype) if is_linear else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -220,7 +222,7 @@ def make_sampler(config: SamplerConfig) -> Callable:
 
     def generate(params, inputs: SampleInputs) -> jax.Array:
         draws = make_draws(config, inputs.seed, inputs.sample_ids)
-        model = nnx.merge(graph, cast_kernels(params, config.model.dtype))
+        model = nnx.merge(graph, cast_linear(params, config.model.dtype))
         scales, temperature = inputs.cfg_scales, inputs.temperature
         return run_steps(config, model, draws, inputs.conditions, scales, temperature)
 
@@ -239,9 +241,9 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
     def step(params, state: SampleState, inputs: SampleInputs, number):
         """Reveal the tokens of step `number`."""
         draws = make_draws(config, inputs.seed, inputs.sample_ids)
-        model = nnx.merge(graph, cast_kernels(params, config.model.dtype))
+        model = nnx.merge(graph, cast_linear(params, config.model.dtype))
         condition = embed_guided(config, model, inputs.conditions)
-        reveal = ar_step(config, model, draws, condition, segment)
+        reveal = ar_step(config, model, LoopDenoiser(model.denoiser), draws, condition, segment)
         num_new, scale = jnp.asarray(counts)[number], inputs.cfg_scales[number]
         state = reveal(state, num_new, scale, inputs.temperature)
         return state, to_raster(state.tokens, draws.order)

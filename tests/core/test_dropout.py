@@ -12,6 +12,7 @@ from djepa_jax.core.models.dropout import (
     keep_scale,
     key_words,
     row_major_index,
+    scramble,
     split_keys,
 )
 
@@ -42,7 +43,8 @@ def test_bits_are_balanced():
     """Each of the 32 bits, and each pair of neighbours, for keys that differ in one bit."""
     index = row_major_index((1 << 15,))
     words = [(0, 0), (1, 0), (0, 1), (0, 1 << 31)]
-    bits = np.stack([np.asarray(hash_bits(jnp.asarray(w, jnp.uint32), index)) for w in words])
+    words = scramble(jnp.asarray(words, jnp.uint32))
+    bits = np.stack([np.asarray(hash_bits(pair, index)) for pair in words])
     each = bits[..., None] >> np.arange(32) & 1  # [4, n, 32]
     bound = 4.5 / (2 * index.size**0.5)
     assert np.abs(each.mean(1) - 0.5).max() < bound

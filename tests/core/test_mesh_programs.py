@@ -155,7 +155,9 @@ def test_tensor_parallel_splits_heads_and_mlp(tensor_parallel):
         "attention weights of half of the heads"
     )
     assert not tensor_parallel.holds(images, HEADS, tokens, tokens)
-    assert tensor_parallel.holds(rows, 3, WIDTH // 2) and not tensor_parallel.holds(rows, 3, WIDTH)
+    width = WIDTH // HEADS
+    assert tensor_parallel.holds(images, tokens, HEADS // 2, width), "queries"
+    assert not tensor_parallel.holds(images, tokens, HEADS, width)
     assert tensor_parallel.holds(rows, 2 * WIDTH) and not tensor_parallel.holds(rows, 4 * WIDTH)
     assert not gathered_kernels(tensor_parallel)
 

@@ -15,7 +15,8 @@ from flax import nnx, traverse_util
 
 from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params, split_model
-from djepa_jax.core.models.vit import REMAT_POLICIES, dropout, gelu
+from djepa_jax.core.models.dropout import dropout
+from djepa_jax.core.models.vit import REMAT_POLICIES, gelu
 from djepa_jax.core.train_step import predict_features
 
 TINY = ModelConfig(

@@ -15,7 +15,12 @@ from djepa_jax.core.models.fused_attention import fused_attention
 IMPLEMENTATIONS = ("auto", "plain", "cudnn", "fused")
 # What "auto" is where one was measured to be the best, for (platform, whether weights are dropped);
 # plain elsewhere, and where the best one cannot be had.
-BEST = {("cpu", False): "plain", ("cpu", True): "plain"}
+BEST = {
+    ("cpu", False): "plain",
+    ("cpu", True): "plain",
+    ("gpu", False): "cudnn",
+    ("gpu", True): "fused",
+}
 
 
 def attend(q, k, v, *, mask=None, rate=0.0, keys=None, implementation="auto") -> jax.Array:

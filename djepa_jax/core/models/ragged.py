@@ -25,6 +25,11 @@ class Ragged:
         """Examples of a group (E)."""
         return sum(count for count, _ in self.parts)
 
+    @property
+    def length(self) -> int:
+        """Places of the longest examples."""
+        return max(length for _, length in self.parts)
+
     def flatten(self, x: jax.Array) -> jax.Array:
         """Rows of examples `[B, S, ...]`: `[G, R, ...]`; places beyond a part's length go."""
         parts = self.of_examples(x)

@@ -18,7 +18,7 @@ from einops import rearrange
 from flax import nnx
 
 from djepa_jax.core.models.attention import attend, precision_of
-from djepa_jax.core.models.dropout import dropout, split_keys
+from djepa_jax.core.models.dropout import dropout_rows, key_words, split_keys
 from djepa_jax.core.models.fused_attention import SAVED
 from djepa_jax.core.models.ragged import Ragged, whole
 from djepa_jax.core.sharding import batch_divisor, keep_batch_split
@@ -73,11 +73,13 @@ class Linear(nnx.Module):
         out = product(rows, kernel) + self.bias[...].astype(self.dtype)  # [R, *out]
         return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
-    def apart(self, rows: jax.Array) -> list[jax.Array]:
-        """Map `[R, in]` to the `n` parts of an `out` of `(n, w)`: each `[R, w]`."""
-        kernel = self.kernel[...].astype(self.dtype)
-        flat = product(rows.astype(self.dtype), kernel.reshape(len(kernel), -1))  # [R, n w]
-        return jnp.split(flat + self.bias[...].astype(self.dtype).reshape(-1), kernel.shape[1], 1)
+    def apart(self, x: jax.Array) -> list[jax.Array]:
+        """Map `[..., in]` to the `n` parts of an `out` of `(n, w)`: each `[..., w]`."""
+        # A product for each, since the gradients of parts of one would be copied together
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # [R, in]
+        kernel, bias = (y.astype(self.dtype) for y in (self.kernel[...], self.bias[...]))
+        parts = [product(rows, kernel[:, i]) + bias[i] for i in range(len(bias))]
+        return [part.reshape(*x.shape[:-1], -1) for part in parts]
 
 
 def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -115,12 +117,43 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise `[..., D]`."""
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        x = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPSILON)
+        x = standardise(x)
         if self.scale is not None:
             x = x * self.scale[...] + self.bias[...]
         return x.astype(self.dtype)
+
+
+@jax.custom_vjp
+def standardise(x: jax.Array) -> jax.Array:
+    """`[..., D]` with mean 0 and variance 1 along the last axis, in float32."""
+    return _standardise(x, *_moments(x))
+
+
+def _moments(x):
+    """Mean and one over the standard deviation `[..., 1]`."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + NORM_EPSILON)
+
+
+def _standardise(x, mean, scale):
+    return (x.astype(jnp.float32) - mean) * scale
+
+
+def _standardise_forward(x):
+    moments = jax.lax.optimization_barrier(_moments(x))
+    return _standardise(x, *moments), (x, *moments)
+
+
+def _standardise_backward(inputs, gradient):
+    x, mean, scale = inputs
+    normal = _standardise(x, mean, scale)
+    along = (gradient * normal).mean(-1, keepdims=True)
+    gradient = (gradient - gradient.mean(-1, keepdims=True) - normal * along) * scale
+    return (gradient.astype(x.dtype),)
+
+
+standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -154,20 +187,21 @@ class Attention(nnx.Module):
         """Attend within each of the examples whose rows are `x` `[G, R, D]`; as for `Stack`."""
         weight_keys, out_keys = split_keys(keys, 2)
         masks = ragged.of_examples(key_mask)
-        parts = zip(ragged.split(self.qkv(x)), masks, ragged.of_examples(weight_keys), strict=True)
+        parts = zip(*map(ragged.split, self.qkv.apart(x)), strict=True)  # (q, k, v) of each part
+        parts = zip(parts, masks, ragged.of_examples(weight_keys), strict=True)
         mixed = ragged.join([self._attend(*part, queries) for part in parts])  # [G, R, D]
         return drop_rows(self.out(mixed), self.out_dropout, out_keys, ragged)
 
-    def _attend(self, qkv: jax.Array, key_mask, weight_keys, queries) -> jax.Array:
-        """Attention of examples `[B, S, 3, D]` of one length: `[B, S, D]` or `[B, Q, D]`."""
+    def _attend(self, qkv: tuple, key_mask, weight_keys, queries) -> jax.Array:
+        """Attention of examples of one length, three `[B, S, D]`: `[B, S, D]` or `[B, Q, D]`."""
         heads = {"pattern": "b s (h d) -> b s h d", "h": self.num_heads}
-        q, k, v = (rearrange(qkv[:, :, i], **heads) for i in range(3))  # [B, S, H, D/H] each
+        q, k, v = (rearrange(x, **heads) for x in qkv)  # [B, S, H, D/H] each
         if queries is not None:
             q = jnp.take(q, queries, axis=1)  # [B, Q, H, D/H]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if key_mask is not None and key_mask.ndim == 2:
-            key_mask = key_mask[:, : qkv.shape[1]]
+            key_mask = key_mask[:, : k.shape[1]]
         drop = {"rate": self.weight_dropout, "keys": weight_keys}
         mixed = attend(q, k, v, mask=key_mask, implementation=self.implementation, **drop)
         return rearrange(mixed, "b q h d -> b q (h d)")
@@ -177,8 +211,9 @@ def drop_rows(x: jax.Array, rate: float, keys: jax.Array | None, ragged: Ragged)
     """Dropout on rows `[G, R, D]` of examples with `keys` `[B]`."""
     if keys is None or rate == 0.0:
         return x
-    parts = zip(ragged.split(x), ragged.of_examples(keys), strict=True)
-    return ragged.join([dropout(part, rate, part_keys) for part, part_keys in parts])
+    words = jnp.repeat(key_words(keys)[:, None], ragged.length, axis=1)  # [B, S, 2]
+    places = jnp.broadcast_to(jnp.arange(ragged.length, dtype=jnp.uint32), words.shape[:2])
+    return dropout_rows(x, rate, ragged.flatten(words), ragged.flatten(places))
 
 
 @jax.custom_vjp
