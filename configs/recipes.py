@@ -97,6 +97,8 @@ def imagenet(size: str, epochs: int, cfg_scale: float, variant: str) -> ConfigDi
     chosen = parse_variants(f"djepa_{size.lower()}.py", variant)
     config = builtin("default").get_config()
     config.model.size = size
+    if size == "B":
+        config.model.scan_unroll = 12  # all layers: an eighth faster on an H100, longer to compile
     config.num_steps = epochs * STEPS_PER_EPOCH
     config.optimizer.warmup_steps = 100 * STEPS_PER_EPOCH
     config.data.random_flip = True

@@ -9,6 +9,10 @@ PYTHON="$PWD/.venv/bin/python"
 # every training step on a CPU, which takes about an eighth less time (docs/benchmarks.md)
 export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
 
+# On NVIDIA GPUs: products by cuBLAS alone. As fast as with XLA's own kernels beside it, and compiled
+# in a third of the time (docs/benchmarks.md)
+GPU_XLA_FLAGS="${XLA_FLAGS---xla_gpu_enable_triton_gemm=false}"
+
 die() {
   echo "error: $*" >&2
   exit 2

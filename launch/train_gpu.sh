@@ -25,5 +25,6 @@ if [ -z "$dry_run" ]; then
 fi
 prepare cuda
 settings=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}" "JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}")
+settings+=("XLA_FLAGS=$GPU_XLA_FLAGS")
 run_last env "${settings[@]}" ${gpus:+"CUDA_VISIBLE_DEVICES=$gpus"} "$PYTHON" -m djepa_jax.main \
   ${config:+"--config=$config"} ${config_json:+"--config_json=$config_json"} "--workdir=$workdir" ${extra[@]+"${extra[@]}"}

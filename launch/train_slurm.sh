@@ -50,7 +50,7 @@ commas=${gpus//[^,]/}; [ -z "$gpus" ] || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0
 case " $* " in *" --mode=prepare "*) exec "$@" --shard=$SLURM_PROCID/$SLURM_NTASKS ;; esac
 exec "$@" --distributed=slurm'
 settings=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
-[ "$platform" != cuda ] || settings+=("JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}")
+[ "$platform" != cuda ] || settings+=("JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}" "XLA_FLAGS=$GPU_XLA_FLAGS")
 run_last srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none env "${settings[@]}" bash -c "$on_node" on_node \
   "$PYTHON" -m djepa_jax.main ${config:+"--config=$config"} ${config_json:+"--config_json=$config_json"} \
   "--workdir=$workdir" ${extra[@]+"${extra[@]}"}

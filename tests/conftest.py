@@ -11,15 +11,17 @@ import signal
 # for LLVM, it is a third. On a busy machine devices may wait for one another longer than the 40 s
 # after which XLA ends the process. Processes that tests start inherit this. XLA_FLAGS=" " tests
 # what users run.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1 "
+FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-)
+]
 
 import jax
 
+if jax.__version_info__ < (0, 11):  # later ones do not know it
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))  # read when the first device is asked for
 jax.config.update("jax_num_cpu_devices", 8)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, for all processes of tests, too
 

@@ -279,7 +279,8 @@ class Experiment(Settings):
         except ValueError as error:
             raise ConfigError(f"config.sample.{error}") from error
         return SamplerConfig(
-            model=self.network,
+            # Forwards nothing is kept that unrolled layers would not have to copy
+            model=dataclasses.replace(self.network, scan_unroll=1),
             token_loss=self.token_loss,
             num_ar_steps=sample.num_ar_steps,
             guided=sample.cfg_scale != 1,

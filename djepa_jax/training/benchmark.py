@@ -177,14 +177,14 @@ def measure(case: cases.BenchmarkCase, mesh, timing: Timing) -> dict:
     end = time.perf_counter()
     seconds, arguments = time_calls(case, compiled, timing)
     analysis = compiled.cost_analysis() or {}
-    counts = case.flops | {"traced": flops.count_products(traced.jaxpr)}
+    counts = case.flops | {"traced": flops.count_products(traced.jaxpr) / case.inside}
     counts["compiled"] = analysis["flops"] * mesh.size if "flops" in analysis else None
     stats = jax.local_devices()[0].memory_stats() or {}
     kernels = profile_call(compiled, arguments) if timing.profile else None
     return {
         "unit": case.unit,
         "batch_size": case.batch_size,
-        "calls_per_repeat": case.calls,
+        "calls_per_repeat": case.calls * case.inside,
         "lower_seconds": middle - start,
         "compile_seconds": end - middle,
         "flops": counts,
@@ -206,7 +206,7 @@ def profile_call(compiled: Callable, arguments: tuple) -> dict:
 
 
 def time_calls(case: cases.BenchmarkCase, compiled: Callable, timing: Timing) -> tuple:
-    """Seconds per call, one figure a repeat, and the arguments of the next call."""
+    """Seconds per unit, one figure a repeat, and the arguments of the next call."""
     arguments, seconds = case.arguments, []
     for repeat in range(-1, timing.repeats):  # the first one is the warm-up
         start, result = time.perf_counter(), None
@@ -215,7 +215,7 @@ def time_calls(case: cases.BenchmarkCase, compiled: Callable, timing: Timing) ->
             result = compiled(*arguments)
             arguments = case.following(arguments, result)
         jax.block_until_ready(result)
-        seconds.append((time.perf_counter() - start) / max(calls, 1))
+        seconds.append((time.perf_counter() - start) / max(calls, 1) / case.inside)
     return seconds[1:], arguments
 
 

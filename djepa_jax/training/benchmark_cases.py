@@ -11,8 +11,15 @@ from djepa_jax.checkpoints.autoencoder import make_decoder
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import flops, sharding
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, split_autoencoder
+from djepa_jax.core.models.denoiser import LoopDenoiser
 from djepa_jax.core.models.djepa import init_params, split_model
-from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler, plan_segments
+from djepa_jax.core.sampler import (
+    SampleInputs,
+    SamplerConfig,
+    cast_linear,
+    make_sampler,
+    plan_segments,
+)
 from djepa_jax.core.train_step import TrainStepConfig, init_state
 from djepa_jax.training.compile_step import StepProgram
 from djepa_jax.training.initial_state import abstract_state
@@ -30,6 +37,7 @@ class BenchmarkCase:
     calls: int = 1  # of the function in one repeat
     # (arguments, result) -> the next call's arguments
     following: Callable = lambda arguments, _: arguments
+    inside: int = 1  # units of one call: what the function does several times in a loop
 
 
 def prepare_training(experiment: Experiment, mesh, steps: int, size: int) -> BenchmarkCase:
@@ -65,7 +73,7 @@ def prepare_sampling(experiment: Experiment, mesh, _: int, size: int) -> Benchma
 
 
 def prepare_denoiser(experiment: Experiment, mesh, steps: int, size: int) -> BenchmarkCase:
-    """One call of the denoiser as the sampler makes it, at the largest number of new tokens."""
+    """Calls of the denoiser as the sampler makes them, at the largest number of new tokens."""
     config, model = experiment.sampler, experiment.network
     halves, new = 2 if config.guided else 1, max(s.new for s in plan_segments(config))
     rng = np.random.default_rng(experiment.seed)
@@ -74,13 +82,19 @@ def prepare_denoiser(experiment: Experiment, mesh, steps: int, size: int) -> Ben
     arrays = jax.device_put((xt, condition[0, 0, 0], condition), sharding.replicated(mesh))
     graph, _ = split_model(model)
 
-    def call(params, xt, time, condition):
-        return nnx.merge(graph, params).denoiser(xt, time, condition)
+    def calls(params, xt, time, condition):
+        """`steps` of them in a loop, each from the result of the one before."""
+        denoiser = LoopDenoiser(nnx.merge(graph, cast_linear(params, model.dtype)).denoiser)
+
+        def call(xt, _):
+            return denoiser(xt, time, condition)[0, ..., : model.token_dim], None
+
+        return jax.lax.scan(call, xt, length=steps)[0]
 
     products = halves * size * new * flops.denoiser_row(model)["rest"]
     counts = {"ideal": products, "padded": products}
     arguments = fresh_params(experiment, mesh), *arrays
-    return BenchmarkCase("call", jax.jit(call), arguments, size, counts, steps)
+    return BenchmarkCase("call", jax.jit(calls), arguments, size, counts, inside=steps)
 
 
 def prepare_decoding(experiment: Experiment, mesh, _: int, size: int) -> BenchmarkCase:

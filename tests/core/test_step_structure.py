@@ -22,6 +22,7 @@ CHANGES = {
     "model.encoder_depth": 2,
     "model.predictor_depth": 2,
     "model.denoiser_depth": 2,
+    "model.scan_unroll": 1,
     "grad_accumulation_steps": 1,
 }
 

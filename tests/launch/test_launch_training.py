@@ -10,13 +10,14 @@ from waiting import LIMIT
 
 GPU = ["--config=configs/digits.py:diffusion", "--workdir=a run"]
 NVIDIA_SMI = '[ "$*" = -L ] && printf "GPU 0: H100\\nGPU 1: H100\\n"\n'
+CUBLAS = "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false"
 SHOW = 'env | grep -E "^(XLA|JAX|CUDA)" | sort >>"$LOG"'
 
 
 def test_dry_run_of_gpus(machine):
     after = ["--mode=sample", "--out=b c"]
     commands = dry_run(machine, "train_gpu.sh", *GPU, "--gpus=0,1", "--config.seed=1")
-    settings = ["env", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "JAX_PLATFORMS=cuda,cpu"]
+    settings = ["env", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "JAX_PLATFORMS=cuda,cpu", CUBLAS]
     install = installing(machine, "jax[cuda13]")
     run = [*settings, "CUDA_VISIBLE_DEVICES=0,1", *program(machine, *GPU, "--config.seed=1")]
     assert commands == [*install, run]
@@ -33,13 +34,14 @@ def test_gpus_train_in_one_process(machine):
         "-m djepa_jax.main --config=configs/digits.py:diffusion --workdir=a run",
         "CUDA_VISIBLE_DEVICES=1",
         "JAX_PLATFORMS=cuda,cpu",
+        CUBLAS,
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92",
     ]
     # The second time nothing is installed; what is set stays.
-    settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "JAX_PLATFORMS": "cuda"}
+    settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
     done = machine.launch("train_gpu.sh", *GPU, PROGRAM=SHOW, **settings)
     assert done.returncode == 0
-    assert machine.log()[1:] == ["JAX_PLATFORMS=cuda", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5"]
+    assert machine.log()[1:] == [f"{name}={settings[name]}" for name in sorted(settings)]
 
 
 def test_signals_reach_the_program(machine):
@@ -67,9 +69,9 @@ def test_no_gpu_is_one_line(machine):
 def test_dry_run_and_directives_of_slurm(machine):
     (command,) = dry_run(machine, "train_slurm.sh", *GPU, "--config.seed=1")
     assert command[:4] == ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none"]
-    settings = ["env", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "JAX_PLATFORMS=cuda,cpu"]
-    assert command[4:9] == [*settings, "bash", "-c"] and command[10] == "on_node"
-    assert command[11:] == program(machine, *GPU, "--config.seed=1")
+    settings = ["env", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "JAX_PLATFORMS=cuda,cpu", CUBLAS]
+    assert command[4:10] == [*settings, "bash", "-c"] and command[11] == "on_node"
+    assert command[12:] == program(machine, *GPU, "--config.seed=1")
     text = (ROOT / "launch/train_slurm.sh").read_text()
     directives = text[: text.index("\nset ")].splitlines()
     for wanted in ("--signal=TERM@300", "--requeue", "--open-mode=append", "--ntasks-per-node=1"):
