@@ -1,6 +1,6 @@
 """Cases of `djepa --mode=benchmark --suite=gpu` in their order: name, part of the benchmark, flags.
 
-    djepa --mode=benchmark --suite=gpu --time_limit=2700 --out=here.json
+    djepa --mode=benchmark --suite=gpu --time_limit=2700 --out=here.json  # XLA_FLAGS: see below
 
 Each runs in a process of its own. Two parts are the suite's alone: `resume`, whose flags are those
 of a training that is stopped and goes on, and `tests`, with names of files below tests/core. `tiny`
@@ -14,35 +14,36 @@ SMALL = (  # the digits' shapes, narrow
     "--config.sample.num_denoise_steps=6 --config.sample.num_segments=1"
 )
 B = "--config=djepa_b --config.batch_size=256 --config.sample.batch_size=256"
-L = "--config=djepa_l --config.batch_size=64 --config.sample.batch_size=64"
+L = "--config=djepa_l --config.batch_size=96 --config.sample.batch_size=64"
 H = "--config=djepa_h --config.batch_size=32 --config.sample.batch_size=64"
-STEPS, BATCHES = "--steps=5 --repeats=5 --warmup=1", "--repeats=2 --warmup=1"
+STEPS, BATCHES = "--steps=5 --repeats=3 --warmup=1", "--repeats=2 --warmup=1"
 UNGUIDED = "--config.sample.cfg_scale=1"
-CUDNN = "--config.model.attention=cudnn --config.model.attention_dropout=0"
 DEBUG = "--config=djepa_b:debug --steps=2 --repeats=2 --warmup=1"
 
-# Seconds on one H100 as estimated, not measured: 10 to start, 45 to 90 to compile B for the first
-# time, 0.82 a step, 13 a batch of samples. The first five, 445 together, fit the default limit.
+# Seconds on one H100, with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false: 15 to start, 5 to trace, 40
+# to 70 to compile B, 0.34 to 0.38 a step, 5 a batch of samples. That is from single cases; the
+# suite as a whole has not run on a GPU. The first five, 465 together, fit the default limit.
 GPU = {
-    "parity": ("parity", SMALL),  # 40
-    "attention": ("attention", B),  # 40
-    "resume": ("resume", "--config=digits --config.num_steps=600"),  # 120, three programs
-    "b_train": ("train", f"{B} {STEPS}"),  # 105
-    "b_sample": ("sample", f"{B} {UNGUIDED} {BATCHES}"),  # 140
-    "b_train_fused": ("train", f"{B} {STEPS} --config.model.attention=fused"),  # 105
-    "b_sample_cudnn": ("sample", f"{B} {UNGUIDED} {BATCHES} {CUDNN}"),  # 140
-    "b_train_kernels": ("train", f"{B} {STEPS} --profile"),  # 50, compiled before
-    "b_denoise_kernels": ("denoise", f"{B} {UNGUIDED} {STEPS} --profile"),  # 40
-    "b_guided": ("sample", f"{B} {BATCHES}"),  # 180
-    "b_latency": ("sample", f"{B} {UNGUIDED} {BATCHES} --batch_sizes=1"),  # 120
-    "decode_1": ("decode", f"{B} --batch_sizes=1"),  # 40
-    "decode_32": ("decode", f"{B} --batch_sizes=32"),  # 50
-    "l_train": ("train", f"{L} {STEPS}"),  # 120
-    "l_sample": ("sample", f"{L} {UNGUIDED} {BATCHES}"),  # 140
-    "l_guided": ("sample", f"{L} {BATCHES}"),  # 170
-    "h_train": ("train", f"{H} {STEPS}"),  # 140
-    "h_sample": ("sample", f"{H} {UNGUIDED} {BATCHES}"),  # 180
-    "h_guided": ("sample", f"{H} {BATCHES}"),  # 240
+    "parity": ("parity", SMALL),  # 30
+    "attention": ("attention", B),  # 30
+    "resume": ("resume", "--config=digits --config.num_steps=600"),  # 150, three programs
+    "b_train": ("train", f"{B} {STEPS}"),  # 140, all layers unrolled
+    "b_sample": ("sample", f"{B} {UNGUIDED} {BATCHES}"),  # 115
+    "b_train_scan": ("train", f"{B} {STEPS} --config.model.scan_unroll=1"),  # 85
+    "b_train_kernels": ("train", f"{B} {STEPS} --profile"),  # 40, compiled before
+    "b_denoise_kernels": ("denoise", f"{B} {UNGUIDED} {STEPS} --profile"),  # 30
+    "b_guided": ("sample", f"{B} {BATCHES}"),  # 110
+    "b_latency": ("sample", f"{B} {UNGUIDED} {BATCHES} --batch_sizes=1"),  # 90
+    "decode_1": ("decode", f"{B} --batch_sizes=1"),  # 30
+    "decode_32": ("decode", f"{B} --batch_sizes=32"),  # 30
+    "l_train": ("train", f"{L} {STEPS}"),  # 100
+    "h_train": ("train", f"{H} {STEPS}"),  # 110
+    "l_sample": ("sample", f"{L} {UNGUIDED} {BATCHES}"),  # 120
+    "h_sample": ("sample", f"{H} {UNGUIDED} {BATCHES}"),  # 150
+    "l_guided": ("sample", f"{L} {BATCHES}"),  # 150
+    "h_guided": ("sample", f"{H} {BATCHES}"),  # 200
+    "b_train_plain": ("train", f"{B} {STEPS} --config.model.attention=plain"),  # 150
+    "b_sample_plain": ("sample", f"{B} {UNGUIDED} {BATCHES} --config.model.attention=plain"),  # 120
     "tests": ("tests", "test_parity_*.py"),  # 300
 }
 TINY = {
