@@ -20,8 +20,8 @@ STEPS, BATCHES = "--steps=5 --repeats=3 --warmup=1", "--repeats=2 --warmup=1"
 UNGUIDED = "--config.sample.cfg_scale=1"
 DEBUG = "--config=djepa_b:debug --steps=2 --repeats=2 --warmup=1"
 
-# Seconds on one H100, with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false: 15 to start, 5 to trace, 40
-# to 70 to compile B, 0.34 to 0.38 a step, 5 a batch of samples. That is from single cases; the
+# Seconds on one H100, with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false: 15 to start, 5 to trace,
+# 40 to 70 to compile B, 0.34 to 0.38 a step, 5 a batch of samples. That is from single cases; the
 # suite as a whole has not run on a GPU. The first five, 465 together, fit the default limit.
 GPU = {
     "parity": ("parity", SMALL),  # 30

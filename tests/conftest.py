@@ -7,6 +7,17 @@ import os
 import pathlib
 import signal
 
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+
+from djepa_jax.checkpoints.convert.official import from_official
+from djepa_jax.core.losses import TOKEN_LOSSES
+from djepa_jax.core.models.conditioning import Classes
+from djepa_jax.core.models.djepa import ModelConfig, split_model
+
 # Most of the time goes into compiling; without optimisations, and with each program in one piece
 # for LLVM, it is a third. On a busy machine devices may wait for one another longer than the 40 s
 # after which XLA ends the process. Processes that tests start inherit this. XLA_FLAGS=" " tests
@@ -16,25 +27,11 @@ FLAGS = [
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 ]
-
-import jax
-
 if jax.__version_info__ < (0, 11):  # later ones do not know it
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))  # read when the first device is asked for
 jax.config.update("jax_num_cpu_devices", 8)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, for all processes of tests, too
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from flax import nnx  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-
-from djepa_jax.checkpoints.convert.official import from_official  # noqa: E402
-from djepa_jax.core.losses import TOKEN_LOSSES  # noqa: E402
-from djepa_jax.core.models.conditioning import Classes  # noqa: E402
-from djepa_jax.core.models.djepa import ModelConfig, split_model  # noqa: E402
-
 gc.set_threshold(100_000)  # tracing makes very many objects and hardly a cycle: a quarter faster
 
 # The longest files come first, so that no worker is left alone with one at the end.

@@ -2,6 +2,8 @@
 to.
 """
 
+import collections
+
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
@@ -73,24 +75,27 @@ def test_autoencoder():
             assert_exact(found, {dtype})
 
 
-def test_sampling_casts_kernels_once():
-    """Not in its loops, whose steps are many: there, only activations and vectors change type."""
-    experiment = tiny_config("--config.compute_dtype=bfloat16")
+def test_sampling_prepares_the_denoiser_once():
+    """Its loop, whose steps are many, finds weights as products take them: no casts, no slices."""
+    one = {(24, 24), (24, 3, 24), (24, 2, 24), (24, 8, 24), (24, 192)}
+    kernels = one | {(2, *shape) for shape in one}  # and stacks of two layers
+    changes = "compute_dtype=bfloat16", "model.denoiser_depth=2", "model.denoiser_width=24"
+    experiment = tiny_config(*(f"--config.{change}" for change in changes))
     params = jax.eval_shape(lambda: init_state(experiment.train)).params
     numbers = jnp.zeros(2, jnp.int32)
     inputs = SampleInputs(numbers, numbers, 0, experiment.cfg_scales, 1.0)
-    blocks = params["denoiser"]["blocks"]
-    shapes = [blocks[name]["kernel"].shape for name in ("up", "down", "modulation")]
-    kernels = {size for shape in shapes for size in (shape, shape[1:])}
 
-    def casts(jaxpr, in_loop):
+    def uses(jaxpr, loops):
+        """Of arrays shaped like kernels, in the loop within the loop: the operation, the type."""
         for equation in jaxpr.eqns:
-            if equation.primitive.name == "convert_element_type" and in_loop:
-                yield equation.invars[0].aval.shape
-            for inner in jex.core.jaxprs_in_params(equation.params):
-                yield from casts(inner, in_loop or equation.primitive.name == "scan")
+            inner = list(jex.core.jaxprs_in_params(equation.params))
+            for sub in inner:
+                yield from uses(sub, loops + (equation.primitive.name == "scan"))
+            for x in [] if inner or loops < 2 else equation.invars:
+                if x.aval.shape in kernels:
+                    yield equation.primitive.name, x.aval.dtype.name
 
-    found = set(
-        casts(jax.make_jaxpr(make_sampler(experiment.sampler))(params, inputs).jaxpr, False)
-    )
-    assert found and not found & kernels
+    sampler = make_sampler(experiment.sampler)
+    found = collections.Counter(uses(jax.make_jaxpr(sampler)(params, inputs).jaxpr, 0))
+    # Up and down of two blocks, and the modulations of all
+    assert found == {("dot_general", "bfloat16"): 2 * 2 + 1, ("reshape", "bfloat16"): 1}
