@@ -38,14 +38,14 @@ def get_config(variant: str = "flow") -> ConfigDict:
 
 
 def _set_model(model: ConfigDict) -> None:
-    """Three million parameters."""
+    """Two and a half million parameters."""
     model.size = "custom"
     model.width = 128
     model.encoder_depth = 4
     model.predictor_depth = 4
     model.num_heads = 4
     model.denoiser_depth = 3
-    model.denoiser_width = 256
+    model.denoiser_width = 192
     model.num_prefix_tokens = 4
     model.dropout = 0.0
     model.attention_dropout = 0.0
