@@ -72,12 +72,5 @@ def test_photographs_are_named_as_the_reference_names_them(installed):
     assert {"palace", "castle"} <= temple and "daisy" in flower
 
 
-def test_resizing_is_pillows():
-    """Except that Pillow rounds to bytes, twice."""
-    whole = np.stack([np.asarray(image) for image in PHOTOGRAPHS])
-    expected = np.stack([np.asarray(image.resize((96, 96), 3)) for image in PHOTOGRAPHS])
-    assert np.abs(efficientnet.resize(whole, 96) - expected).mean() < 0.5
-
-
 def test_another_size_has_another_name(installed):
     assert efficientnet.EfficientNetLite0.open(64).name == "efficientnet_lite0_64"

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close
+from photos import photographs
 
 from djepa_jax.evaluation.features.base import (
     FeatureError,
     Network,
     convolve,
+    resize_bicubic,
     without_batch_norm,
 )
 
@@ -68,3 +70,10 @@ def test_batch_norms_are_folded_into_convolutions():
     )
     expected = (convolve(plain, x) - mean) / np.sqrt(variance + 1e-3) * weight + bias
     assert_close(convolve(without_batch_norm(tensors, "c", "n"), x), expected, 1e-6)
+
+
+def test_resizing_is_pillows():
+    """Except that Pillow rounds to bytes, twice."""
+    whole = np.stack([np.asarray(image) for image in photographs().values()])
+    expected = np.stack([np.asarray(image.resize((96, 96), 3)) for image in photographs().values()])
+    assert np.abs(resize_bicubic(whole, 96) - expected).mean() < 0.5

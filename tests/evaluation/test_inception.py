@@ -88,7 +88,7 @@ def test_other_tensors_are_refused_in_one_line_that_names_some():
         from_tensors(tensors, "here")
     assert str(caught.value) == (
         "here lacks 2 tensors ('Mixed_7c.branch_pool.bn.bias', 'fc.bias') and has unknown 5 "
-        "tensors ('AuxLogits.0', 'AuxLogits.1', 'AuxLogits.2', ...); name the file of that network."
+        "tensors ('AuxLogits.0', 'AuxLogits.1', 'AuxLogits.2', ...); name a file with its weights."
     )
 
 

@@ -91,7 +91,7 @@ def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> No
         if names
     ]
     if told:
-        raise FeatureError(f"{where} {' and '.join(told)}; name the file of that network.")
+        raise FeatureError(f"{where} {' and '.join(told)}; name a file with its weights.")
 
 
 def without_batch_norm(tensors: Mapping, convolution: str, norm: str) -> dict[str, np.ndarray]:
@@ -113,3 +113,12 @@ def convolve(layer: dict, x: jax.Array, stride: int = 1, padding: str = "SAME") 
         x, layer["kernel"], strides, padding, dimension_numbers=layout
     )
     return out + layer["bias"]
+
+
+def resize_bicubic(images: jax.Array, size: int) -> jax.Array:
+    """Uint8 `[B, H, W, C]` as a whole to float32 `[B, size, size, C]` in the same range.
+
+    With antialiasing, as Pillow does it, which also rounds to bytes.
+    """
+    shape = (len(images), size, size, images.shape[-1])
+    return jnp.clip(jax.image.resize(images.astype(jnp.float32), shape, "cubic"), 0, 255)

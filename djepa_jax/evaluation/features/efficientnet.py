@@ -20,6 +20,7 @@ from djepa_jax.evaluation.features.base import (
     Network,
     Params,
     convolve,
+    resize_bicubic,
     without_batch_norm,
 )
 
@@ -51,7 +52,7 @@ class EfficientNetLite0(Network):
         params = from_tensors(read_legacy_torch(path))
 
         def function(params, images):
-            return extract(params, resize(images, size))
+            return extract(params, resize_bicubic(images, size))
 
         return cls(name, SHA256, params, function, batch_size)
 
@@ -82,12 +83,6 @@ def from_tensors(tensors: dict[str, np.ndarray]) -> Params:
         if f"{convolution}.weight" in tensors  # the first block does not expand
     }
     return params | {"_fc": {"kernel": tensors["_fc.weight"].T, "bias": tensors["_fc.bias"]}}
-
-
-def resize(images: jax.Array, size: int) -> jax.Array:
-    """Uint8 `[B, H, W, 3]` -> float32 `[B, size, size, 3]` in the same range."""
-    shape = (len(images), size, size, 3)
-    return jnp.clip(jax.image.resize(images.astype(jnp.float32), shape, "cubic"), 0, 255)
 
 
 def extract(params: Params, images: jax.Array) -> dict[str, jax.Array]:
