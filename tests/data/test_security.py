@@ -59,6 +59,8 @@ def test_source_has_nothing_that_runs_what_is_in_a_file():
     }
     # It runs this program and its tests, by words that are written there
     assert found.pop("benchmark_suite.py") == ["import subprocess"]
+    # Its unpickler hands out two functions and two types that run nothing (test_legacy_torch.py)
+    assert found.pop("legacy_torch.py") == ["import pickle"]
     assert len(found) > 40 and {name: line for name, line in found.items() if line} == {}
 
 
