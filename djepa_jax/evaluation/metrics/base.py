@@ -4,6 +4,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from djepa_jax.runtime.errors import UserError
+
+
+class MetricError(UserError):
+    """Samples or reference statistics that cannot be judged, or judged by."""
+
 
 class Metric(Protocol):
     """Judges samples; records, log lines and model cards print what `result` returns."""

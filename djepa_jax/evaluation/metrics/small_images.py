@@ -7,25 +7,12 @@ sample shows the class that it was asked for.
 
 import numpy as np
 
+from djepa_jax.evaluation.metrics.moments import Moments, frechet_distance
+
 GAMMA, C = 0.064, 10  # of the classifier; gamma is for one pixel and is shared out among them
 PIXEL_TOP = 16.0  # the classifier sees values from 0 to 16, the range of the digits data set
 MAX_PIXELS = 1024  # times channels; a covariance of raw pixels means little beyond
 MAX_REAL = 10_000  # images that the classifier learns from, and that are read from files
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of two point clouds `[n, D]`, `[m, D]` taken as Gaussians.
-
-    |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), with the trace of the root from the eigenvalues
-    of the symmetric A^(1/2) B A^(1/2), in float64.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ cov_b @ root)
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.maximum(cross, 0)).sum())
 
 
 def accuracy(
@@ -84,7 +71,9 @@ class SmallImages:
         figures = {}
         if min(len(np.unique(labels)), len(np.unique(real_labels))) > 1:
             figures["accuracy"] = accuracy(samples, labels, images, real_labels)
-        return figures | {"frechet_distance": frechet_distance(_flat(samples), _flat(images))}
+        a, b = Moments(_flat(samples)), Moments(_flat(images))
+        distance = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        return figures | {"frechet_distance": distance}
 
 
 def _read(source) -> tuple[np.ndarray, np.ndarray]:
