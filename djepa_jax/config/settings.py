@@ -197,3 +197,4 @@ class EvaluationSettings(Settings):
     kind: str
     count: Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
     seed: Seed
+    weights: str = ""

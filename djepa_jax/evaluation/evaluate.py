@@ -15,8 +15,11 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.data.records import unwrapped
 from djepa_jax.data.sources import open_training_data
+from djepa_jax.evaluation.features import FEATURES, INSTALLED, TRAINED
 from djepa_jax.evaluation.metrics import METRICS, Metric
+from djepa_jax.evaluation.metrics.pictures import Pictures
 from djepa_jax.runtime import distributed
+from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import as_path, write_json
 from djepa_jax.sampling.generator import Generator, count_of, never
 
@@ -24,21 +27,31 @@ FILE_NAME = "evaluation.json"
 ADDED = ("loss", "compute_dtype", "data")  # keys that records of earlier versions do not have
 
 
-def open_metric(experiment: Experiment, source) -> Metric | None:
+def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
     """The metric that `evaluation.kind` names, empty; None for "none".
 
     Raises:
         ConfigError: there is none of that name.
-        ValueError: the data cannot be used for it.
+        ValueError, MetricError: the data cannot be used for it, or weights are missing.
     """
-    kind = experiment.evaluation.kind
-    if kind == "none":
+    settings = experiment.evaluation
+    if settings.kind == "none":
         return None
-    if kind not in METRICS:
+    if settings.kind in METRICS:
+        return METRICS[settings.kind].from_data(source)
+    if settings.kind not in FEATURES:
         raise ConfigError(
-            f'config.evaluation.kind is "{kind}"; it must be one of none, {", ".join(METRICS)}.'
+            f'config.evaluation.kind is "{settings.kind}"; it must be one of none, '
+            f"{', '.join([*METRICS, *FEATURES])}."
         )
-    return METRICS[kind].from_data(source)
+    if settings.kind in TRAINED and experiment.data.num_classes < 2:
+        raise ConfigError(
+            f'config.evaluation.kind "{settings.kind}" learns to tell classes apart, and these '
+            f"data have {experiment.data.num_classes}; use {', '.join(INSTALLED)}."
+        )
+    turn = jax.tree.leaves(experiment.network.conditioner.in_turn(2))[0]
+    labelled = bool(turn[0] != turn[1])
+    return Pictures(settings.kind, source, settings.weights, workdir, labelled)
 
 
 def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -> dict:
@@ -66,7 +79,8 @@ def _subject(experiment: Experiment, generator: Generator, params, source, step:
     """What an evaluation is of: the `identity`, its own settings, and a checksum of the data."""
     source = unwrapped(source)
     data = source.digest() if hasattr(source, "digest") else str(len(source))
-    settings = {"evaluation": dataclasses.asdict(experiment.evaluation), "data": data}
+    own = {key: value for key, value in vars(experiment.evaluation).items() if value != ""}
+    settings = {"evaluation": own, "data": data}
     return identity(params, experiment, step, generator.autoencoder_sha256) | settings
 
 
@@ -86,7 +100,7 @@ def evaluate(
     Raises:
         Stopped: `should_stop`, asked before every batch, said so; nothing was written.
     """
-    settings, metric = experiment.evaluation, open_metric(experiment, source)
+    settings, metric = experiment.evaluation, open_metric(experiment, source, workdir)
     conditions = experiment.network.conditioner.in_turn(settings.count)
     start = 0
     batches = generator.batches(params, conditions, settings.seed, should_stop=should_stop)
@@ -99,13 +113,22 @@ def evaluate(
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
+    if hasattr(metric, "details"):
+        record["judged_by"] = metric.details()
     write_json(as_path(workdir) / FILE_NAME, record)
     return record
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """Figures on a line."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    """Figures on a line, with their intervals where they have one."""
+    shown = []
+    for name, value in metrics.items():
+        if f"{name}_low" in metrics:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            shown.append(f"{name} {value:.3f} ({low:.3f} to {high:.3f})")
+        elif not name.endswith(("_low", "_high")):
+            shown.append(f"{name} {value:.3f}")
+    return ", ".join(shown)
 
 
 def read_evaluation(
@@ -115,7 +138,8 @@ def read_evaluation(
     expected = _subject(experiment, generator, params, source, step)
     try:
         record = json.loads((as_path(workdir) / FILE_NAME).read_text())
-        return record if is_of(record, {"metrics": record["metrics"]} | expected) else None
+        found = {key: record[key] for key in ("metrics", "judged_by") if key in record}
+        return record if found and is_of(record, found | expected) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -134,9 +158,9 @@ def run_evaluate(
     source, experiment = open_training_data(experiment)
     if open_metric(experiment, source) is None:
         remedy = "there is no metric for these data: look at samples (--mode=sample)"
-        for name, metric in METRICS.items():
-            with contextlib.suppress(ValueError):  # it cannot judge them
-                metric.from_data(source)
+        for name in (*INSTALLED, *METRICS, *TRAINED):  # the last that can is the best
+            with contextlib.suppress(ValueError, UserError):  # it cannot judge them
+                open_metric(experiment.updated({"evaluation.kind": name}), source)
                 remedy = f"add --config.evaluation.kind={name}"
         raise ConfigError(f'config.evaluation.kind is "none"; {remedy}.')
     mesh = sharding.make_mesh(experiment.mesh)

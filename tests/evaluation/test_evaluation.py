@@ -164,13 +164,16 @@ def test_data_that_cannot_be_judged_by_and_unknown_metrics_are_refused(digits):
 def test_what_evaluate_advises_can_be_followed(tmp_path):
     """One message for data without a metric: none names a setting that leads to another one."""
     none = tiny_config("--config.evaluation.kind=none")
-    with pytest.raises(ConfigError, match='"none"; add --config.evaluation.kind=small_images'):
+    advice = '"none"; add --config.evaluation.kind=classifier'
+    with pytest.raises(ConfigError, match=advice):
         run_evaluate(none, str(tmp_path))
     np.savez(tmp_path / "big.npz", images=np.zeros((9, 64, 64), np.uint8), labels=np.arange(9))
     big = {"data.source": "npz", "data.path": str(tmp_path / "big.npz"), "data.image_size": 64}
-    for kind in ("none", "small_images"):
+    for kind, said in (("none", advice), ("small_images", "use classifier")):
         experiment = none.updated({**big, "data.patch_size": 8, "evaluation.kind": kind})
-        with pytest.raises(ValueError, match="there is no metric for.*--mode=sample") as refused:
+        with pytest.raises(ValueError, match=said):
             run_evaluate(experiment, str(tmp_path))
-        assert ("small_images" in str(refused.value)) == (kind == "small_images")
-        assert "set" not in str(refused.value)
+    one_class = {**big, "data.patch_size": 8, "data.unconditional": True, "data.num_classes": 1}
+    for kind, said in (("none", "efficientnet_lite0|--mode=sample"), ("classifier", "efficient")):
+        with pytest.raises(ConfigError, match=said):
+            run_evaluate(none.updated({**one_class, "evaluation.kind": kind}), str(tmp_path))

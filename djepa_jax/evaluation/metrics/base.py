@@ -29,4 +29,7 @@ class Metric(Protocol):
         """Take in what another accumulator has."""
 
     def result(self) -> dict[str, float]:
-        """The figures by name."""
+        """The figures by name; `<name>_low` and `<name>_high` bound that of `<name>`.
+
+        A metric may also have `details()`: what a reader of them must know, for the record.
+        """

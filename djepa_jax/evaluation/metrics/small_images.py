@@ -8,11 +8,11 @@ sample shows the class that it was asked for.
 import numpy as np
 
 from djepa_jax.evaluation.metrics.moments import Moments, frechet_distance
+from djepa_jax.evaluation.metrics.pictures import MAX_REAL, read_pictures
 
 GAMMA, C = 0.064, 10  # of the classifier; gamma is for one pixel and is shared out among them
 PIXEL_TOP = 16.0  # the classifier sees values from 0 to 16, the range of the digits data set
 MAX_PIXELS = 1024  # times channels; a covariance of raw pixels means little beyond
-MAX_REAL = 10_000  # images that the classifier learns from, and that are read from files
 
 
 def accuracy(
@@ -48,9 +48,9 @@ class SmallImages:
         if example.dtype != np.uint8 or example.size > MAX_PIXELS:
             raise ValueError(
                 f'evaluation.kind "small_images" judges uint8 pictures of at most {MAX_PIXELS} '
-                f"values, these are {example.dtype} with {example.size}; there is no metric for "
-                "them: train with --config.evaluation.kind=none, and look at samples "
-                "(--mode=sample)."
+                f"values, these are {example.dtype} with {example.size}; use classifier or "
+                "efficientnet_lite0 for larger pictures, for others "
+                "--config.evaluation.kind=none, and look at samples (--mode=sample)."
             )
         return cls(source)
 
@@ -67,22 +67,13 @@ class SmallImages:
     def result(self) -> dict[str, float]:
         """The figures."""
         samples, labels = np.concatenate(self._samples), np.concatenate(self._labels)
-        images, real_labels = _read(self._source)
+        images, real_labels = read_pictures(self._source)
         figures = {}
         if min(len(np.unique(labels)), len(np.unique(real_labels))) > 1:
             figures["accuracy"] = accuracy(samples, labels, images, real_labels)
         a, b = Moments(_flat(samples)), Moments(_flat(images))
         distance = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
         return figures | {"frechet_distance": distance}
-
-
-def _read(source) -> tuple[np.ndarray, np.ndarray]:
-    """Real images uint8 `[n, H, W, C]` and their labels `[n]`, always the same ones."""
-    if hasattr(source, "images"):  # an array in memory
-        return source.images, source.labels
-    chosen = np.random.default_rng(0).permutation(len(source))[:MAX_REAL]
-    examples = [source[index] for index in chosen.tolist()]
-    return tuple(np.stack([each[key] for each in examples]) for key in ("example", "condition"))
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
