@@ -114,7 +114,7 @@ def test_a_damaged_one_is_trained_anew_to_the_same_weights_and_says_so(kept, tmp
     cut(tmp_path / file.name)
     assert Classifier.for_data(IMAGES, LABELS, tmp_path).sha256 == classifier.sha256
     said = capsys.readouterr().out
-    assert file.name in said and "trained anew" in said
+    assert file.name in said and "training it anew" in said
     assert Classifier.for_data(IMAGES, LABELS, tmp_path).sha256 == classifier.sha256
     assert not capsys.readouterr().out
 

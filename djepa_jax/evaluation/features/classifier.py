@@ -57,7 +57,7 @@ class Recipe:
         )
 
 
-class Network(nnx.Module):
+class ConvNet(nnx.Module):
     """Convolutions, a mean over all places, a linear layer.
 
     The first convolution looks at patches, so that large pictures become maps of 16 x 16 places,
@@ -131,7 +131,7 @@ def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _init(shape: tuple[int, int, int], widths: tuple[int, ...], num_classes: int, key) -> dict:
-    network = Network(shape, widths, num_classes, rngs=nnx.Rngs(params=key))
+    network = ConvNet(shape, widths, num_classes, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(network))
 
 
@@ -146,14 +146,15 @@ def _check(images: np.ndarray, channels: int) -> None:
 def _define(images: np.ndarray, labels: np.ndarray, recipe: Recipe) -> tuple[tuple, Any, dict]:
     """What `_init` takes but for the key, the network's definition, and its parameters' shapes."""
     _check(images, images.shape[-1])
-    if min(labels, default=0) < 0 or len(np.unique(labels)) < 2:
+    classes = np.unique(labels)
+    if len(classes) < 2 or classes[0] < 0:
         raise ValueError(
             "a classifier needs labels from 0 of at least two classes, these data have "
-            f"{np.unique(labels)[:5].tolist()}; without classes, judge them by features of a "
+            f"{classes[:5].tolist()}; without classes, judge them by features of a "
             "network of ImageNet (efficientnet_lite0)."
         )
-    described = images.shape[1:], recipe.widths, int(labels.max()) + 1
-    graph, state = nnx.split(nnx.eval_shape(lambda: Network(*described, rngs=nnx.Rngs(0))))
+    described = images.shape[1:], recipe.widths, int(classes[-1]) + 1
+    graph, state = nnx.split(nnx.eval_shape(lambda: ConvNet(*described, rngs=nnx.Rngs(0))))
     return described, graph, nnx.to_pure_dict(state)
 
 
@@ -193,7 +194,7 @@ class Classifier:
     name = "classifier"
 
     def __init__(self, graph, params: dict, held_out_accuracy: float = math.nan):
-        self._graph, self._params = graph, params
+        self._graph, self._params = graph, jax.device_put(params)
         self.held_out_accuracy = held_out_accuracy
         leaves = jax.tree_util.tree_leaves_with_path(params)
         self._tensors = {path_name(path): np.asarray(leaf) for path, leaf in leaves}
@@ -234,22 +235,22 @@ class Classifier:
         """
         recipe, labels = Recipe(seed=seed, flip=flip), np.asarray(labels, np.int32)
         _, *network = _define(images, labels, recipe)
-        data = checksum(images, labels, repr(recipe))
-        path = as_path(folder) / f"classifier-{data[:16]}.safetensors"
+        of = {"data": checksum(images, labels, repr(recipe)), "recipe": repr(recipe)}
+        path = as_path(folder) / f"classifier-{of['data'][:16]}.safetensors"
 
         def prepare() -> None:
             if path.exists():
                 try:
-                    cls._read(path, *network, data)
+                    cls._read(path, *network, of)
                     return
-                except DamagedError as error:
-                    say(f"{error} The classifier is trained anew.")
+                except DamagedError:
+                    say(f"{path} is damaged or not of these pictures; training it anew")
             check_writable(folder, "the folder of the classifier")
             trained = cls.train(images, labels, seed=seed, flip=flip)
-            write_bytes(path, trained._to_bytes(data))
+            write_bytes(path, trained._to_bytes(of))
 
         distributed.run_on_main(prepare)
-        return cls._read(path, *network, data)
+        return cls._read(path, *network, of)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Of uint8 pictures `[n, H, W, C]`: "pool" `[n, 128]` and "logits" `[n, K]`, float32."""
@@ -263,19 +264,19 @@ class Classifier:
             results.append(jax.device_get(_apply(self._graph, self._params, batch)))
         return {tap: np.concatenate([r[tap] for r in results])[: len(images)] for tap in results[0]}
 
-    def _metadata(self, data: str) -> dict[str, str]:
-        """What the file says of itself, and a checksum of that and of the weights."""
-        said = {"data": data, "held_out_accuracy": repr(self.held_out_accuracy)}
+    def _metadata(self, of: dict[str, str]) -> dict[str, str]:
+        """What it learnt from, what it achieved, and a checksum of that and of the weights."""
+        said = of | {"held_out_accuracy": repr(self.held_out_accuracy)}
         return said | {"checksum": checksum(*said.values(), self.sha256)}
 
-    def _to_bytes(self, data: str) -> bytes:
+    def _to_bytes(self, of: dict[str, str]) -> bytes:
         from safetensors.numpy import save
 
-        return save(self._tensors, self._metadata(data))
+        return save(self._tensors, self._metadata(of))
 
     @classmethod
-    def _read(cls, path: epath.Path, graph, shapes: dict, data: str) -> "Classifier":
-        """The classifier in a file; DamagedError unless it is whole and of the data with a hash."""
+    def _read(cls, path: epath.Path, graph, shapes: dict, of: dict[str, str]) -> "Classifier":
+        """The classifier in a file; DamagedError unless it is whole and `of` what is asked for."""
         from safetensors.numpy import load
 
         with reading(path):
@@ -286,6 +287,6 @@ class Classifier:
             metadata = header["__metadata__"]
             params = jax.tree_util.tree_map_with_path(lambda at, _: tensors[path_name(at)], shapes)
             classifier = cls(graph, params, float(metadata["held_out_accuracy"]))
-            if classifier._metadata(data) != metadata:
+            if classifier._metadata(of) != metadata:
                 raise ValueError("it is not what was written, or not of these pictures")
             return classifier
