@@ -11,6 +11,7 @@ export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
 
 # On NVIDIA GPUs: products by cuBLAS alone. As fast as with XLA's own kernels beside it, and compiled
 # in a third of the time (docs/benchmarks.md)
+# shellcheck disable=SC2034  # the scripts for GPUs use it
 GPU_XLA_FLAGS="${XLA_FLAGS---xla_gpu_enable_triton_gemm=false}"
 
 die() {
