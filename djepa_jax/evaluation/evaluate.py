@@ -9,13 +9,14 @@ import jax
 import optax
 from etils import epath
 
+from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
-from djepa_jax.data.records import unwrapped
-from djepa_jax.data.sources import open_training_data
-from djepa_jax.evaluation.features import FEATURES, INSTALLED, TRAINED
+from djepa_jax.data.records import digest_of
+from djepa_jax.data.sources import names_data, open_training_data
+from djepa_jax.evaluation.features import FEATURES, FROM_FILE, INSTALLED, TRAINED
 from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.evaluation.metrics.pictures import Pictures
 from djepa_jax.runtime import distributed
@@ -37,6 +38,11 @@ def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
     settings = experiment.evaluation
     if settings.kind == "none":
         return None
+    if settings.reference and settings.kind in (*METRICS, *TRAINED):
+        raise ConfigError(
+            f'config.evaluation.kind is "{settings.kind}", and config.evaluation.reference is of a '
+            f"network whose weights stay as they are; use {', '.join((*INSTALLED, *FROM_FILE))}."
+        )
     if settings.kind in METRICS:
         return METRICS[settings.kind].from_data(source)
     if settings.kind not in FEATURES:
@@ -49,9 +55,15 @@ def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
             f'config.evaluation.kind "{settings.kind}" learns to tell classes apart, and these '
             f"data have {experiment.data.num_classes}; use {', '.join(INSTALLED)}."
         )
+    if settings.reference and experiment.lacks_decoder:
+        raise ConfigError(
+            "config.autoencoder.path is empty, and samples are latents, of which it makes the "
+            "pictures to judge; name it."
+        )
     turn = jax.tree.leaves(experiment.network.conditioner.in_turn(2))[0]
     labelled = bool(turn[0] != turn[1])
-    return Pictures(settings.kind, source, settings.weights, workdir, labelled)
+    reference = (settings.reference, experiment.picture_shape)
+    return Pictures(settings.kind, source, settings.weights, workdir, labelled, *reference)
 
 
 def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -> dict:
@@ -77,10 +89,12 @@ def is_of(record: dict, expected: dict) -> bool:
 
 def _subject(experiment: Experiment, generator: Generator, params, source, step: int) -> dict:
     """What an evaluation is of: the `identity`, its own settings, and a checksum of the data."""
-    source = unwrapped(source)
-    data = source.digest() if hasattr(source, "digest") else str(len(source))
-    own = {key: value for key, value in vars(experiment.evaluation).items() if value != ""}
-    settings = {"evaluation": own, "data": data}
+    own = dict(vars(experiment.evaluation))
+    del own["reference_count"]  # of the file, not of what is compared with it
+    reference, own = own["reference"], {key: own[key] for key in own if own[key] != ""}
+    settings = {"evaluation": own, "data": "" if source is None else digest_of(source)}
+    if reference:
+        settings["reference"] = file_sha256(reference)
     return identity(params, experiment, step, generator.autoencoder_sha256) | settings
 
 
@@ -151,11 +165,18 @@ def run_evaluate(
 
     A record of the same weights, settings and data is given back, unless `overwrite` is set.
 
+    With `evaluation.reference`, and without a `data.path` where the source needs one, no data are
+    read.
+
     Raises:
         ConfigError: no evaluation is configured, or another model than the checkpoint's.
         CheckpointError: there is no usable checkpoint.
     """
-    source, experiment = open_training_data(experiment)
+    if experiment.evaluation.reference and not names_data(experiment.data):
+        stored = latest_model(experiment, workdir).config
+        source, experiment = None, experiment.completed_by(stored)
+    else:
+        source, experiment = open_training_data(experiment)
     if open_metric(experiment, source) is None:
         remedy = "there is no metric for these data: look at samples (--mode=sample)"
         for name in (*INSTALLED, *METRICS, *TRAINED):  # the last that can is the best
