@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 from etils import epath
 
@@ -21,11 +23,14 @@ from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.evaluation.metrics.pictures import Pictures
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
-from djepa_jax.runtime.storage import as_path, write_json
+from djepa_jax.runtime.progress import say
+from djepa_jax.runtime.storage import as_path, write_json, write_npz
 from djepa_jax.sampling.generator import Generator, count_of, never
 
-FILE_NAME = "evaluation.json"
-ADDED = ("loss", "compute_dtype", "data")  # keys that records of earlier versions do not have
+FILE_NAME, PARTIAL_NAME = "evaluation.json", "evaluation_partial.npz"
+SAVE_EVERY = 300.0  # seconds between what a killed evaluation goes on from
+# Keys that records of earlier versions do not have
+ADDED = ("loss", "compute_dtype", "data", "network")
 
 
 def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
@@ -93,8 +98,9 @@ def _subject(experiment: Experiment, generator: Generator, params, source, step:
     del own["reference_count"]  # of the file, not of what is compared with it
     reference, own = own["reference"], {key: own[key] for key in own if own[key] != ""}
     settings = {"evaluation": own, "data": "" if source is None else digest_of(source)}
-    if reference:
-        settings["reference"] = file_sha256(reference)
+    for name, path in (("network", own.get("weights")), ("reference", reference)):
+        if path:
+            settings[name] = file_sha256(path)
     return identity(params, experiment, step, generator.autoencoder_sha256) | settings
 
 
@@ -109,28 +115,59 @@ def evaluate(
 ) -> dict:
     """Judge samples of the given parameters, every condition in turn; write `evaluation.json`.
 
-    All processes sample; process 0 judges and writes, and the others' record is empty.
+    All processes sample; process 0 judges and writes, and the others' record is empty. One that was
+    killed goes on from what it wrote last, to the same figures.
 
     Raises:
-        Stopped: `should_stop`, asked before every batch, said so; nothing was written.
+        Stopped: `should_stop`, asked before every batch, said so; there is no new record.
     """
     settings, metric = experiment.evaluation, open_metric(experiment, source, workdir)
     conditions = experiment.network.conditioner.in_turn(settings.count)
-    start = 0
-    batches = generator.batches(params, conditions, settings.seed, should_stop=should_stop)
+    of = _subject(experiment, generator, params, source, step)
+    partial, keeps = as_path(workdir) / PARTIAL_NAME, hasattr(metric, "restore")
+    state = _read_partial(partial, of) if keeps and distributed.is_main_process() else {}
+    start = distributed.run_on_main(lambda: int(state.get("count", 0)))
+    if start:
+        metric.restore(state)
+    saved = time.monotonic()
+    batches = generator.batches(params, conditions, settings.seed, start, should_stop)
     for arrays in batches:
         stop = start + count_of(arrays)
         rows = slice(start, stop)
         metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
         start = stop
-    of = _subject(experiment, generator, params, source, step)
+        if keeps and distributed.is_main_process() and time.monotonic() > saved + SAVE_EVERY:
+            _write_partial(partial, of, metric.state())
+            saved = time.monotonic()
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
     if hasattr(metric, "details"):
         record["judged_by"] = metric.details()
     write_json(as_path(workdir) / FILE_NAME, record)
+    partial.unlink(missing_ok=True)
     return record
+
+
+def _write_partial(path: epath.Path, of: dict, state: dict[str, np.ndarray]) -> None:
+    """Keep what a metric has taken in; where it cannot be kept, sampling goes on all the same."""
+    try:
+        write_npz(path, state | {"of": np.asarray(json.dumps(of))})
+    except OSError as error:
+        say(f"WARNING: {path} cannot be written ({error}); if killed, it would begin anew")
+
+
+def _read_partial(path: epath.Path, of: dict) -> dict[str, np.ndarray]:
+    """What a killed evaluation of the very same thing has kept; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            state = dict(arrays)
+        return state if str(state.pop("of")) == json.dumps(of) else {}
+    except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
+        say(f"WARNING: {path} cannot be read ({error}); the evaluation begins anew")
+        return {}
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -1,15 +1,20 @@
 """Samples judged by a feature network: what is compared, what is told, what is refused."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
+from dummy_sampler import DummySampler, make_generator
 from rows import DIGITS, PARAMS, drawing, firsts
 from tiny import tiny_config
 
 from djepa_jax.data.arrays import ArraySource
-from djepa_jax.evaluation.evaluate import evaluate, open_metric, read_evaluation
+from djepa_jax.evaluation import evaluate as evaluating
+from djepa_jax.evaluation.evaluate import PARTIAL_NAME, evaluate, open_metric, read_evaluation
+from djepa_jax.evaluation.metrics import pictures
 from djepa_jax.evaluation.metrics.base import MetricError
+from djepa_jax.evaluation.metrics.feature_figures import FeatureFigures
 
 
 @pytest.mark.parametrize("kind", ["classifier", "efficientnet_lite0"])
@@ -58,3 +63,63 @@ def test_pictures_alone_are_judged(network):
     for shape, dtype in (((8, 8, 1), np.float32), ((8, 8, 4), np.uint8), ((64,), np.uint8)):
         with pytest.raises(MetricError, match="uint8 pictures with 1 or 3 channels"):
             open_metric(experiment, ArraySource(np.zeros((5, *shape), dtype), np.arange(5)))
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
+
+
+def die_at(start: int):
+    def before(ids: np.ndarray) -> None:
+        if ids[0] == start:
+            raise Killed
+
+    return before
+
+
+@pytest.fixture
+def killed(network, tmp_path, monkeypatch):
+    """An evaluation that wrote its state after every batch and was killed before sample 48."""
+    monkeypatch.setattr(evaluating, "SAVE_EVERY", -1.0)
+    flags = ("--config.evaluation.kind=classifier", "--config.sample.batch_size=16")
+    generator = make_generator(DummySampler(die_at(48)), *flags)
+    with pytest.raises(Killed):
+        evaluate(generator.experiment, generator, PARAMS, DIGITS, 3, tmp_path)
+    assert (tmp_path / PARTIAL_NAME).exists() and not (tmp_path / "evaluation.json").exists()
+    return generator.experiment
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_killed_evaluation_goes_on_to_the_same_figures(large, network, tmp_path, monkeypatch):
+    if not large:
+        few = functools.partial(FeatureFigures, max_rows=20)
+        monkeypatch.setattr(pictures, "FeatureFigures", few)
+    expected, found = tmp_path / "whole", tmp_path / "killed"
+    expected.mkdir()
+    found.mkdir()
+    monkeypatch.setattr(evaluating, "SAVE_EVERY", -1.0)
+    flags = ("--config.evaluation.kind=classifier", "--config.sample.batch_size=16")
+    whole = make_generator(DummySampler(), *flags)
+    record = evaluate(whole.experiment, whole, PARAMS, DIGITS, 3, expected)
+    for start in (32, 48):
+        dying = make_generator(DummySampler(die_at(start)), *flags)
+        with pytest.raises(Killed):
+            evaluate(whole.experiment, dying, PARAMS, DIGITS, 3, found)
+    sampler = DummySampler()
+    generator = make_generator(sampler, *flags)
+    assert evaluate(whole.experiment, generator, PARAMS, DIGITS, 3, found) == record
+    assert sampler.drawn == [48, 64]
+    assert {path.name for path in found.iterdir()} == {"evaluation.json"}
+
+
+@pytest.mark.parametrize("change", ["seed", "weights", "step", "damage"])
+def test_another_evaluation_begins_anew(change, killed, tmp_path, capsys):
+    experiment = killed.updated({"evaluation.seed": 2}) if change == "seed" else killed
+    params = {"w": 2 * PARAMS["w"]} if change == "weights" else PARAMS
+    if change == "damage":
+        (tmp_path / PARTIAL_NAME).write_bytes(b"PK\x03\x04 no more")
+    sampler = DummySampler()
+    generator = make_generator(sampler, experiment=experiment)
+    evaluate(experiment, generator, params, DIGITS, 4 if change == "step" else 3, tmp_path)
+    assert sampler.drawn[0] == 0 and not (tmp_path / PARTIAL_NAME).exists()
+    assert ("begins anew" in capsys.readouterr().out) == (change == "damage")

@@ -46,6 +46,14 @@ class Moments:
         if other.count:
             self._add(other.count, other.mean, other.scatter)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What it holds, as arrays by name."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Hold what `state` gave."""
+        self.count, self.mean, self.scatter = int(state["count"]), state["mean"], state["scatter"]
+
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         if not self.count:
             self.count, self.mean, self.scatter = count, mean.copy(), scatter.copy()

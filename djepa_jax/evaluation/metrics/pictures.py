@@ -52,17 +52,30 @@ class Pictures:
 
     def update(self, arrays: dict[str, np.ndarray], conditions: Any) -> None:
         """Take in samples `images` `[n, H, W, C]`, and their labels `[n]` if they are labelled."""
-        if self._figures is None:
-            kind = self._of[0]
-            self.network, reference = _judge(*self._of)
-            how = {"classifier": kind in TRAINED}
-            if self._reference:  # all distances are to the file's statistics
-                reference = {tap: rows for tap, rows in reference.items() if tap == "pool"}
-                how["statistics"] = self._reference.statistics
-            self._figures = FeatureFigures(self.network.name, reference, **how)
+        self._begin()
         if distributed.is_main_process():
             features = self.network(np.asarray(arrays["images"]))
             self._figures.update(features, conditions if self._labelled else None)
+
+    def _begin(self) -> None:
+        if self._figures is not None:
+            return
+        self.network, reference = _judge(*self._of)
+        how = {"classifier": self._of[0] in TRAINED}
+        if self._reference:  # all distances are to the file's statistics
+            reference = {tap: rows for tap, rows in reference.items() if tap == "pool"}
+            how["statistics"] = self._reference.statistics
+        self._figures = FeatureFigures(self.network.name, reference, **how)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What process 0 has taken in."""
+        return self._figures.state()
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what `state` gave; all processes are to call it."""
+        self._begin()
+        if distributed.is_main_process():
+            self._figures.restore(state)
 
     def merge(self, other: "Pictures") -> None:
         """Take in the samples of another one."""
