@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Annotated, Any
 
+from djepa_jax.config.presets import PRESETS
 from djepa_jax.core.bounds import (
     AboveZero,
     AtLeastZero,
@@ -201,3 +202,4 @@ class EvaluationSettings(Settings):
     weights: str = ""
     reference: str = ""
     reference_count: Natural = 0
+    preset: Annotated[str, OneOf(("", *PRESETS))] = ""

@@ -13,8 +13,9 @@ from etils import epath
 
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.checkpoints.restore import latest_model, placed_params
-from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.presets import CFG_SCALES, PUBLISHED_SHAPE, preset_values
 from djepa_jax.core import sharding
 from djepa_jax.data.records import digest_of
 from djepa_jax.data.sources import names_data, open_training_data
@@ -142,8 +143,10 @@ def evaluate(
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
-    if hasattr(metric, "details"):
-        record["judged_by"] = metric.details()
+    judged_by = metric.details() if hasattr(metric, "details") else {}
+    if caveats := preset_caveats(experiment):
+        judged_by["caveats"] = [*judged_by.get("caveats", []), *caveats]
+    record |= {"judged_by": judged_by} if judged_by else {}
     write_json(as_path(workdir) / FILE_NAME, record)
     partial.unlink(missing_ok=True)
     return record
@@ -168,6 +171,28 @@ def _read_partial(path: epath.Path, of: dict) -> dict[str, np.ndarray]:
     except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
         say(f"WARNING: {path} cannot be read ({error}); the evaluation begins anew")
         return {}
+
+
+def preset_caveats(experiment: Experiment) -> list[str]:
+    """Why figures are not those that `evaluation.preset` promises."""
+    settings, own = experiment.evaluation, flatten(experiment.to_dict())
+    name = settings.preset
+    found = [
+        f"preset {name} has {key} {value}, here it is {own[key]}"
+        for key, value in preset_values(name, experiment.model.size).items()
+        if own[key] != value
+    ]
+    if name in ("", "trend"):
+        return found
+    if name == "paper_cfg" and experiment.model.size not in CFG_SCALES:
+        found.append(f"the paper has no guidance for size {experiment.model.size}")
+    if (shape := experiment.picture_shape) != PUBLISHED_SHAPE:
+        found.append(
+            f"not comparable with published figures: pictures are {shape}, not {PUBLISHED_SHAPE}"
+        )
+    if not settings.reference:
+        found.append("no evaluation.reference: published figures take ADM's statistics")
+    return found
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 from rows import DIGITS, PARAMS, drawing, firsts
-from tiny import run, tiny_config
+from tiny import load_config, run, tiny_config
 
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.data.arrays import ArraySource
 from djepa_jax.evaluation import evaluate as evaluating
-from djepa_jax.evaluation.evaluate import evaluate, open_metric, read_evaluation, run_evaluate
+from djepa_jax.evaluation.evaluate import (
+    evaluate,
+    open_metric,
+    preset_caveats,
+    read_evaluation,
+    run_evaluate,
+)
 from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.metrics.moments import (
     Moments,
@@ -140,3 +146,39 @@ def test_without_a_path_no_data_are_read(trained, written, tmp_path, monkeypatch
     monkeypatch.setattr(evaluating, "evaluate", lambda *arguments: {"source": arguments[3]})
     record, *_ = run_evaluate(tiny_config(*changes), trained, overwrite=True)
     assert record == {"source": None}
+
+
+def test_a_preset_is_what_a_command_line_does_not_say_itself():
+    paper = load_config("djepa_h", "--config.evaluation.preset=paper_cfg")
+    sample = paper.sample
+    assert (paper.evaluation.kind, paper.evaluation.count) == ("inception", 50_000)
+    assert (sample.cfg_scale, sample.cfg_schedule, sample.temperature) == (3.9, "linear", 0.98)
+    assert (sample.num_ar_steps, sample.num_denoise_steps) == (64, 100)
+    own = ("--config.sample.temperature=0.9", "--config.evaluation.preset=paper_no_cfg")
+    changed = load_config("djepa_l", *own)
+    assert (changed.sample.temperature, changed.sample.cfg_scale) == (0.9, 1.0)
+    told = "preset paper_no_cfg has sample.temperature 0.94, here it is 0.9"
+    assert told in preset_caveats(changed)
+    with pytest.raises(ConfigError, match="preset"):
+        tiny_config("--config.evaluation.preset=best")
+
+
+def test_a_preset_is_compared_with_what_is_published_where_it_can_be():
+    flags = ("--config.evaluation.preset=paper_cfg", "--config.evaluation.reference=adm.npz")
+    assert preset_caveats(load_config("djepa_l", *flags)) == []
+    (no_reference,) = preset_caveats(load_config("djepa_l", flags[0]))
+    assert "evaluation.reference" in no_reference
+    told = preset_caveats(tiny_config(*flags))
+    assert any("not comparable with published figures" in line for line in told)
+    assert any("no guidance for size custom" in line for line in told)
+    assert preset_caveats(tiny_config()) == []
+
+
+def test_a_preset_and_its_caveats_are_in_the_record(written, tmp_path):
+    flags = (KIND, "--config.evaluation.preset=adm", "--config.evaluation.count=20")
+    generator = drawing(firsts(), *flags, f"--config.evaluation.reference={written}")
+    record = evaluate(generator.experiment, generator, PARAMS, None, 3, tmp_path)
+    assert record["evaluation"]["preset"] == "adm"
+    caveats = record["judged_by"]["caveats"]
+    assert any("evaluation.count 50000, here it is 20" in line for line in caveats)
+    assert any("not comparable" in line for line in caveats)
