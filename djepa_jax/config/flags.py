@@ -268,7 +268,7 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             raise ConfigError(f"config.{key} has no value: write --config.{key}=VALUE.")
         changes[key] = word is None or from_word(word, known[key], key)
     size = changes.get("model.size", config.model.size)
-    changes = preset_values(changes.get("evaluation.preset", ""), size) | changes
+    changes = preset_values(changes.get("evaluation.preset", "none"), size) | changes
     with config.ignore_type():
         config.update_from_flattened_dict(changes)
     return config

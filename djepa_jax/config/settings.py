@@ -202,4 +202,4 @@ class EvaluationSettings(Settings):
     weights: str = ""
     reference: str = ""
     reference_count: Natural = 0
-    preset: Annotated[str, OneOf(("", *PRESETS))] = ""
+    preset: Annotated[str, OneOf(("none", *PRESETS))] = "none"

@@ -95,13 +95,20 @@ def is_of(record: dict, expected: dict) -> bool:
 
 def _subject(experiment: Experiment, generator: Generator, params, source, step: int) -> dict:
     """What an evaluation is of: the `identity`, its own settings, and a checksum of the data."""
-    own = dict(vars(experiment.evaluation))
-    del own["reference_count"]  # of the file, not of what is compared with it
-    reference, own = own["reference"], {key: own[key] for key in own if own[key] != ""}
-    settings = {"evaluation": own, "data": "" if source is None else digest_of(source)}
-    for name, path in (("network", own.get("weights")), ("reference", reference)):
-        if path:
-            settings[name] = file_sha256(path)
+    own = experiment.evaluation
+    settings = {
+        # Keys that say nothing are not in records of earlier versions
+        "evaluation": {
+            key: value
+            for key, value in vars(own).items()
+            if key != "reference_count" and value not in ("", "none")
+        },
+        "data": "" if source is None else digest_of(source),
+    }
+    if own.kind in FROM_FILE:
+        settings["network"] = file_sha256(own.weights)
+    if own.reference:
+        settings["reference"] = file_sha256(own.reference)
     return identity(params, experiment, step, generator.autoencoder_sha256) | settings
 
 
@@ -182,7 +189,7 @@ def preset_caveats(experiment: Experiment) -> list[str]:
         for key, value in preset_values(name, experiment.model.size).items()
         if own[key] != value
     ]
-    if name in ("", "trend"):
+    if name in ("none", "trend"):
         return found
     if name == "paper_cfg" and experiment.model.size not in CFG_SCALES:
         found.append(f"the paper has no guidance for size {experiment.model.size}")

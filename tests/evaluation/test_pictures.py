@@ -11,6 +11,7 @@ from tiny import tiny_config
 
 from djepa_jax.data.arrays import ArraySource
 from djepa_jax.evaluation import evaluate as evaluating
+from djepa_jax.evaluation import features
 from djepa_jax.evaluation.evaluate import PARTIAL_NAME, evaluate, open_metric, read_evaluation
 from djepa_jax.evaluation.metrics import pictures
 from djepa_jax.evaluation.metrics.base import MetricError
@@ -63,6 +64,23 @@ def test_pictures_alone_are_judged(network):
     for shape, dtype in (((8, 8, 1), np.float32), ((8, 8, 4), np.uint8), ((64,), np.uint8)):
         with pytest.raises(MetricError, match="uint8 pictures with 1 or 3 channels"):
             open_metric(experiment, ArraySource(np.zeros((5, *shape), dtype), np.arange(5)))
+
+
+def test_a_record_is_of_the_weights_that_judged(network, tmp_path, monkeypatch):
+    monkeypatch.setitem(features.FROM_FILE, "inception", lambda path: network)
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"first")
+    flags = ("--config.evaluation.kind=inception", f"--config.evaluation.weights={weights}")
+    generator = drawing(firsts(), *flags)
+    of = (generator.experiment, generator, PARAMS, DIGITS, 3, tmp_path)
+    record = evaluate(*of)
+    assert read_evaluation(*of) == record
+    without = {key: value for key, value in record.items() if key != "network"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(without))
+    assert read_evaluation(*of) is not None, "earlier versions did not write it"
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    weights.write_bytes(b"second")
+    assert read_evaluation(*of) is None
 
 
 class Killed(BaseException):

@@ -97,6 +97,13 @@ def test_statistics_of_other_pictures_are_told_apart(network, tmp_path):
     assert "pictures of the reference are [256, 256, 3]" in str(record["judged_by"]["caveats"])
 
 
+def test_what_a_file_says_of_itself_is_damaged(tmp_path):
+    for text in ("{", "3"):
+        np.savez(tmp_path / "a.npz", about=np.asarray(text))
+        with pytest.raises(MetricError, match='"about" is damaged'):
+            read_about(tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize(
     ("statistics", "about", "words"),
     [

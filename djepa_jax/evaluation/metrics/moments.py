@@ -122,7 +122,11 @@ def read_statistics(path) -> dict[str, Statistics]:
 def read_about(path) -> dict:
     """What `write_statistics` was told of a file; empty for those of others."""
     with as_path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return json.loads(str(arrays["about"])) if "about" in arrays else {}
+        text = str(arrays["about"]) if "about" in arrays else "{}"
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise MetricError(f'{path}: "about" is damaged ({error}); make the file again.') from error
 
 
 def frechet_distance(

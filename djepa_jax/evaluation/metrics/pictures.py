@@ -36,7 +36,7 @@ class Pictures:
         reference: str = "",
         shape: tuple[int, ...] = (),
     ):
-        if reference and not (source and is_picture(source[0]["example"])):
+        if reference and not (source is not None and is_picture(source[0]["example"])):
             source = None
         elif not is_picture(example := source[0]["example"]):
             raise MetricError(

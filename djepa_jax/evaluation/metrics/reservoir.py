@@ -38,11 +38,12 @@ class Reservoir:
         """What it holds, as arrays by name; empty before the first rows."""
         if self.rows() is None:
             return {}
-        return dict(zip(("keys", "indices", "rows"), self._parts[0], strict=True))
+        keys, indices, rows = self._parts[0]
+        return {"keys": keys, "indices": indices, "rows": rows}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Hold what `state` gave."""
-        self._parts = [tuple(state.values())] if state else []
+        self._parts = [(state["keys"], state["indices"], state["rows"])] if state else []
 
     def _shrink(self) -> None:
         keys, indices, rows = (np.concatenate(each) for each in zip(*self._parts, strict=True))
