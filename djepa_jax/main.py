@@ -83,6 +83,13 @@ def prepare(values: flags.FlagValues, experiment: Experiment) -> None:
     run_prepare(experiment, values.workdir, values.measure_scale, values.shard)
 
 
+def reference(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Measure the pictures of a data set, for evaluations to compare samples with."""
+    from djepa_jax.evaluation.reference import run_reference
+
+    print(f"wrote {run_reference(experiment, values.out, values.overwrite)}")
+
+
 def benchmark(values: flags.FlagValues, experiment: Experiment | None) -> None:
     """Measure the speed of training, sampling and decoding; with --suite=gpu, check a machine."""
     from djepa_jax.training.benchmark import Timing, run_benchmark
@@ -122,6 +129,13 @@ MODES = {
         own=("latents_only", "out", "overwrite"),
     ),
     "evaluate": Mode(evaluate, ("config", "workdir"), "--workdir=runs/digits", own=("overwrite",)),
+    "reference": Mode(
+        reference,
+        ("config", "out"),
+        "--config=digits --out=digits.npz --config.evaluation.kind=efficientnet_lite0",
+        own=("overwrite",),
+        one_process=True,
+    ),
     "export": Mode(
         export,
         ("workdir", "out"),
@@ -169,7 +183,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of all modes."""
     text = {
         "workdir": "Folder of checkpoints, metrics and samples.",
-        "out": "sample, export, benchmark: what to write.",
+        "out": "sample, reference, export, benchmark: what to write.",
         "source": "import: a file of tensors (.pth, .safetensors, ...) or an export folder.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
@@ -186,7 +200,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "sample, export, evaluate, benchmark: replace what is there.",
+        "overwrite": "sample, evaluate, reference, export, benchmark: replace what is there.",
         "profile": "benchmark: trace one call, and name its largest kernels.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",
     }

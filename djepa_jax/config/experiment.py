@@ -40,6 +40,7 @@ from djepa_jax.core.losses import TOKEN_LOSSES, TokenLoss
 from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.modalities import MODALITIES, Modality
 from djepa_jax.core.models.attention import obstacle
+from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.core.models.conditioning import CONDITIONERS
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.optimizer import OptimizerConfig
@@ -149,6 +150,14 @@ class Experiment(Settings):
     def lacks_decoder(self) -> bool:
         """Whether the model makes latents, and no autoencoder is named that decodes them."""
         return self.modality.needs_decoder and not self.autoencoder.path
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """`[H, W, C]` of the pictures that samples are, or that an autoencoder makes of them."""
+        if not self.modality.needs_decoder:
+            return self.modality.example_shape
+        size = self.data.image_size * AUTOENCODERS[self.autoencoder.name].stride
+        return (size, size, 3)
 
     def decoded_by(self, sha256: str) -> "Experiment":
         """One whose latents are those of the autoencoder with `sha256`, unless that is empty."""

@@ -31,6 +31,7 @@ from djepa_jax.config.convert import (
     unknown_key,
 )
 from djepa_jax.config.experiment import SHARED_LOSS_FIELDS, Experiment
+from djepa_jax.config.presets import preset_values
 from djepa_jax.config.stored import FILE_NAME, models_near, upgrade
 from djepa_jax.core.losses import TOKEN_LOSSES
 from djepa_jax.runtime.errors import UserError
@@ -266,6 +267,8 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         if word is None and known[key] is not bool:
             raise ConfigError(f"config.{key} has no value: write --config.{key}=VALUE.")
         changes[key] = word is None or from_word(word, known[key], key)
+    size = changes.get("model.size", config.model.size)
+    changes = preset_values(changes.get("evaluation.preset", "none"), size) | changes
     with config.ignore_type():
         config.update_from_flattened_dict(changes)
     return config

@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Annotated, Any
 
+from djepa_jax.config.presets import PRESETS
 from djepa_jax.core.bounds import (
     AboveZero,
     AtLeastZero,
@@ -32,6 +33,7 @@ from djepa_jax.core.schedules import GUIDANCE, ORDERS
 Options = dict[str, Any]  # keyword arguments of what a table names
 # Keys that name files and folders; data.class_names may also be the names themselves.
 PATHS = ("data.path", "data.staging", "data.class_names", "prepare.path", "autoencoder.path")
+PATHS += ("evaluation.weights", "evaluation.reference")
 Dtype = Annotated[str, OneOf(("float32", "bfloat16"))]
 Sha256 = Annotated[
     str,
@@ -198,3 +200,6 @@ class EvaluationSettings(Settings):
     count: Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
     seed: Seed
     weights: str = ""
+    reference: str = ""
+    reference_count: Natural = 0
+    preset: Annotated[str, OneOf(("none", *PRESETS))] = "none"

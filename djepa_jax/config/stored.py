@@ -47,7 +47,10 @@ ADDED = {
     "sample": {"order": "random"},
 }
 # The same for configurations of any format.
-LATER = {"model": {"attention": "auto"}, "evaluation": {"weights": ""}}
+LATER = {
+    "model": {"attention": "auto"},
+    "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"},
+}
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`
 # What fixes the meaning of parameters: it must agree between a config and a checkpoint.
 MODEL_KEYS = {

@@ -60,6 +60,15 @@ def row_batches(
     yield from examples.batch(len(rows), drop_remainder=True)
 
 
+def in_batches(
+    source: Source, indices: np.ndarray, batch_size: int, num_threads: int
+) -> Iterator[dict]:
+    """Some examples of a source in the order of `indices`, read ahead by threads."""
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
+    numbers = grain.MapDataset.source(indices.tolist())
+    yield from numbers.map(source.__getitem__).to_iter_dataset(options).batch(batch_size)
+
+
 def local_rows(place: NamedSharding, batch_size: int) -> np.ndarray:
     """Which rows of a batch lie on this process's devices, ascending."""
     slices = [index[0] for index in place.addressable_devices_indices_map((batch_size,)).values()]

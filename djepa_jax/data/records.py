@@ -50,6 +50,12 @@ def counted(numbers: Counter) -> str:
     return ", ".join(shown + more).encode(errors="backslashreplace").decode()
 
 
+def digest_of(source) -> str:
+    """A checksum of what a source holds, whatever wraps it; the length of one that has none."""
+    source = unwrapped(source)
+    return source.digest() if hasattr(source, "digest") else str(len(source))
+
+
 def checksum(*parts: str | np.ndarray) -> str:
     """The sha256 of texts and arrays, one after the other with their sizes."""
     digest = hashlib.sha256()

@@ -30,7 +30,8 @@ from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import PathError, as_path, is_remote
 
 IMAGE_FILES = {"folder": open_folder, "tar": open_tars, "ilsvrc": open_ilsvrc, "tfds": open_tfds}
-SOURCES = ("digits", "synthetic", "npz", "latents", *IMAGE_FILES)
+WITHOUT_PATH = ("digits", "synthetic")
+SOURCES = (*WITHOUT_PATH, "npz", "latents", *IMAGE_FILES)
 
 
 def open_source(group: str, settings, data, modality, any_class: bool = False) -> Source:
@@ -43,7 +44,7 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
     where = f'{group}.path "{path}"' if path else f'{group}.source "{name}"'
     if name not in SOURCES:
         raise DataError(f'{group}.source is "{name}"; it must be one of {", ".join(SOURCES)}.')
-    if not path and name not in ("digits", "synthetic"):
+    if not names_data(settings):
         raise DataError(
             f'{group}.path is empty, and {group}.source is "{name}"; name its data with '
             f"--config.{group}.path=PATH (--mode=prepare makes the latents of images)."
@@ -62,6 +63,11 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
     if name not in IMAGE_FILES:
         modality.check_example(source[0]["example"])
     return source
+
+
+def names_data(settings) -> bool:
+    """Whether `config.data` or `config.prepare` say where data lie, or take some that lie here."""
+    return bool(settings.path) or settings.source in WITHOUT_PATH
 
 
 def _open_images(name: str, path: str, where: str, data, num_classes: int, modality) -> ImageSource:

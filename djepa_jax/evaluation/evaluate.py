@@ -3,28 +3,35 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 from etils import epath
 
+from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.checkpoints.restore import latest_model, placed_params
-from djepa_jax.config.convert import ConfigError
+from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.presets import CFG_SCALES, PUBLISHED_SHAPE, preset_values
 from djepa_jax.core import sharding
-from djepa_jax.data.records import unwrapped
-from djepa_jax.data.sources import open_training_data
-from djepa_jax.evaluation.features import FEATURES, INSTALLED, TRAINED
+from djepa_jax.data.records import digest_of
+from djepa_jax.data.sources import names_data, open_training_data
+from djepa_jax.evaluation.features import FEATURES, FROM_FILE, INSTALLED, TRAINED
 from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.evaluation.metrics.pictures import Pictures
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
-from djepa_jax.runtime.storage import as_path, write_json
+from djepa_jax.runtime.progress import say
+from djepa_jax.runtime.storage import as_path, write_json, write_npz
 from djepa_jax.sampling.generator import Generator, count_of, never
 
-FILE_NAME = "evaluation.json"
-ADDED = ("loss", "compute_dtype", "data")  # keys that records of earlier versions do not have
+FILE_NAME, PARTIAL_NAME = "evaluation.json", "evaluation_partial.npz"
+SAVE_EVERY = 300.0  # seconds between what a killed evaluation goes on from
+# Keys that records of earlier versions do not have
+ADDED = ("loss", "compute_dtype", "data", "network")
 
 
 def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
@@ -37,6 +44,11 @@ def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
     settings = experiment.evaluation
     if settings.kind == "none":
         return None
+    if settings.reference and settings.kind in (*METRICS, *TRAINED):
+        raise ConfigError(
+            f'config.evaluation.kind is "{settings.kind}", and config.evaluation.reference is of a '
+            f"network whose weights stay as they are; use {', '.join((*INSTALLED, *FROM_FILE))}."
+        )
     if settings.kind in METRICS:
         return METRICS[settings.kind].from_data(source)
     if settings.kind not in FEATURES:
@@ -49,9 +61,15 @@ def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
             f'config.evaluation.kind "{settings.kind}" learns to tell classes apart, and these '
             f"data have {experiment.data.num_classes}; use {', '.join(INSTALLED)}."
         )
+    if settings.reference and experiment.lacks_decoder:
+        raise ConfigError(
+            "config.autoencoder.path is empty, and samples are latents, of which it makes the "
+            "pictures to judge; name it."
+        )
     turn = jax.tree.leaves(experiment.network.conditioner.in_turn(2))[0]
     labelled = bool(turn[0] != turn[1])
-    return Pictures(settings.kind, source, settings.weights, workdir, labelled)
+    reference = (settings.reference, experiment.picture_shape)
+    return Pictures(settings.kind, source, settings.weights, workdir, labelled, *reference)
 
 
 def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -> dict:
@@ -77,10 +95,20 @@ def is_of(record: dict, expected: dict) -> bool:
 
 def _subject(experiment: Experiment, generator: Generator, params, source, step: int) -> dict:
     """What an evaluation is of: the `identity`, its own settings, and a checksum of the data."""
-    source = unwrapped(source)
-    data = source.digest() if hasattr(source, "digest") else str(len(source))
-    own = {key: value for key, value in vars(experiment.evaluation).items() if value != ""}
-    settings = {"evaluation": own, "data": data}
+    own = experiment.evaluation
+    settings = {
+        # Keys that say nothing are not in records of earlier versions
+        "evaluation": {
+            key: value
+            for key, value in vars(own).items()
+            if key != "reference_count" and value not in ("", "none")
+        },
+        "data": "" if source is None else digest_of(source),
+    }
+    if own.kind in FROM_FILE:
+        settings["network"] = file_sha256(own.weights)
+    if own.reference:
+        settings["reference"] = file_sha256(own.reference)
     return identity(params, experiment, step, generator.autoencoder_sha256) | settings
 
 
@@ -95,28 +123,83 @@ def evaluate(
 ) -> dict:
     """Judge samples of the given parameters, every condition in turn; write `evaluation.json`.
 
-    All processes sample; process 0 judges and writes, and the others' record is empty.
+    All processes sample; process 0 judges and writes, and the others' record is empty. One that was
+    killed goes on from what it wrote last, to the same figures.
 
     Raises:
-        Stopped: `should_stop`, asked before every batch, said so; nothing was written.
+        Stopped: `should_stop`, asked before every batch, said so; there is no new record.
     """
     settings, metric = experiment.evaluation, open_metric(experiment, source, workdir)
     conditions = experiment.network.conditioner.in_turn(settings.count)
-    start = 0
-    batches = generator.batches(params, conditions, settings.seed, should_stop=should_stop)
+    of = _subject(experiment, generator, params, source, step)
+    partial, keeps = as_path(workdir) / PARTIAL_NAME, hasattr(metric, "restore")
+    state = _read_partial(partial, of) if keeps and distributed.is_main_process() else {}
+    start = distributed.run_on_main(lambda: int(state.get("count", 0)))
+    if start:
+        metric.restore(state)
+    saved = time.monotonic()
+    batches = generator.batches(params, conditions, settings.seed, start, should_stop)
     for arrays in batches:
         stop = start + count_of(arrays)
         rows = slice(start, stop)
         metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
         start = stop
-    of = _subject(experiment, generator, params, source, step)
+        if keeps and distributed.is_main_process() and time.monotonic() > saved + SAVE_EVERY:
+            _write_partial(partial, of, metric.state())
+            saved = time.monotonic()
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
-    if hasattr(metric, "details"):
-        record["judged_by"] = metric.details()
+    judged_by = metric.details() if hasattr(metric, "details") else {}
+    if caveats := preset_caveats(experiment):
+        judged_by["caveats"] = [*judged_by.get("caveats", []), *caveats]
+    record |= {"judged_by": judged_by} if judged_by else {}
     write_json(as_path(workdir) / FILE_NAME, record)
+    partial.unlink(missing_ok=True)
     return record
+
+
+def _write_partial(path: epath.Path, of: dict, state: dict[str, np.ndarray]) -> None:
+    """Keep what a metric has taken in; where it cannot be kept, sampling goes on all the same."""
+    try:
+        write_npz(path, state | {"of": np.asarray(json.dumps(of))})
+    except OSError as error:
+        say(f"WARNING: {path} cannot be written ({error}); if killed, it would begin anew")
+
+
+def _read_partial(path: epath.Path, of: dict) -> dict[str, np.ndarray]:
+    """What a killed evaluation of the very same thing has kept; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            state = dict(arrays)
+        return state if str(state.pop("of")) == json.dumps(of) else {}
+    except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
+        say(f"WARNING: {path} cannot be read ({error}); the evaluation begins anew")
+        return {}
+
+
+def preset_caveats(experiment: Experiment) -> list[str]:
+    """Why figures are not those that `evaluation.preset` promises."""
+    settings, own = experiment.evaluation, flatten(experiment.to_dict())
+    name = settings.preset
+    found = [
+        f"preset {name} has {key} {value}, here it is {own[key]}"
+        for key, value in preset_values(name, experiment.model.size).items()
+        if own[key] != value
+    ]
+    if name in ("none", "trend"):
+        return found
+    if name == "paper_cfg" and experiment.model.size not in CFG_SCALES:
+        found.append(f"the paper has no guidance for size {experiment.model.size}")
+    if (shape := experiment.picture_shape) != PUBLISHED_SHAPE:
+        found.append(
+            f"not comparable with published figures: pictures are {shape}, not {PUBLISHED_SHAPE}"
+        )
+    if not settings.reference:
+        found.append("no evaluation.reference: published figures take ADM's statistics")
+    return found
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -151,11 +234,18 @@ def run_evaluate(
 
     A record of the same weights, settings and data is given back, unless `overwrite` is set.
 
+    With `evaluation.reference`, and without a `data.path` where the source needs one, no data are
+    read.
+
     Raises:
         ConfigError: no evaluation is configured, or another model than the checkpoint's.
         CheckpointError: there is no usable checkpoint.
     """
-    source, experiment = open_training_data(experiment)
+    if experiment.evaluation.reference and not names_data(experiment.data):
+        stored = latest_model(experiment, workdir).config
+        source, experiment = None, experiment.completed_by(stored)
+    else:
+        source, experiment = open_training_data(experiment)
     if open_metric(experiment, source) is None:
         remedy = "there is no metric for these data: look at samples (--mode=sample)"
         for name in (*INSTALLED, *METRICS, *TRAINED):  # the last that can is the best

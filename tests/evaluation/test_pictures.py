@@ -1,71 +1,21 @@
 """Samples judged by a feature network: what is compared, what is told, what is refused."""
 
+import functools
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from dummy_sampler import DummySampler, make_generator
+from rows import DIGITS, PARAMS, drawing, firsts
 from tiny import tiny_config
 
-from djepa_jax.core import sharding
-from djepa_jax.data.arrays import ArraySource, load_digits
+from djepa_jax.data.arrays import ArraySource
+from djepa_jax.evaluation import evaluate as evaluating
 from djepa_jax.evaluation import features
-from djepa_jax.evaluation.evaluate import evaluate, open_metric, read_evaluation
+from djepa_jax.evaluation.evaluate import PARTIAL_NAME, evaluate, open_metric, read_evaluation
 from djepa_jax.evaluation.metrics import pictures
 from djepa_jax.evaluation.metrics.base import MetricError
-from djepa_jax.sampling.generator import Generator
-
-PARAMS = {"w": jnp.arange(3.0)}
-DIGITS = load_digits()
-
-
-class Rows:
-    """The mean of every row of pixels as features, and a logit for the class of known pictures."""
-
-    name, sha256, held_out_accuracy = "rows", "0" * 64, 0.5
-
-    def __init__(self):
-        self.seen = 0
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        self.seen += len(images)
-        pool = np.float32(images.mean((2, 3)))  # [n, 8]
-        return {"pool": pool, "logits": np.eye(10, dtype=np.float32)[self.classes(images)]}
-
-    def classes(self, images: np.ndarray) -> np.ndarray:
-        """The labels of digits that are known, of others 0."""
-        known = {image.tobytes(): label for image, label in zip(*self.data, strict=True)}
-        return np.array([known.get(image.tobytes(), 0) for image in images])
-
-    data = DIGITS.images, DIGITS.labels
-
-
-@pytest.fixture
-def network(monkeypatch) -> Rows:
-    rows = Rows()
-    monkeypatch.setitem(features.TRAINED, "classifier", lambda images, labels, folder: rows)
-    monkeypatch.setitem(features.INSTALLED, "efficientnet_lite0", lambda: rows)
-    pictures._open.cache_clear()
-    pictures._judge.cache_clear()
-    yield rows
-    pictures._open.cache_clear()
-    pictures._judge.cache_clear()
-
-
-def drawing(images: np.ndarray, *changes: str) -> Generator:
-    """One that draws these pictures, in batches of 16, for the classes that are asked for."""
-    experiment = tiny_config("--config.sample.batch_size=16", *changes)
-    tokens = np.asarray(experiment.modality.tokenize(images))
-
-    def sampler(config, mesh):
-        return lambda params, inputs: tokens[np.asarray(inputs.conditions)]
-
-    return Generator(experiment, sharding.make_mesh((-1, 1, 1)), sampler=sampler)
-
-
-def firsts() -> np.ndarray:
-    """A real digit of each class."""
-    return np.stack([DIGITS.images[np.argmax(DIGITS.labels == label)] for label in range(10)])
+from djepa_jax.evaluation.metrics.feature_figures import FeatureFigures
 
 
 @pytest.mark.parametrize("kind", ["classifier", "efficientnet_lite0"])
@@ -114,3 +64,80 @@ def test_pictures_alone_are_judged(network):
     for shape, dtype in (((8, 8, 1), np.float32), ((8, 8, 4), np.uint8), ((64,), np.uint8)):
         with pytest.raises(MetricError, match="uint8 pictures with 1 or 3 channels"):
             open_metric(experiment, ArraySource(np.zeros((5, *shape), dtype), np.arange(5)))
+
+
+def test_a_record_is_of_the_weights_that_judged(network, tmp_path, monkeypatch):
+    monkeypatch.setitem(features.FROM_FILE, "inception", lambda path: network)
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"first")
+    flags = ("--config.evaluation.kind=inception", f"--config.evaluation.weights={weights}")
+    generator = drawing(firsts(), *flags)
+    of = (generator.experiment, generator, PARAMS, DIGITS, 3, tmp_path)
+    record = evaluate(*of)
+    assert read_evaluation(*of) == record
+    without = {key: value for key, value in record.items() if key != "network"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(without))
+    assert read_evaluation(*of) is not None, "earlier versions did not write it"
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    weights.write_bytes(b"second")
+    assert read_evaluation(*of) is None
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
+
+
+def die_at(start: int):
+    def before(ids: np.ndarray) -> None:
+        if ids[0] == start:
+            raise Killed
+
+    return before
+
+
+@pytest.fixture
+def killed(network, tmp_path, monkeypatch):
+    """An evaluation that wrote its state after every batch and was killed before sample 48."""
+    monkeypatch.setattr(evaluating, "SAVE_EVERY", -1.0)
+    flags = ("--config.evaluation.kind=classifier", "--config.sample.batch_size=16")
+    generator = make_generator(DummySampler(die_at(48)), *flags)
+    with pytest.raises(Killed):
+        evaluate(generator.experiment, generator, PARAMS, DIGITS, 3, tmp_path)
+    assert (tmp_path / PARTIAL_NAME).exists() and not (tmp_path / "evaluation.json").exists()
+    return generator.experiment
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_killed_evaluation_goes_on_to_the_same_figures(large, network, tmp_path, monkeypatch):
+    if not large:
+        few = functools.partial(FeatureFigures, max_rows=20)
+        monkeypatch.setattr(pictures, "FeatureFigures", few)
+    expected, found = tmp_path / "whole", tmp_path / "killed"
+    expected.mkdir()
+    found.mkdir()
+    monkeypatch.setattr(evaluating, "SAVE_EVERY", -1.0)
+    flags = ("--config.evaluation.kind=classifier", "--config.sample.batch_size=16")
+    whole = make_generator(DummySampler(), *flags)
+    record = evaluate(whole.experiment, whole, PARAMS, DIGITS, 3, expected)
+    for start in (32, 48):
+        dying = make_generator(DummySampler(die_at(start)), *flags)
+        with pytest.raises(Killed):
+            evaluate(whole.experiment, dying, PARAMS, DIGITS, 3, found)
+    sampler = DummySampler()
+    generator = make_generator(sampler, *flags)
+    assert evaluate(whole.experiment, generator, PARAMS, DIGITS, 3, found) == record
+    assert sampler.drawn == [48, 64]
+    assert {path.name for path in found.iterdir()} == {"evaluation.json"}
+
+
+@pytest.mark.parametrize("change", ["seed", "weights", "step", "damage"])
+def test_another_evaluation_begins_anew(change, killed, tmp_path, capsys):
+    experiment = killed.updated({"evaluation.seed": 2}) if change == "seed" else killed
+    params = {"w": 2 * PARAMS["w"]} if change == "weights" else PARAMS
+    if change == "damage":
+        (tmp_path / PARTIAL_NAME).write_bytes(b"PK\x03\x04 no more")
+    sampler = DummySampler()
+    generator = make_generator(sampler, experiment=experiment)
+    evaluate(experiment, generator, params, DIGITS, 4 if change == "step" else 3, tmp_path)
+    assert sampler.drawn[0] == 0 and not (tmp_path / PARTIAL_NAME).exists()
+    assert ("begins anew" in capsys.readouterr().out) == (change == "damage")

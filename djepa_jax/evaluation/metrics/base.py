@@ -31,5 +31,7 @@ class Metric(Protocol):
     def result(self) -> dict[str, float]:
         """The figures by name; `<name>_low` and `<name>_high` bound that of `<name>`.
 
-        A metric may also have `details()`: what a reader of them must know, for the record.
+        A metric may also have `details()`: what a reader of them must know, for the record; and
+        `state()`, arrays by name with the "count" of samples among them, and `restore(state)`, so
+        that an evaluation that was killed can go on.
         """

@@ -92,6 +92,24 @@ class FeatureFigures:
                 each.merge(others[name])
         self.count += other.count
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What it has taken in, as arrays by name."""
+        state = {"count": np.asarray(self.count)}
+        for path, part in self._parts().items():
+            state |= {f"{path}/{name}": array for name, array in part.state().items()}
+        return state
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what `state` gave, of one that was made with the same arguments."""
+        self.count = int(state["count"])
+        for path, part in self._parts().items():
+            own = {name: array for name, array in state.items() if name.startswith(f"{path}/")}
+            part.restore({name.removeprefix(f"{path}/"): array for name, array in own.items()})
+
+    def _parts(self) -> dict[str, Moments | Reservoir]:
+        rows = {f"rows/{name}": each for name, each in self._rows.items()}
+        return {f"moments/{tap}": each for tap, each in self._moments.items()} | rows
+
     def result(self) -> dict[str, float]:
         """The figures by name; `<name>_low` and `<name>_high` bound 95 % intervals.
 

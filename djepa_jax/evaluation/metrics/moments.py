@@ -1,6 +1,7 @@
 """Mean and covariance of features, files of them, and the Frechet distance of two Gaussians."""
 
 import dataclasses
+import json
 
 import numpy as np
 
@@ -45,6 +46,14 @@ class Moments:
         if other.count:
             self._add(other.count, other.mean, other.scatter)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What it holds, as arrays by name."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Hold what `state` gave."""
+        self.count, self.mean, self.scatter = int(state["count"]), state["mean"], state["scatter"]
+
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         if not self.count:
             self.count, self.mean, self.scatter = count, mean.copy(), scatter.copy()
@@ -64,10 +73,16 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def write_statistics(path, statistics: dict[str, Moments | Statistics]) -> None:
-    """Write statistics of "pool" (and "spatial") under the names that ADM's evaluator reads."""
+def write_statistics(
+    path, statistics: dict[str, Moments | Statistics], about: dict | None = None
+) -> None:
+    """Write statistics of "pool" (and "spatial") under the names that ADM's evaluator reads.
+
+    `about` says what they are of; it lies beside them as JSON.
+    """
     count = statistics["pool"].count
     arrays = {} if count is None else {"count": np.asarray(count)}
+    arrays |= {"about": np.asarray(json.dumps(about))} if about else {}
     for tap, each in statistics.items():
         arrays |= dict(zip(KEYS[tap], (each.mean, each.covariance), strict=True))
     write_npz(as_path(path), arrays)
@@ -94,12 +109,24 @@ def read_statistics(path) -> dict[str, Statistics]:
         raise MetricError(f'{path} has no "mu" and "sigma"; name a file of statistics.')
     for tap, each in found.items():
         fitting = each.mean.ndim == 1 and each.covariance.shape == 2 * each.mean.shape
+        fitting = fitting and each.mean.size and (each.count is None or each.count > 1)
         if not fitting or not np.isfinite(each.mean.sum() + each.covariance.sum()):
             raise MetricError(
                 f"{path}: statistics of {tap} are a mean {each.mean.shape} and a covariance "
-                f"{each.covariance.shape}; it needs [D], [D, D], all finite: make the file again."
+                f"{each.covariance.shape} of {each.count or 'some'} rows; it needs [D], [D, D], "
+                "all finite, of 2 rows or more: make the file again."
             )
     return found
+
+
+def read_about(path) -> dict:
+    """What `write_statistics` was told of a file; empty for those of others."""
+    with as_path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        text = str(arrays["about"]) if "about" in arrays else "{}"
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise MetricError(f'{path}: "about" is damaged ({error}); make the file again.') from error
 
 
 def frechet_distance(

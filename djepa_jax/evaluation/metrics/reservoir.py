@@ -34,6 +34,17 @@ class Reservoir:
         self._shrink()
         return self._parts[0][2]
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What it holds, as arrays by name; empty before the first rows."""
+        if self.rows() is None:
+            return {}
+        keys, indices, rows = self._parts[0]
+        return {"keys": keys, "indices": indices, "rows": rows}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Hold what `state` gave."""
+        self._parts = [(state["keys"], state["indices"], state["rows"])] if state else []
+
     def _shrink(self) -> None:
         keys, indices, rows = (np.concatenate(each) for each in zip(*self._parts, strict=True))
         kept = np.argsort(keys, kind="stable")[: self._size]
