@@ -4,7 +4,7 @@
    labels are.
 2. Pictures are split into training and test (80/20, stratified, seeded), and the training part
    again, to choose the regularisation and the number of neighbours. Test pictures are used once.
-3. Raw inputs and an encoder with the weights that training began with are judged alike.
+3. Raw inputs and a freshly initialised encoder are judged alike.
 """
 
 import dataclasses
@@ -190,7 +190,7 @@ def own_classifier(source, folder) -> dict:
 
 
 def read_weights(experiment: Experiment, step: epath.Path, mesh) -> dict[str, dict]:
-    """Parameters of the encoders that a step holds, and those that training began with."""
+    """Parameters of the encoders that a step holds, and fresh ones of the same seed."""
     abstract = placed_params(experiment, mesh)["context_encoder"]
     kept = {name: part for name, part in ENCODERS.items() if part in read_meta(step).parts}
     check_step(step)
@@ -198,18 +198,18 @@ def read_weights(experiment: Experiment, step: epath.Path, mesh) -> dict[str, di
     found = restore_arrays(step / "state", wanted)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     key, network = jax.random.key(experiment.seed), experiment.network
-    begin = jax.jit(lambda: init_params(network, key)["context_encoder"], out_shardings=places)
+    init = jax.jit(lambda: init_params(network, key)["context_encoder"], out_shardings=places)
     weights = {name: found[part]["context_encoder"] for name, part in kept.items()}
-    return weights | {"untrained": begin()}
+    return weights | {"untrained": init()}
 
 
 def caveats(experiment: Experiment, count: int, total: int) -> list[str]:
     """What a reader of the figures is to know."""
     notes = ["one run and one split: intervals are over test pictures alone"]
-    notes.append("the encoders were trained on all of these pictures")
+    notes.append("the encoders were trained on the pictures of the run, test ones included")
     conditioner = experiment.network.conditioner
     if not isinstance(conditioner, Nothing) and experiment.data.num_classes > 1:
-        notes[-1] += ", and were told their classes then"
+        notes[-1] += ", and told their classes then"
         if experiment.loss.label_drop_prob == 0:
             notes.append("loss.label_drop_prob is 0: the null condition was never met in training")
     if count < total:
