@@ -56,6 +56,16 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
         print(f"wrote {path}" if is_new else f"{path} was {again}")
 
 
+def probe(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Tell what the features of the latest checkpoint know of the classes."""
+    from djepa_jax.evaluation.probe import run_probe, table
+
+    record, path = run_probe(experiment, values.workdir, values.layers, values.with_prefix)
+    print(f"step {record['step']}:\n{table(record['figures'])}")
+    print("\n".join(f"note: {text}" for text in record["caveats"]))
+    print(f"wrote {path}")
+
+
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make a checkpoint of weights from elsewhere."""
     from djepa_jax.checkpoints.convert.import_weights import run_import
@@ -136,6 +146,13 @@ MODES = {
         own=("overwrite",),
         one_process=True,
     ),
+    "probe": Mode(
+        probe,
+        ("config", "workdir"),
+        "--workdir=runs/digits --layers=2,4",
+        own=("layers", "with_prefix"),
+        one_process=True,
+    ),
     "export": Mode(
         export,
         ("workdir", "out"),
@@ -202,6 +219,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "latents_only": "sample: write latents and no pictures.",
         "overwrite": "sample, evaluate, reference, export, benchmark: replace what is there.",
         "profile": "benchmark: trace one call, and name its largest kernels.",
+        "with_prefix": "probe: average over the prefix tokens, too.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",
     }
     for name, words in switches.items():
@@ -220,6 +238,8 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(name, default, words, lower_bound=least, flag_values=values)
     parts = "benchmark: train, sample, denoise, decode; parity, attention."
     flags.DEFINE_list("parts", ["train", "sample"], parts, flag_values=values)
+    layers = "probe: of the encoders, from 1; by default the last."
+    flags.DEFINE_list("layers", [], layers, flag_values=values)
     sizes = "benchmark: of sample, denoise and decode, each measured."
     flags.DEFINE_list("batch_sizes", [], sizes, flag_values=values)
     suite = "benchmark: check and measure this machine; tiny tries it out."

@@ -2,10 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny import tiny_config
 
 from djepa_jax.core import sharding
 from djepa_jax.data.arrays import load_digits
+from djepa_jax.evaluation import features
+from djepa_jax.evaluation.metrics import pictures
 from djepa_jax.sampling.generator import Generator
 
 PARAMS = {"w": jnp.arange(3.0)}
@@ -47,3 +50,17 @@ def drawing(images: np.ndarray, *changes: str) -> Generator:
 def firsts() -> np.ndarray:
     """A real digit of each class."""
     return np.stack([DIGITS.images[np.argmax(DIGITS.labels == label)] for label in range(10)])
+
+
+@pytest.fixture
+def network(monkeypatch) -> Rows:
+    """In place of the classifier and of EfficientNet."""
+    rows = Rows()
+    monkeypatch.setitem(features.TRAINED, "classifier", lambda images, labels, folder: rows)
+    monkeypatch.setitem(features.INSTALLED, "efficientnet_lite0", lambda: rows)
+    cached = (pictures._open, pictures._judge, pictures._read_reference)
+    for function in cached:
+        function.cache_clear()
+    yield rows
+    for function in cached:
+        function.cache_clear()

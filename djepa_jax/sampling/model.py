@@ -16,7 +16,7 @@ from djepa_jax.config.class_names import find_class
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
-from djepa_jax.core.models.djepa import ModelConfig, split_model
+from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
 from djepa_jax.sampling.generator import Generator, count_of
 
@@ -160,13 +160,14 @@ class Model:
                 "label, or one for each."
             )
         size, place = self._batch_size(len(examples)), sharding.batch_sharding(self._mesh)
-        encode, features = _encoder(self.config.network, modality), []
+        network, params, features = self.config.network, self.params["context_encoder"], []
+        encode = make_encoder(network, modality)
         for start in range(0, len(examples), size):
             chosen = np.arange(start, start + size) % len(examples)  # the last batch is padded
             rows = chosen % count_of(wanted)
             raw = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], wanted)
             batch = jax.device_put((examples[chosen], raw), place)
-            features.append(np.asarray(encode(self.params, *batch)))
+            features.append(np.asarray(encode(params, *batch)[:, network.num_prefix_tokens :]))
         return np.concatenate(features)[: len(examples)]
 
     def find_label(self, label: Label) -> int:
@@ -228,15 +229,17 @@ class Model:
 
 
 @functools.lru_cache(maxsize=8)
-def _encoder(network: ModelConfig, modality: Modality):
-    """The jitted encoder: (params, examples, conditions `[B]`) -> features `[B, N, D]` float32."""
-    graph, _ = split_model(network)
+def make_encoder(network: ModelConfig, modality: Modality):
+    """The jitted encoder: (params of a context encoder, examples, conditions `[B]`) -> the prefix
+    and the features `[B, P + N, D]` float32.
+    """
+    graph, _ = nnx.split(nnx.eval_shape(lambda: ContextEncoder(network, rngs=nnx.Rngs(0))))
 
     def encode(params, examples, conditions):
-        model = nnx.merge(graph, params)
+        encoder = nnx.merge(graph, params)
         tokens = modality.tokenize(examples)  # [B, N, C]
         order = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
-        condition = model.embed_condition(conditions)
-        return model.encode_all(tokens, order, condition).astype(jnp.float32)
+        condition = encoder.embed_condition(conditions)
+        return encoder(tokens, order, condition).astype(jnp.float32)
 
     return jax.jit(encode)

@@ -64,7 +64,7 @@ def test_dropping_replaces_whole_examples_by_null(case):
     assert all((each == is_null[0]).all() for each in is_null), "both of a pair, or none"
 
 
-def test_what_is_asked_for_matters(case, inputs):  # noqa: F811
+def test_what_is_asked_for_matters(case, inputs):
     conditioner, raw, model = case
     tokens, order, _ = inputs
     said, unsaid = (
@@ -90,7 +90,7 @@ def test_nothing_has_no_parameters_beside_the_prefix():
     assert not {name for name in abstract if "embedding" in name}
 
 
-def test_a_masked_prefix_token_is_never_seen(inputs):  # noqa: F811
+def test_a_masked_prefix_token_is_never_seen(inputs):
     """Neither network's output has a gradient to a prefix token that the mask leaves out."""
     tokens, order, labels = inputs
     model = filled(Classes(5))
@@ -108,7 +108,7 @@ def test_a_masked_prefix_token_is_never_seen(inputs):  # noqa: F811
     assert (grads[:, 1] == 0).all() and (jnp.abs(grads[:, 0]).max(-1) > 0).all()
 
 
-def test_positions_of_axes_are_summed(inputs):  # noqa: F811
+def test_positions_of_axes_are_summed(inputs):
     """A factorised table is the full table of the sums of its rows."""
     tokens, order, labels = inputs
     config = dataclasses.replace(TINY, factorised_positions=True)

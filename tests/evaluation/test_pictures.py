@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from dummy_sampler import DummySampler, make_generator
-from rows import DIGITS, PARAMS, drawing, firsts
+from rows import DIGITS, PARAMS, drawing, firsts, network  # noqa: F401
 from tiny import tiny_config
 
 from djepa_jax.data.arrays import ArraySource

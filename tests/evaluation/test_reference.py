@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from rows import DIGITS, PARAMS, drawing, firsts
+from rows import DIGITS, PARAMS, drawing, firsts, network  # noqa: F401
 from tiny import load_config, run, tiny_config
 
 from djepa_jax.config.convert import ConfigError
