@@ -19,4 +19,6 @@ from djepa_jax.config.files import builtin
 
 def get_config(variant: str = "diffusion") -> ConfigDict:
     """The paper's row for size B."""
-    return builtin("recipes").imagenet("B", epochs=1400, cfg_scale=3.0, variant=variant)
+    recipes = builtin("recipes")
+    # All 12 layers unrolled: an eighth faster on an H100, and twice as long to compile
+    return recipes.imagenet("B", epochs=1400, cfg_scale=3.0, variant=variant, scan_unroll=12)

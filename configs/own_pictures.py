@@ -22,7 +22,7 @@ from djepa_jax.config.files import builtin
 def get_config() -> ConfigDict:
     """The digits' networks on tokens of larger pictures; small batches, for many steps count."""
     config = builtin("digits").get_config()
-    config.model.denoiser_width = 256
+    config.model.denoiser_width = 256  # with which docs/own_data.md was measured
     config.num_steps = 5000
     config.batch_size = 16
     config.checkpoint_every = 400

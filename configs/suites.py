@@ -1,6 +1,7 @@
 """Cases of `djepa --mode=benchmark --suite=gpu` in their order: name, part of the benchmark, flags.
 
-    djepa --mode=benchmark --suite=gpu --time_limit=2700 --out=here.json  # XLA_FLAGS: see below
+    export XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
+    djepa --mode=benchmark --suite=gpu --time_limit=2700 --out=here.json
 
 Each runs in a process of its own. Two parts are the suite's alone: `resume`, whose flags are those
 of a training that is stopped and goes on, and `tests`, with names of files below tests/core. `tiny`
@@ -20,9 +21,9 @@ STEPS, BATCHES = "--steps=5 --repeats=3 --warmup=1", "--repeats=2 --warmup=1"
 UNGUIDED = "--config.sample.cfg_scale=1"
 DEBUG = "--config=djepa_b:debug --steps=2 --repeats=2 --warmup=1"
 
-# Seconds on one H100, with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false: 15 to start, 5 to trace,
-# 40 to 70 to compile B, 0.34 to 0.38 a step, 5 a batch of samples. That is from single cases; the
-# suite as a whole has not run on a GPU. The first five, 465 together, fit the default limit.
+# Seconds on one H100, estimated from single cases: 15 to start, 5 to trace, 40 to 70 to compile B,
+# 120 unrolled, 0.34 to 0.38 a step, 5 a batch of samples. The suite as a whole has not run on a
+# GPU. The first five, 465 together, fit the default limit.
 GPU = {
     "parity": ("parity", SMALL),  # 30
     "attention": ("attention", B),  # 30

@@ -199,7 +199,7 @@ class EvaluationSettings(Settings):
     kind: str
     count: Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
     seed: Seed
-    weights: str = ""
-    reference: str = ""
-    reference_count: Natural = 0
-    preset: Annotated[str, OneOf(("none", *PRESETS))] = "none"
+    weights: str
+    reference: str
+    reference_count: Natural
+    preset: Annotated[str, OneOf(("none", *PRESETS))]

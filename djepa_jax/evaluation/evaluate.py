@@ -129,24 +129,9 @@ def evaluate(
     Raises:
         Stopped: `should_stop`, asked before every batch, said so; there is no new record.
     """
-    settings, metric = experiment.evaluation, open_metric(experiment, source, workdir)
-    conditions = experiment.network.conditioner.in_turn(settings.count)
+    metric = open_metric(experiment, source, workdir)
     of = _subject(experiment, generator, params, source, step)
-    partial, keeps = as_path(workdir) / PARTIAL_NAME, hasattr(metric, "restore")
-    state = _read_partial(partial, of) if keeps and distributed.is_main_process() else {}
-    start = distributed.run_on_main(lambda: int(state.get("count", 0)))
-    if start:
-        metric.restore(state)
-    saved = time.monotonic()
-    batches = generator.batches(params, conditions, settings.seed, start, should_stop)
-    for arrays in batches:
-        stop = start + count_of(arrays)
-        rows = slice(start, stop)
-        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
-        start = stop
-        if keeps and distributed.is_main_process() and time.monotonic() > saved + SAVE_EVERY:
-            _write_partial(partial, of, metric.state())
-            saved = time.monotonic()
+    _take_in_samples(metric, experiment, generator, params, of, workdir, should_stop)
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
@@ -155,8 +140,27 @@ def evaluate(
         judged_by["caveats"] = [*judged_by.get("caveats", []), *caveats]
     record |= {"judged_by": judged_by} if judged_by else {}
     write_json(as_path(workdir) / FILE_NAME, record)
-    partial.unlink(missing_ok=True)
+    (as_path(workdir) / PARTIAL_NAME).unlink(missing_ok=True)
     return record
+
+
+def _take_in_samples(metric, experiment, generator, params, of: dict, workdir, should_stop) -> None:
+    """Give a metric all samples, from where one that was killed had come to."""
+    settings, is_main = experiment.evaluation, distributed.is_main_process()
+    conditions = experiment.network.conditioner.in_turn(settings.count)
+    partial, keeps = as_path(workdir) / PARTIAL_NAME, hasattr(metric, "restore")
+    state = _read_partial(partial, of) if keeps and is_main else {}
+    start = distributed.run_on_main(lambda: int(state.get("count", 0)))
+    if start:
+        metric.restore(state)
+    saved = time.monotonic()
+    for arrays in generator.batches(params, conditions, settings.seed, start, should_stop):
+        rows = slice(start, start + count_of(arrays))
+        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
+        start = rows.stop
+        if keeps and is_main and time.monotonic() > saved + SAVE_EVERY:
+            _write_partial(partial, of, metric.state())
+            saved = time.monotonic()
 
 
 def _write_partial(path: epath.Path, of: dict, state: dict[str, np.ndarray]) -> None:

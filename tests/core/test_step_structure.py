@@ -105,5 +105,5 @@ def test_largest_arrays_are_scores_and_hidden_layers():
 def test_xla_counts_no_more_than_it_did():
     """Of the program before it is optimised: bodies of loops once, and each operation by itself."""
     _, _, counts = lowered()
-    assert counts["flops"] < 1.05 * 3.23e12
+    assert counts["flops"] < 1.05 * 3.23e12  # with both blocks of the denoiser, which has no loop
     assert counts["bytes accessed"] < 1.05 * 239e9

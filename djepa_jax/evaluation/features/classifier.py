@@ -239,6 +239,7 @@ class Classifier:
         path = as_path(folder) / f"classifier-{of['data'][:16]}.safetensors"
 
         def prepare() -> None:
+            """Train it, unless it is there as it was written."""
             if path.exists():
                 try:
                     cls._read(path, *network, of)
