@@ -7,6 +7,8 @@
    halves share it.
 5. After T steps the tokens are put back into raster order.
 
+Tokens that are given (`Known`) stand in front of the order, and are visible from the start.
+
 The noise of a token depends on (seed, sample index, its place in the order) alone. So sample i is
 the same whatever the batch size, the number of devices or the cutting into segments.
 
@@ -29,11 +31,11 @@ from flax import nnx
 
 from djepa_jax.core import flops
 from djepa_jax.core.losses.base import TokenLoss
-from djepa_jax.core.masking import to_raster
+from djepa_jax.core.masking import to_order, to_raster
 from djepa_jax.core.models.conditioning import Condition
 from djepa_jax.core.models.denoiser import LoopDenoiser
 from djepa_jax.core.models.djepa import ModelConfig, split_model
-from djepa_jax.core.schedules import ORDERS, reveal_counts
+from djepa_jax.core.schedules import ORDERS, known_first, reveal_counts
 from djepa_jax.core.sharding import path_name
 
 CAST = re.compile(r"/(kernel|bias)$")
@@ -43,7 +45,10 @@ ORDER_STREAM, NOISE_STREAM = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Static settings of the sampler; `order` is a key of `schedules.ORDERS`."""
+    """Static settings of the sampler; `order` is a key of `schedules.ORDERS`.
+
+    `num_known` tokens of every sample are given; the steps reveal the others.
+    """
 
     model: ModelConfig
     token_loss: TokenLoss
@@ -51,11 +56,26 @@ class SamplerConfig:
     guided: bool
     num_segments: int = 8
     order: str = "random"
+    num_known: int = 0
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens revealed in each step."""
+        return reveal_counts(self.model.num_tokens - self.num_known, self.num_ar_steps)
 
     def start(self, batch_size: int) -> "SampleState":
         """Nothing revealed yet."""
         tokens = jnp.zeros((batch_size, self.model.num_tokens, self.model.token_dim))
         return SampleState(tokens=tokens, num_visible=jnp.zeros((), jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Tokens that are given; where `mask` is False they are of no account."""
+
+    tokens: jax.Array  # [B, N, C] in raster order
+    mask: jax.Array  # [B, N], True in as many places of each sample as `num_known` says
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +88,7 @@ class SampleInputs:
     seed: jax.Array
     cfg_scales: jax.Array  # [T]
     temperature: jax.Array
+    known: Known | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -99,8 +120,8 @@ class Segment:
 
 def plan_segments(config: SamplerConfig) -> list[Segment]:
     """Cut the steps into at most `num_segments` runs of least work, by dynamic programming."""
-    counts = reveal_counts(config.model.num_tokens, config.num_ar_steps)
-    before = [sum(counts[:s]) for s in range(len(counts))]  # visible tokens when step s starts
+    counts, known = config.counts, config.num_known
+    before = [known + sum(counts[:s]) for s in range(len(counts))]  # visible when step s starts
     calls = config.token_loss.denoiser_calls
 
     @functools.cache
@@ -172,13 +193,21 @@ def predict(config: SamplerConfig, model, state, order, condition, query_ids, ma
     return rearrange(cond, "(b g) k d -> g b k d", g=guidance)
 
 
+def first_state(config: SamplerConfig, draws: Draws, known: Known | None) -> SampleState:
+    """What is visible before the first step: nothing, or what is given."""
+    if known is None:
+        return config.start(len(draws.order))
+    tokens = to_order(jnp.where(known.mask[..., None], known.tokens, 0), draws.order)
+    return SampleState(tokens=tokens, num_visible=jnp.asarray(config.num_known, jnp.int32))
+
+
 def run_steps(
-    config: SamplerConfig, model, draws: Draws, conditions, cfg_scales, temperature
+    config: SamplerConfig, model, draws: Draws, conditions, cfg_scales, temperature, known=None
 ) -> jax.Array:
     """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order."""
-    counts = jnp.asarray(reveal_counts(config.model.num_tokens, config.num_ar_steps))
+    counts = jnp.asarray(config.counts)
     condition = embed_guided(config, model, conditions)
-    state, denoiser = config.start(len(draws.order)), LoopDenoiser(model.denoiser)
+    state, denoiser = first_state(config, draws, known), LoopDenoiser(model.denoiser)
     for segment in plan_segments(config):
         step = ar_step(config, model, denoiser, draws, condition, segment)
 
@@ -190,8 +219,8 @@ def run_steps(
     return to_raster(state.tokens, draws.order)
 
 
-def make_draws(config: SamplerConfig, seed, sample_ids) -> Draws:
-    """Orders and noise of the samples `sample_ids` `[B]` under `seed`."""
+def make_draws(config: SamplerConfig, seed, sample_ids, known: Known | None = None) -> Draws:
+    """Orders and noise of the samples `sample_ids` `[B]` under `seed`; known tokens come first."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(sample_ids)  # [B]
     shape = (config.token_loss.noises_per_token, config.model.token_dim)
 
@@ -203,7 +232,10 @@ def make_draws(config: SamplerConfig, seed, sample_ids) -> Draws:
         return jax.random.normal(key, shape)
 
     noise_at_all = jax.vmap(jax.vmap(noise_at, (None, 0)), (0, None))
-    return Draws(jax.vmap(order_of)(keys), functools.partial(noise_at_all, keys))
+    order = jax.vmap(order_of)(keys)
+    if known is not None:
+        order = jax.vmap(known_first)(order, known.mask)
+    return Draws(order, functools.partial(noise_at_all, keys))
 
 
 def cast_linear(params: dict, dtype: jnp.dtype) -> dict:
@@ -221,12 +253,22 @@ def make_sampler(config: SamplerConfig) -> Callable:
     graph, _ = split_model(config.model)
 
     def generate(params, inputs: SampleInputs) -> jax.Array:
-        draws = make_draws(config, inputs.seed, inputs.sample_ids)
+        draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
         model = nnx.merge(graph, cast_linear(params, config.model.dtype))
-        scales, temperature = inputs.cfg_scales, inputs.temperature
-        return run_steps(config, model, draws, inputs.conditions, scales, temperature)
+        how = inputs.cfg_scales, inputs.temperature, inputs.known
+        return run_steps(config, model, draws, inputs.conditions, *how)
 
     return generate
+
+
+def make_start(config: SamplerConfig) -> Callable:
+    """The pure function `SampleInputs -> SampleState` that `make_step` begins with."""
+
+    def start(inputs: SampleInputs) -> SampleState:
+        draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
+        return first_state(config, draws, inputs.known)
+
+    return start
 
 
 def make_step(config: SamplerConfig, segment: Segment) -> Callable:
@@ -236,11 +278,11 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
     inside `segment`, and the tokens are in raster order, zero where nothing is revealed yet.
     """
     graph, _ = split_model(config.model)
-    counts = reveal_counts(config.model.num_tokens, config.num_ar_steps)
+    counts = config.counts
 
     def step(params, state: SampleState, inputs: SampleInputs, number):
         """Reveal the tokens of step `number`."""
-        draws = make_draws(config, inputs.seed, inputs.sample_ids)
+        draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
         model = nnx.merge(graph, cast_linear(params, config.model.dtype))
         condition = embed_guided(config, model, inputs.conditions)
         reveal = ar_step(config, model, LoopDenoiser(model.denoiser), draws, condition, segment)

@@ -25,6 +25,11 @@ def raster_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
 ORDERS: dict[str, Callable] = {"random": random_order, "raster": raster_order}
 
 
+def known_first(order: jax.Array, is_known: jax.Array) -> jax.Array:
+    """An order `[N]` with the known tokens (`is_known` `[N]` by raster place) in front."""
+    return order[jnp.argsort(~is_known[order], stable=True)]
+
+
 def reveal_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
     """Tokens revealed in each autoregressive step, positive and summing to `num_tokens`.
 
@@ -46,27 +51,32 @@ def reveal_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
     return counts
 
 
-def constant_guidance(cfg_scale: float, counts: list[int]) -> np.ndarray:
+def constant_guidance(cfg_scale: float, counts: list[int], num_known: int = 0) -> np.ndarray:
     """The same scale in every step `[T]`."""
     return np.full(len(counts), cfg_scale)
 
 
-def linear_guidance(cfg_scale: float, counts: list[int]) -> np.ndarray:
+def linear_guidance(cfg_scale: float, counts: list[int], num_known: int = 0) -> np.ndarray:
     """1 + (cfg_scale - 1) times the share of tokens known after each step `[T]`.
 
     As in the authors' code the last step counts one token as still hidden.
     """
-    num_tokens = sum(counts)
-    hidden = num_tokens - np.cumsum(counts)
+    num_tokens = num_known + sum(counts)
+    hidden = sum(counts) - np.cumsum(counts)
     hidden[-1] = 1
     return 1 + (cfg_scale - 1) * (num_tokens - hidden) / num_tokens
 
 
-# Guidance over the steps: (cfg_scale, tokens revealed in each step) -> scales `[T]`.
+# Guidance over the steps: (cfg_scale, tokens revealed in each step, known before) -> scales `[T]`.
 GUIDANCE: dict[str, Callable] = {"linear": linear_guidance, "constant": constant_guidance}
 
 
-def guidance_scales(num_tokens: int, num_ar_steps: int, cfg_scale: float, schedule: str):
-    """Guidance scale of each step, float32 `[T]`, by a key of `GUIDANCE`."""
-    counts = reveal_counts(num_tokens, num_ar_steps)
-    return GUIDANCE[schedule](cfg_scale, counts).astype(np.float32)
+def guidance_scales(
+    num_tokens: int, num_ar_steps: int, cfg_scale: float, schedule: str, num_known: int = 0
+) -> np.ndarray:
+    """Guidance scale of each step, float32 `[T]`, by a key of `GUIDANCE`.
+
+    Of `num_tokens` tokens, `num_known` are given and not revealed.
+    """
+    counts = reveal_counts(num_tokens - num_known, num_ar_steps)
+    return GUIDANCE[schedule](cfg_scale, counts, num_known).astype(np.float32)

@@ -1,6 +1,7 @@
 """From a trained model to arrays: batches of samples, and samples that grow step by step."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,13 +13,16 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.sampler import (
+    Known,
     SampleInputs,
     SamplerConfig,
     Segment,
     make_sampler,
+    make_start,
     make_step,
     plan_segments,
 )
+from djepa_jax.core.schedules import guidance_scales
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
@@ -46,6 +50,12 @@ def jitted_step(config: SamplerConfig, segment: Segment) -> Callable:
     return jax.jit(make_step(config, segment))
 
 
+@functools.lru_cache(maxsize=64)
+def jitted_start(config: SamplerConfig) -> Callable:
+    """What the steps of a sample begin with."""
+    return jax.jit(make_start(config))
+
+
 class Generator:
     """The jitted sampler on a mesh; one compilation serves every call, whatever the count.
 
@@ -59,6 +69,7 @@ class Generator:
         decode: whether to make pictures of latents, where there is an autoencoder.
         progress: whether to show how far it is.
         sampler: `(SamplerConfig, mesh) -> ((params, SampleInputs) -> tokens)`; tests give another.
+        known: tokens that are given, sample by sample; the same number of each, and not all.
     """
 
     def __init__(
@@ -69,6 +80,7 @@ class Generator:
         decode: bool = True,
         progress: bool = False,
         sampler: Callable[[SamplerConfig, Any], Callable] = jitted_sampler,
+        known: Known | None = None,
     ):
         experiment.check_attention(jax.default_backend())
         self.experiment, self.mesh = experiment, mesh
@@ -77,6 +89,14 @@ class Generator:
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-experiment.sample.batch_size // divisor) * divisor
         self.decodes = decode and experiment.has_decoder
+        self.config, self._known = experiment.sampler, known
+        if known is not None:
+            num_known = int(known.mask[0].sum())
+            steps = min(self.config.num_ar_steps, self.config.model.num_tokens - num_known)
+            self.config = dataclasses.replace(self.config, num_known=num_known, num_ar_steps=steps)
+        sample, config = experiment.sample, self.config
+        steps = (config.model.num_tokens, config.num_ar_steps, sample.cfg_scale)
+        self.cfg_scales = guidance_scales(*steps, sample.cfg_schedule, config.num_known)
 
     def images(
         self, params, conditions, seed: int, should_stop: Callable[[], bool] = never
@@ -125,7 +145,7 @@ class Generator:
 
     def _sample_batch(self, params, conditions, start: int, seed: int) -> np.ndarray:
         """The batch that begins with a sample; smaller if memory is short: it changes no sample."""
-        sampler = self._make_sampler(self.experiment.sampler, self.mesh)
+        sampler = self._make_sampler(self.config, self.mesh)
         while True:
             try:
                 with without_alarms():
@@ -146,9 +166,11 @@ class Generator:
         ids = np.arange(start, start + self.batch_size, dtype=np.int32)
         rows = ids % count_of(conditions)
         chosen = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], conditions)
-        chosen, ids = jax.device_put((chosen, ids), sharding.batch_sharding(self.mesh))
-        scales, temperature = self.experiment.cfg_scales, self.experiment.sample.temperature
-        return SampleInputs(chosen, ids, seed, scales, temperature)
+        known = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], self._known)
+        place = sharding.batch_sharding(self.mesh)
+        chosen, ids, known = jax.device_put((chosen, ids, known), place)
+        temperature = self.experiment.sample.temperature
+        return SampleInputs(chosen, ids, seed, self.cfg_scales, temperature, known)
 
     def export(self, tokens: np.ndarray, count: int | None = None) -> dict[str, np.ndarray]:
         """What the modality makes of the first `count` of tokens `[n, N, C]`, pictures with it."""
@@ -179,10 +201,10 @@ class Generator:
 
         The last ones are those of `tokens`. All samples are held at once.
         """
-        config, total = self.experiment.sampler, count_of(conditions)
+        config, total = self.config, count_of(conditions)
         starts = range(0, total, self.batch_size)
         batches = [self._inputs(conditions, start, seed) for start in starts]
-        states = [config.start(self.batch_size) for _ in batches]
+        states = [jitted_start(config)(inputs) for inputs in batches]
         for segment in plan_segments(config):
             step = jitted_step(config, segment)
             for number in range(segment.start, segment.stop):

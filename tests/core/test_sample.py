@@ -14,6 +14,7 @@ from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.sampler import (
     Draws,
+    Known,
     SampleInputs,
     make_draws,
     make_sampler,
@@ -105,6 +106,39 @@ def test_every_token_is_revealed_exactly_once():
             np.asarray(tokens_of(params, order)[..., 0]), np.asarray(order), axis=1
         )
         np.testing.assert_array_equal(in_order, np.broadcast_to(np.arange(1, 17), (9, 16)))
+
+
+@pytest.mark.parametrize("num_known", [0, 7, 15])
+def test_known_tokens_stay_and_all_others_are_drawn(num_known):
+    """Each sample knows other places, and a token loss answers the place in the order."""
+    config = dataclasses.replace(with_steps(1, 4), token_loss=Counting(), guided=False)
+    config = dataclasses.replace(config, num_known=num_known)
+    keys = jax.random.split(jax.random.key(0), 5)
+    mask = jax.vmap(lambda key: jax.random.permutation(key, 16) < num_known)(keys)  # [5, 16]
+    given = jax.random.normal(keys[0], (5, 16, config.model.token_dim))
+    known = Known(jnp.where(mask[..., None], given, jnp.nan), mask)
+    draws = make_draws(config, 0, jnp.arange(5), known)
+    assert (np.sort(draws.order, axis=1) == np.arange(16)).all()
+    plain = np.asarray(make_draws(config, 0, jnp.arange(5)).order)
+    hidden = ~np.take_along_axis(np.asarray(mask), plain, axis=1)
+    for mine, others, keep in zip(draws.order, plain, hidden, strict=True):
+        np.testing.assert_array_equal(mine[num_known:], others[keep])  # in the order of the rule
+
+    def noise_of(places):
+        shape = (5, len(places), 1, config.model.token_dim)
+        return jnp.broadcast_to((places + 100.0)[None, :, None, None], shape)
+
+    graph, abstract = split_model(config.model)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    run = jax.jit(lambda params, known: run_steps(
+        config, nnx.merge(graph, params), Draws(draws.order, noise_of), jnp.zeros(5, int),
+        jnp.ones(1), 1.0, known,
+    ))  # fmt: skip
+    tokens = np.asarray(run(params, known))
+    mask = np.asarray(mask)
+    np.testing.assert_array_equal(tokens[mask], np.asarray(given)[mask])
+    drawn = np.sort(tokens[..., 0][~mask].reshape(5, -1), axis=1)
+    np.testing.assert_array_equal(drawn, np.tile(np.arange(num_known, 16) + 100, (5, 1)))
 
 
 def test_segments_cover_every_step_with_room_enough():

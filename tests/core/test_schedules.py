@@ -48,3 +48,10 @@ def test_guidance_scales():
     )  # one token counts as hidden in the last step
     with pytest.raises(ValueError, match="num_ar_steps"):
         guidance_scales(16, 17, 3.0, "linear")
+
+
+def test_known_tokens_count_as_revealed_for_guidance():
+    linear = guidance_scales(16, 4, 3.0, "linear", num_known=8)
+    hidden = 8 - np.cumsum(reveal_counts(8, 4))
+    hidden[-1] = 1
+    np.testing.assert_allclose(linear, 1 + 2 * (16 - hidden) / 16, rtol=1e-6)
