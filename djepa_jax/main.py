@@ -45,6 +45,15 @@ def sample(values: flags.FlagValues, experiment: Experiment) -> None:
         print(f"wrote {path}")
 
 
+def edit(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Make places of a picture anew, or variations of it, with the latest checkpoint."""
+    from djepa_jax.sampling.edit import run_edit
+
+    what = values.source, values.mask, values.out, values.keep, values.overwrite
+    for path in run_edit(experiment, values.workdir, *what):
+        print(f"wrote {path}")
+
+
 def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
     """Judge samples of the latest checkpoint."""
     from djepa_jax.evaluation.evaluate import describe, run_evaluate
@@ -138,6 +147,13 @@ MODES = {
         "--workdir=runs/digits --out=three.png --config.sample.labels=3",
         own=("latents_only", "out", "overwrite"),
     ),
+    "edit": Mode(
+        edit,
+        ("config", "workdir", "source", "mask"),
+        "--workdir=runs/digits --source=seven.png --mask=left --config.sample.labels=7",
+        own=("out", "keep", "overwrite"),
+        one_process=True,
+    ),
     "evaluate": Mode(evaluate, ("config", "workdir"), "--workdir=runs/digits", own=("overwrite",)),
     "reference": Mode(
         reference,
@@ -200,8 +216,9 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of all modes."""
     text = {
         "workdir": "Folder of checkpoints, metrics and samples.",
-        "out": "sample, reference, export, benchmark: what to write.",
-        "source": "import: a file of tensors (.pth, .safetensors, ...) or an export folder.",
+        "mask": "edit: a picture, white where it is to change, or left, centre, random:0.5, ...",
+        "out": "sample, edit, reference, export, benchmark: what to write.",
+        "source": "import: a file of tensors (.pth, ...) or an export folder; edit: a picture.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
         "restore_from": "train: PATH@STEP, go on from that step.",
@@ -217,7 +234,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "sample, evaluate, reference, export, benchmark: replace what is there.",
+        "overwrite": "sample, edit, evaluate, reference, export, benchmark: replace what is there.",
         "profile": "benchmark: trace one call, and name its largest kernels.",
         "with_prefix": "probe: average over the prefix tokens, too.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",
@@ -236,6 +253,8 @@ def define_flags(values: flags.FlagValues) -> None:
     }
     for name, (default, least, words) in numbers.items():
         flags.DEFINE_integer(name, default, words, lower_bound=least, flag_values=values)
+    keep = "edit: share of what the mask hides that stays, drawn at random."
+    flags.DEFINE_float("keep", 0.0, keep, 0.0, 1.0, flag_values=values)
     parts = "benchmark: train, sample, denoise, decode; parity, attention."
     flags.DEFINE_list("parts", ["train", "sample"], parts, flag_values=values)
     layers = "probe: of the encoders, from 1; by default the last."

@@ -18,6 +18,7 @@ from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
+from djepa_jax.sampling.edit import edit, mask_of
 from djepa_jax.sampling.generator import Generator, count_of
 
 Label = int | str | None
@@ -132,6 +133,61 @@ class Model:
         preview = self.config.modality.preview
         return (preview(generator.export(tokens)) for tokens in steps)  # errors come at once
 
+    def edit(
+        self,
+        example: np.ndarray,
+        mask: np.ndarray | str,
+        labels: Label | Sequence[Label] = None,
+        keep: float = 0.0,
+        seed: int = 0,
+        conditions=None,
+        **settings,
+    ) -> np.ndarray:
+        """Make places of a picture anew: inpainting, outpainting, variations.
+
+        Args:
+            example: uint8 `[H, W, C]`, or several, `[n, H, W, C]`, one for each label.
+            mask: bool `[H, W]` or `[n, H, W]`, True where anew; or left, right, top, bottom,
+                centre, all, random:SHARE.
+            labels: as for `sample`; one result for each.
+            keep: share of the tokens under the mask that stays, drawn at random.
+            seed: of everything random.
+            conditions: in place of labels.
+            **settings: as for `sample`.
+
+        Returns:
+            uint8 `[n, H, W, C]`, equal to the example outside the mask.
+
+        Raises:
+            ValueError: an example or a mask of another shape, an unknown label or setting.
+            TypeError: the model makes latents, and there is no autoencoder.
+        """
+        self._check_pictures()
+        wanted, shape = self._conditions(labels, conditions), self.config.picture_shape
+        count = count_of(wanted)
+        example = np.asarray(example)
+        if example.shape not in (shape, (count, *shape)) or example.dtype != np.uint8:
+            raise ValueError(
+                f"the example is {example.dtype} {example.shape}; expected uint8 {shape}, or "
+                f"{(count, *shape)}, one for each label."
+            )
+        if isinstance(mask, str):
+            mask, stays = mask_of(mask, shape[:2])
+            keep = 1 - (1 - stays) * (1 - keep)
+        if np.shape(mask) not in (shape[:2], (count, *shape[:2])):
+            raise ValueError(f"the mask has the shape {np.shape(mask)}; expected {shape[:2]}.")
+        return edit(
+            self.config,
+            lambda known: self._generator(count, seed, settings, known),
+            self.params,
+            np.broadcast_to(example, (count, *shape)),
+            mask,
+            wanted,
+            seed,
+            keep,
+            self._autoencoder if self.config.has_decoder else None,
+        )
+
     def encode(
         self, examples: np.ndarray, labels: Label | Sequence[Label] = None, conditions=None
     ) -> np.ndarray:
@@ -193,14 +249,14 @@ class Model:
             return jax.tree.map(np.asarray, self.config.network.conditioner.null(len(labels)))
         return np.asarray([self.find_label(label) for label in labels], np.int32)
 
-    def _generator(self, count: int, seed: int, settings: dict) -> Generator:
+    def _generator(self, count: int, seed: int, settings: dict, known=None) -> Generator:
         sample = {field.name for field in dataclasses.fields(SampleSettings)}
         options = {field.name for field in dataclasses.fields(self.config.token_loss)}
-        known = (sample | options) - OF_A_CALL
-        unknown = sorted(settings.keys() - known)
+        allowed = (sample | options) - OF_A_CALL
+        unknown = sorted(settings.keys() - allowed)
         if unknown:
             raise ValueError(
-                f"unknown setting {', '.join(unknown)}; there are {', '.join(sorted(known))}."
+                f"unknown setting {', '.join(unknown)}; there are {', '.join(sorted(allowed))}."
             )
         changes = {"sample.batch_size": self._batch_size(count)}
         for name, value in {"seed": seed, **settings}.items():
@@ -208,7 +264,7 @@ class Model:
             changes[f"{group}.{name}"] = value.item() if isinstance(value, np.generic) else value
         config = self.config.updated(changes)
         decoder = self._autoencoder if config.has_decoder else None
-        return Generator(config, self._mesh, decoder)
+        return Generator(config, self._mesh, decoder, known=known)
 
     @functools.cached_property
     def _autoencoder(self) -> Autoencoder:

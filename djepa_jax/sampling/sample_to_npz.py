@@ -268,8 +268,12 @@ def save_each(experiment: Experiment, parts, conditions, folder: epath.Path) -> 
     for part in parts:
         arrays = first_rows([part], 2**31)
         for index in range(count_of(arrays)):
-            title = "".join(c if c.isalnum() else "_" for c in titles[start + index])
-            stem = folder / f"{start + index:06d}_{title}"
-            experiment.modality.save(arrays, index, stem)
+            number = start + index
+            experiment.modality.save(arrays, index, stem_of(folder, number, titles[number]))
         start += count_of(arrays)
     return [folder]
+
+
+def stem_of(folder: epath.Path, number: int, title: str) -> epath.Path:
+    """The path, without its ending, of one sample's file."""
+    return folder / f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in title)}"

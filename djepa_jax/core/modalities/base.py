@@ -39,6 +39,9 @@ class Modality(Protocol):
         `latents` go through the decoder, if there is one, which adds `images`.
         """
 
+    def tokens_at(self, places: np.ndarray) -> np.ndarray:
+        """Which tokens, bool `[B, N]`, show any of some places of examples, for editing."""
+
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
         """uint8 pictures `[n, H, W, 1 or 3]` of exported arrays, for grids; None if none."""
 

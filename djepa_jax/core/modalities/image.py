@@ -6,7 +6,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 
 from djepa_jax.core.models.autoencoder_kl import sample_posterior
 
@@ -76,6 +76,11 @@ class PatchedMaps:
     def detokenize(self, tokens: jax.Array) -> jax.Array:
         """Tokens `[B, N, C]` -> maps `[B, H, W, C]` in the same value range."""
         return unpatchify(tokens, self.patch, self.size, self.size)
+
+    def tokens_at(self, places: np.ndarray) -> np.ndarray:
+        """Which tokens `[B, N]` show any of some places `[B, H, W]` of maps, or of pictures."""
+        rows, columns = self.grid
+        return reduce(places, "b (h p) (w q) -> b (h w)", "max", h=rows, w=columns)
 
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
         """The images, where there are some."""
