@@ -161,12 +161,17 @@ def _sample() -> ConfigDict:
     sample.labels = "all"  # "all" in turn, or a list such as 3,3,7
     sample.count = 64  # pictures
     sample.seed = 0
-    sample.order = "random"  # in which tokens are revealed: random or raster
+    # in which tokens are revealed: random, raster, halton, checkerboard, blue_noise or frame_causal
+    sample.order = "random"
+    sample.reveal = "cosine"  # how many in each step: cosine, or halves (core/schedules.py)
     sample.cfg_scale = 3.0  # 1 = no guidance
     sample.cfg_schedule = "linear"  # linear or constant
+    sample.cfg_start = 0.0  # share of the autoregressive steps from which on there is guidance
+    sample.cfg_stop = 1.0  # and up to which; steps without it take half of the time
     sample.temperature = 0.98
     sample.num_ar_steps = 64
     sample.num_denoise_steps = 100
+    sample.final_denoise_steps = 0  # to which they fall towards the last step; 0 = all the same
     sample.sampler = "ddpm"  # diffusion: ddpm, ddim; flow_matching: euler, heun
     sample.batch_size = 64  # pictures per call
     sample.num_segments = 8  # scan segments of the loop: more compile longer and pad less

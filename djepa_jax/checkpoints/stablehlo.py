@@ -10,7 +10,6 @@ from jax import export
 
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.sampler import SampleInputs, make_sampler
-from djepa_jax.core.schedules import guidance_scales
 
 STABLEHLO = "stablehlo"  # as which an export has it
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -31,9 +30,8 @@ def make_standalone(experiment: Experiment):
     """
     generate = make_sampler(experiment.sampler)
     modality = experiment.modality
-    sample, num_tokens = experiment.sample, experiment.network.num_tokens
     # of the guidance above 1, every step gets the share that it gets at scale 2
-    share = guidance_scales(num_tokens, sample.num_ar_steps, 2.0, sample.cfg_schedule) - 1
+    share = experiment.sampler.guidance(2.0, experiment.sample.cfg_schedule) - 1  # [T]
 
     def draw(params, labels, sample_ids, seed, *scalars):
         *scale, temperature = scalars  # none where the sampler is not guided

@@ -45,7 +45,6 @@ from djepa_jax.core.models.conditioning import CONDITIONERS
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.optimizer import OptimizerConfig
 from djepa_jax.core.sampler import SamplerConfig
-from djepa_jax.core.schedules import guidance_scales, reveal_counts
 from djepa_jax.core.train_step import TrainStepConfig
 
 SHARED_LOSS_FIELDS = {"noise_multiplicity", "num_denoise_steps", "sampler"}
@@ -283,11 +282,7 @@ class Experiment(Settings):
     def sampler(self) -> SamplerConfig:
         """The sampler."""
         sample = self.sample
-        try:
-            reveal_counts(self.network.num_tokens, sample.num_ar_steps)
-        except ValueError as error:
-            raise ConfigError(f"config.sample.{error}") from error
-        return SamplerConfig(
+        config = SamplerConfig(
             # Forwards nothing is kept that unrolled layers would not have to copy
             model=dataclasses.replace(self.network, scan_unroll=1),
             token_loss=self.token_loss,
@@ -295,14 +290,24 @@ class Experiment(Settings):
             guided=sample.cfg_scale != 1,
             num_segments=sample.num_segments,
             order=sample.order,
+            reveal=sample.reveal,
+            final_denoise_steps=sample.final_denoise_steps,
+            cfg_interval=(sample.cfg_start, sample.cfg_stop),
         )
+        try:
+            _ = config.counts
+        except ValueError as error:
+            raise ConfigError(f"config.sample.{error}") from error
+        try:
+            config.loss_at(config.num_ar_steps - 1)
+        except ValueError as error:
+            raise ConfigError(f"config.sample.final_denoise_steps: {error}") from error
+        return config
 
     @functools.cached_property
     def cfg_scales(self) -> np.ndarray:
         """Guidance scale of every autoregressive step `[T]`."""
-        sample = self.sample
-        steps = (self.network.num_tokens, sample.num_ar_steps)
-        return guidance_scales(*steps, sample.cfg_scale, sample.cfg_schedule)
+        return self.sampler.guidance(self.sample.cfg_scale, self.sample.cfg_schedule)
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from djepa_jax.core.bounds import (
     AtLeastZero,
     Bound,
     Finite,
+    Fraction,
     Moderate,
     Natural,
     OneOf,
@@ -28,7 +29,7 @@ from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.core.models.conditioning import CONDITIONERS
 from djepa_jax.core.models.djepa import SIZES
 from djepa_jax.core.models.vit import REMAT_POLICIES
-from djepa_jax.core.schedules import GUIDANCE, ORDERS
+from djepa_jax.core.schedules import GUIDANCE, ORDERS, REVEALS
 
 Options = dict[str, Any]  # keyword arguments of what a table names
 # Keys that name files and folders; data.class_names may also be the names themselves.
@@ -172,11 +173,15 @@ class SampleSettings(Settings):
     count: Positive
     seed: Seed
     order: Annotated[str, OneOf(ORDERS)]
+    reveal: Annotated[str, OneOf(REVEALS)]
     cfg_scale: Moderate
     cfg_schedule: Annotated[str, OneOf(GUIDANCE)]
+    cfg_start: Fraction
+    cfg_stop: Fraction
     temperature: Moderate
     num_ar_steps: int
     num_denoise_steps: int
+    final_denoise_steps: Natural
     sampler: str
     batch_size: Positive
     num_segments: Positive

@@ -42,6 +42,7 @@ AboveZero = Annotated[float, Bound(lambda x: 0 < x < math.inf, "above 0")]
 AtLeastZero = Annotated[float, Bound(lambda x: 0 <= x < math.inf, "a finite number from 0 on")]
 Moderate = Annotated[float, Bound(lambda x: 0 <= x <= 1e6, "from 0 to a million")]
 Share = Annotated[float, Bound(lambda x: 0 <= x < 1, "at least 0 and below 1")]
+Fraction = Annotated[float, Bound(lambda x: 0 <= x <= 1, "from 0 to 1")]
 Ratio = Annotated[float, Bound(lambda x: 0 < x <= 1, "above 0 and at most 1")]
 
 

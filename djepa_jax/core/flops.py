@@ -135,11 +135,13 @@ def sample_image(model: ModelConfig, num_ar_steps: int, denoiser_calls: int, gui
     return total * (2 if guided else 1)
 
 
-def padded_sample_image(model: ModelConfig, segments, denoiser_calls: int, guided: bool) -> float:
+def padded_sample_image(model: ModelConfig, segments) -> float:
     """One sampled image with the padded shapes of `segments` (`sampler.plan_segments`)."""
-    steps = ((s, s.stop - s.start) for s in segments)
-    total = sum(ar_step(model, s.visible, s.new, denoiser_calls) * count for s, count in steps)
-    return total * (2 if guided else 1)
+    total = 0.0
+    for s in segments:
+        halves = 2 if s.guided else 1
+        total += halves * (s.stop - s.start) * ar_step(model, s.visible, s.new, s.denoiser_calls)
+    return total
 
 
 def count_products(jaxpr: core.Jaxpr) -> float:

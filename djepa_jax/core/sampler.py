@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
@@ -35,7 +36,14 @@ from djepa_jax.core.masking import to_order, to_raster
 from djepa_jax.core.models.conditioning import Condition
 from djepa_jax.core.models.denoiser import LoopDenoiser
 from djepa_jax.core.models.djepa import ModelConfig, split_model
-from djepa_jax.core.schedules import ORDERS, known_first, reveal_counts
+from djepa_jax.core.schedules import (
+    ORDERS,
+    falling_steps,
+    guidance_scales,
+    guided_steps,
+    known_first,
+    reveal_counts,
+)
 from djepa_jax.core.sharding import path_name
 
 CAST = re.compile(r"/(kernel|bias)$")
@@ -45,9 +53,14 @@ ORDER_STREAM, NOISE_STREAM = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Static settings of the sampler; `order` is a key of `schedules.ORDERS`.
+    """Static settings of the sampler.
 
-    `num_known` tokens of every sample are given; the steps reveal the others.
+    Attributes:
+        order: a key of `schedules.ORDERS`.
+        reveal: a key of `schedules.REVEALS`.
+        num_known: tokens of every sample that are given; the steps reveal the others.
+        final_denoise_steps: of the last step, to which those of the loss fall; 0 = all the same.
+        cfg_interval: shares of the steps between which there is guidance.
     """
 
     model: ModelConfig
@@ -56,12 +69,35 @@ class SamplerConfig:
     guided: bool
     num_segments: int = 8
     order: str = "random"
+    reveal: str = "cosine"
     num_known: int = 0
+    final_denoise_steps: int = 0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
 
     @property
     def counts(self) -> list[int]:
         """Tokens revealed in each step."""
-        return reveal_counts(self.model.num_tokens - self.num_known, self.num_ar_steps)
+        hidden = self.model.num_tokens - self.num_known
+        return reveal_counts(hidden, self.num_ar_steps, self.reveal)
+
+    def loss_at(self, step: int) -> TokenLoss:
+        """The token loss that draws the tokens of a step, which has steps of its own."""
+        if not self.final_denoise_steps:
+            return self.token_loss
+        first = self.token_loss.num_denoise_steps
+        steps = falling_steps(self.num_ar_steps, first, self.final_denoise_steps)
+        return dataclasses.replace(self.token_loss, num_denoise_steps=steps[step])
+
+    def guided_at(self, steps: range) -> bool:
+        """Whether any of some steps has guidance."""
+        return self.guided and bool(
+            guided_steps(self.num_ar_steps, self.cfg_interval)[list(steps)].any()
+        )
+
+    def guidance(self, cfg_scale: float, schedule: str) -> np.ndarray:
+        """Guidance scale of each step `[T]`; `schedule` is a key of `schedules.GUIDANCE`."""
+        how = self.num_known, self.cfg_interval
+        return guidance_scales(self.counts, cfg_scale, schedule, *how)
 
     def start(self, batch_size: int) -> "SampleState":
         """Nothing revealed yet."""
@@ -110,25 +146,30 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Steps [start, stop) that share padded shapes: V visible places, K new ones."""
+    """Steps [start, stop) that share padded shapes: V visible places, K new ones.
+
+    They have the token loss of the first of them, and guidance if one of them has.
+    """
 
     start: int
     stop: int
     visible: int
     new: int
+    guided: bool
+    denoiser_calls: int
 
 
 def plan_segments(config: SamplerConfig) -> list[Segment]:
     """Cut the steps into at most `num_segments` runs of least work, by dynamic programming."""
     counts, known = config.counts, config.num_known
     before = [known + sum(counts[:s]) for s in range(len(counts))]  # visible when step s starts
-    calls = config.token_loss.denoiser_calls
 
     @functools.cache
     def priced(start: int, stop: int) -> tuple[float, Segment]:
-        segment = Segment(start, stop, before[stop - 1], max(counts[start:stop]))
-        cost = flops.ar_step(config.model, segment.visible, segment.new, calls)
-        return cost * (stop - start), segment
+        shapes = before[stop - 1], max(counts[start:stop])
+        calls, guided = config.loss_at(start).denoiser_calls, config.guided_at(range(start, stop))
+        segment = Segment(start, stop, *shapes, guided, calls)
+        return flops.padded_sample_image(config.model, [segment]), segment
 
     @functools.cache
     def best(stop: int, num_runs: int) -> tuple[float, tuple[Segment, ...]]:
@@ -164,15 +205,18 @@ def ar_step(
 
     The padded shapes are those of `segment`; `num_new` is at most `segment.new`.
     """
-    num_tokens = config.model.num_tokens
+    num_tokens, loss = config.model.num_tokens, config.loss_at(segment.start)
+    if config.guided and not segment.guided:
+        config = dataclasses.replace(config, guided=False)
+        condition = jax.tree.map(lambda x: rearrange(x, "(b g) ... -> g b ...", g=2)[0], condition)
 
     def step(state: SampleState, num_new, cfg_scale, temperature) -> SampleState:
         """Reveal the next `num_new` tokens."""
         places = state.num_visible + jnp.arange(segment.new)  # [K]
         query_ids = jnp.minimum(places, num_tokens - 1)
         cond = predict(config, model, state, draws.order, condition, query_ids, segment.visible)
-        noise = draws.noise_of(query_ids)  # [B, K, S, C]
-        new = config.token_loss.sample(denoiser, cond, noise, cfg_scale, temperature)
+        noise = draws.noise_of(query_ids)[:, :, : loss.noises_per_token]  # [B, K, S, C]
+        new = loss.sample(denoiser, cond, noise, cfg_scale, temperature)
         is_new = jnp.arange(segment.new) < num_new
         target = jnp.where(is_new, places, num_tokens)  # out of range is dropped
         tokens = state.tokens.at[:, target].set(new, mode="drop")

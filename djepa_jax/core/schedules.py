@@ -3,6 +3,7 @@
 Each is a plain function in a table; `config.sample` names them by their keys.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -21,8 +22,89 @@ def raster_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     return jnp.arange(math.prod(grid), dtype=jnp.int32)
 
 
+def checkerboard_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """Places whose coordinates have an even sum, then those between them, each at random: `[N]`.
+
+    The half first, as in generation-then-reconstruction (2510.17171).
+    """
+    parity = np.indices(grid).sum(0).ravel() % 2  # [N]
+    return jnp.argsort(parity + jax.random.uniform(key, parity.shape)).astype(jnp.int32)
+
+
+def frame_causal_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """Along the first axis (time, of clips), at random within what lies side by side: `[N]`."""
+    frame = np.indices(grid)[0].ravel()
+    return jnp.argsort(frame + jax.random.uniform(key, frame.shape)).astype(jnp.int32)
+
+
+def halton_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """Places as a Halton sequence first meets them (2503.17076), moved by a random shift: `[N]`."""
+    return _shifted(key, grid, halton_places(grid))
+
+
+def blue_noise_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """Each place where there is the largest void between those before, moved at random: `[N]`."""
+    return _shifted(key, grid, void_filling_places(grid))
+
+
+def _shifted(key: jax.Array, grid: tuple[int, ...], places: np.ndarray) -> jax.Array:
+    """Raster places of coordinates `[N, axes]` after a random shift with wrap-around: `[N]`."""
+    shift = jax.random.randint(key, (len(grid),), 0, np.asarray(grid))
+    moved = (places + shift) % np.asarray(grid)
+    return jnp.ravel_multi_index(tuple(moved.T), grid, mode="wrap").astype(jnp.int32)
+
+
+@functools.cache
+def halton_places(grid: tuple[int, ...]) -> np.ndarray:
+    """Coordinates `[N, axes]` in the order in which a Halton sequence first meets them."""
+    bases, found, index = (2, 3, 5, 7)[: len(grid)], {}, 0
+    while len(found) < math.prod(grid):
+        point = (_radical_inverse(index, base) for base in bases)
+        found.setdefault(tuple(int(x * size) for x, size in zip(point, grid, strict=True)))
+        index += 1
+    return np.array(list(found))
+
+
+def _radical_inverse(index: int, base: int) -> float:
+    """The digits of a number behind the point in reverse: van der Corput's sequence in [0, 1)."""
+    value, scale = 0.0, 1.0
+    while index:
+        index, digit = divmod(index, base)
+        scale /= base
+        value += digit * scale
+    return value
+
+
+@functools.cache
+def void_filling_places(grid: tuple[int, ...]) -> np.ndarray:
+    """Coordinates `[N, axes]`: each is where Gaussians around those before it sum to the least.
+
+    The second half of void-and-cluster dithering (Ulichney 1993), from an empty grid; distances
+    wrap around. Their deviation is 0.8 places: of 0.6 to 1.9, what spreads the first quarter best
+    on grids of 7 and 8. Ties go to the first in a seeded shuffle.
+    """
+    coordinates = np.indices(grid).reshape(len(grid), -1).T  # [N, axes]
+    shuffled = np.random.default_rng(0).permutation(len(coordinates))
+    coordinates, sizes = coordinates[shuffled], np.asarray(grid)
+    energy, chosen = np.zeros(len(coordinates)), []
+    for _ in coordinates:
+        chosen.append(int(np.argmin(energy.round(12))))
+        distance = np.abs(coordinates - coordinates[chosen[-1]])
+        distance = np.minimum(distance, sizes - distance)
+        energy += np.exp(-np.square(distance).sum(1) / (2 * 0.8**2))
+        energy[chosen[-1]] = np.inf
+    return coordinates[chosen]
+
+
 # Orders in which tokens are revealed: (key of the sample, positions per axis) -> `[N]`.
-ORDERS: dict[str, Callable] = {"random": random_order, "raster": raster_order}
+ORDERS: dict[str, Callable] = {
+    "random": random_order,
+    "raster": raster_order,
+    "halton": halton_order,
+    "checkerboard": checkerboard_order,
+    "blue_noise": blue_noise_order,
+    "frame_causal": frame_causal_order,
+}
 
 
 def known_first(order: jax.Array, is_known: jax.Array) -> jax.Array:
@@ -30,18 +112,12 @@ def known_first(order: jax.Array, is_known: jax.Array) -> jax.Array:
     return order[jnp.argsort(~is_known[order], stable=True)]
 
 
-def reveal_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
-    """Tokens revealed in each autoregressive step, positive and summing to `num_tokens`.
+def cosine_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
+    """The cosine schedule of MaskGIT (Chang et al. 2022, section 3.3).
 
-    The cosine schedule of MaskGIT (Chang et al. 2022, section 3.3): after step s (from 0)
-    floor(N cos(pi/2 (s+1)/T)) tokens stay hidden, at least one fewer than before and at least one;
-    the last step reveals the rest.
+    After step s (from 0) floor(N cos(pi/2 (s+1)/T)) tokens stay hidden, at least one fewer than
+    before and at least one; the last step reveals the rest.
     """
-    if not 1 <= num_ar_steps <= num_tokens:
-        raise ValueError(
-            f"num_ar_steps is {num_ar_steps}; it must be between 1 and the number of tokens, "
-            f"{num_tokens}."
-        )
     hidden, counts = num_tokens, []
     for step in range(num_ar_steps):
         target = math.floor(num_tokens * math.cos(math.pi / 2 * (step + 1) / num_ar_steps))
@@ -49,6 +125,37 @@ def reveal_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
         counts.append(hidden - remaining)
         hidden = remaining
     return counts
+
+
+def halves_counts(num_tokens: int, num_ar_steps: int) -> list[int]:
+    """Half of the tokens in three quarters of the steps, the others in the last quarter.
+
+    With the checkerboard order, generation-then-reconstruction (2510.17171): places between known
+    ones need fewer steps. Each half by `cosine_counts`.
+    """
+    last = max(1, num_ar_steps // 4)
+    second = max(num_tokens // 2, last)  # half, or enough for a token in each step
+    if last == num_ar_steps or num_tokens - second < num_ar_steps - last:
+        return cosine_counts(num_tokens, num_ar_steps)
+    first = cosine_counts(num_tokens - second, num_ar_steps - last)
+    return first + cosine_counts(second, last)
+
+
+# How many tokens are revealed in each step: (tokens, steps) -> `[T]`.
+REVEALS: dict[str, Callable] = {"cosine": cosine_counts, "halves": halves_counts}
+
+
+def reveal_counts(num_tokens: int, num_ar_steps: int, reveal: str = "cosine") -> list[int]:
+    """Tokens revealed in each autoregressive step, positive and summing to `num_tokens`.
+
+    By a key of `REVEALS`.
+    """
+    if not 1 <= num_ar_steps <= num_tokens:
+        raise ValueError(
+            f"num_ar_steps is {num_ar_steps}; it must be between 1 and the number of tokens, "
+            f"{num_tokens}."
+        )
+    return REVEALS[reveal](num_tokens, num_ar_steps)
 
 
 def constant_guidance(cfg_scale: float, counts: list[int], num_known: int = 0) -> np.ndarray:
@@ -72,11 +179,29 @@ GUIDANCE: dict[str, Callable] = {"linear": linear_guidance, "constant": constant
 
 
 def guidance_scales(
-    num_tokens: int, num_ar_steps: int, cfg_scale: float, schedule: str, num_known: int = 0
+    counts: list[int],
+    cfg_scale: float,
+    schedule: str,
+    num_known: int = 0,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
-    """Guidance scale of each step, float32 `[T]`, by a key of `GUIDANCE`.
+    """Guidance scale of each step that reveals `counts` tokens, float32 `[T]`.
 
-    Of `num_tokens` tokens, `num_known` are given and not revealed.
+    By a key of `GUIDANCE`; `num_known` tokens are known before. Steps outside the `interval`
+    (shares of the steps) have the scale 1, which is no guidance (Kynkaanniemi et al. 2024).
     """
-    counts = reveal_counts(num_tokens - num_known, num_ar_steps)
-    return GUIDANCE[schedule](cfg_scale, counts, num_known).astype(np.float32)
+    scales = GUIDANCE[schedule](cfg_scale, counts, num_known)
+    return np.where(guided_steps(len(counts), interval), scales, 1).astype(np.float32)
+
+
+def guided_steps(num_ar_steps: int, interval: tuple[float, float]) -> np.ndarray:
+    """Which steps lie in an interval of shares of all steps, bool `[T]`."""
+    start, stop = (round(share * num_ar_steps) for share in interval)
+    return (np.arange(num_ar_steps) >= start) & (np.arange(num_ar_steps) < stop)
+
+
+def falling_steps(num_ar_steps: int, first: int, last: int) -> list[int]:
+    """Denoising steps in each autoregressive step, from `first` to `last` on a line (DiSA,
+    2505.20297); `last` 0 stands for `first`.
+    """
+    return np.linspace(first, last or first, num_ar_steps).round().astype(int).tolist()

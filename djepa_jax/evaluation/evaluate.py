@@ -16,6 +16,7 @@ from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.presets import CFG_SCALES, PUBLISHED_SHAPE, preset_values
+from djepa_jax.config.stored import LATER
 from djepa_jax.core import sharding
 from djepa_jax.data.records import digest_of
 from djepa_jax.data.sources import names_data, open_training_data
@@ -79,8 +80,10 @@ def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -
     """
     norm = float(jax.jit(optax.tree.norm)(params))
     decoder = {"autoencoder": autoencoder} if experiment.modality.needs_decoder else {}
+    sample = dataclasses.asdict(experiment.sample).items()
     settings = {
-        "sample": dataclasses.asdict(experiment.sample),
+        # Keys that say nothing are not in records of earlier versions
+        "sample": {key: value for key, value in sample if LATER["sample"].get(key) != value},
         "loss": dataclasses.asdict(experiment.token_loss),  # with options of its sampler
         "compute_dtype": experiment.compute_dtype,
     }

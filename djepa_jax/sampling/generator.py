@@ -22,7 +22,6 @@ from djepa_jax.core.sampler import (
     make_step,
     plan_segments,
 )
-from djepa_jax.core.schedules import guidance_scales
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
@@ -94,9 +93,8 @@ class Generator:
             num_known = int(known.mask[0].sum())
             steps = min(self.config.num_ar_steps, self.config.model.num_tokens - num_known)
             self.config = dataclasses.replace(self.config, num_known=num_known, num_ar_steps=steps)
-        sample, config = experiment.sample, self.config
-        steps = (config.model.num_tokens, config.num_ar_steps, sample.cfg_scale)
-        self.cfg_scales = guidance_scales(*steps, sample.cfg_schedule, config.num_known)
+        sample = experiment.sample
+        self.cfg_scales = self.config.guidance(sample.cfg_scale, sample.cfg_schedule)  # [T]
 
     def images(
         self, params, conditions, seed: int, should_stop: Callable[[], bool] = never

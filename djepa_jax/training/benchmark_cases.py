@@ -144,8 +144,9 @@ def train_flops(config: TrainStepConfig) -> dict[str, float]:
 
 def sample_flops(config: SamplerConfig, batch_size: int) -> dict[str, float]:
     """Ideal (exact shapes) and padded (segments) FLOPs of one batch of samples."""
-    calls = config.token_loss.denoiser_calls
-    exact = flops.sample_image(config.model, config.num_ar_steps, calls, config.guided)
-    segments = plan_segments(config)
-    padded = flops.padded_sample_image(config.model, segments, calls, config.guided)
+    of_each_step = dataclasses.replace(config, num_segments=config.num_ar_steps)
+    exact, padded = (
+        flops.padded_sample_image(config.model, plan_segments(each))
+        for each in (of_each_step, config)
+    )
     return {"ideal": exact * batch_size, "padded": padded * batch_size}

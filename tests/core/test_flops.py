@@ -96,11 +96,11 @@ def test_best_segments_and_their_cost():
         plan = plan_segments(config)
         assert [segment.stop for segment in plan] == (SEGMENT_ENDS if segments == 8 else [64])
         exact = flops.sample_image(config.model, 64, 100, True)
-        padded = flops.padded_sample_image(config.model, plan, 100, True)
+        padded = flops.padded_sample_image(config.model, plan)
         assert padded / exact == pytest.approx(cost, abs=1e-3), (size, segments)
     config = SamplerConfig(published("B"), loss, 64, False, 64)  # one for each step pads nothing
     exact = flops.sample_image(config.model, 64, 100, False)
-    padded = flops.padded_sample_image(config.model, plan_segments(config), 100, False)
+    padded = flops.padded_sample_image(config.model, plan_segments(config))
     assert padded == pytest.approx(exact, rel=1e-12)
 
 
@@ -160,8 +160,8 @@ def test_padded_count_is_what_the_sampler_does(loss):
         ids = np.arange(64, dtype=np.int32)  # they share the embedded times, not counted here
         inputs = SampleInputs(ids, ids, 0, np.ones(6, np.float32), 1.0)
         jaxpr = jax.make_jaxpr(make_sampler(config))(params, inputs).jaxpr
-        calls, plan = config.token_loss.denoiser_calls, plan_segments(config)
-        padded = flops.padded_sample_image(config.model, plan, calls, config.guided)
+        plan = plan_segments(config)
+        padded = flops.padded_sample_image(config.model, plan)
         # the predictor's last layer projects q at all 64 + 256 places, though it uses new ones
         # only (0.3 % of B's sampling)
         unused = sum((s.stop - s.start) * 2 * 768**2 * (320 - s.new) for s in plan)

@@ -122,7 +122,7 @@ def test_schedules(num_tokens, num_steps):
     np.testing.assert_array_equal(
         reveal_counts(num_tokens, num_steps), data[f"tokens_per_step_{name}"]
     )
-    ours = guidance_scales(num_tokens, num_steps, 3.0, "linear")
+    ours = guidance_scales(reveal_counts(num_tokens, num_steps), 3.0, "linear")
     np.testing.assert_allclose(ours, data[f"cfg_per_step_scale3_{name}"], rtol=0, atol=1e-6)
 
 
@@ -140,7 +140,9 @@ def test_order_masks_and_guidance_of_every_step(variant, cfg):
         )
         start += count
     ours = guidance_scales(
-        recording.parity.config.num_tokens, recording.num_steps, float(recording.cfg), "linear"
+        reveal_counts(recording.parity.config.num_tokens, recording.num_steps),
+        float(recording.cfg),
+        "linear",
     )
     np.testing.assert_allclose(ours, recording.scales, rtol=0, atol=1e-6)
 

@@ -157,3 +157,37 @@ def test_orders_are_permutations_and_differ():
     order = make_draws(tiny_config().sampler, 0, jnp.arange(50)).order
     assert (np.sort(order, axis=1) == np.arange(16)).all()
     assert len({tuple(row) for row in np.asarray(order)}) == 50
+
+
+def test_steps_without_guidance_leave_the_null_half_out(setup):
+    """An interval cuts segments, changes no draw, and gives what scales of 1 give."""
+    experiment, params = setup
+    config = experiment.updated({"sample.num_ar_steps": 4, "sample.num_segments": 4}).sampler
+    part = dataclasses.replace(config, cfg_interval=(0.5, 1.0))
+    assert [s.guided for s in plan_segments(part) for _ in range(s.start, s.stop)] == [
+        False, False, True, True,
+    ]  # fmt: skip
+    scales = part.guidance(2.0, "constant")
+    np.testing.assert_array_equal(scales, [1, 1, 2, 2])
+    inputs = SampleInputs(jnp.arange(4), jnp.arange(4), 0, scales, 1.0)
+    expected = jax.jit(make_sampler(config))(params, inputs)
+    found = jax.jit(make_sampler(part))(params, inputs)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_denoising_steps_fall_from_segment_to_segment(setup):
+    experiment, params = setup
+    changes = {"num_ar_steps": 3, "num_segments": 3, "num_denoise_steps": 6}
+    changes |= {"final_denoise_steps": 2, "sampler": type(experiment.token_loss).samplers[0]}
+    config = experiment.updated({f"sample.{key}": value for key, value in changes.items()}).sampler
+    assert [config.loss_at(step).num_denoise_steps for step in range(3)] == [6, 4, 2]
+    calls = [config.loss_at(s.start).denoiser_calls for s in plan_segments(config)]
+    assert [s.denoiser_calls for s in plan_segments(config)] == calls
+    inputs = SampleInputs(jnp.arange(4), jnp.arange(4), 0, jnp.ones(3), 1.0)
+    tokens = jax.jit(make_sampler(config))(params, inputs)
+    same = dataclasses.replace(config, final_denoise_steps=0)
+    before = jax.jit(make_sampler(same))(params, inputs)
+    first = make_draws(config, 0, jnp.arange(4)).order[:, : config.counts[0]]
+    pick = lambda x: np.take_along_axis(np.asarray(x), np.asarray(first)[..., None], 1)  # noqa: E731
+    np.testing.assert_allclose(pick(tokens), pick(before), rtol=1e-4, atol=1e-4)
+    assert np.isfinite(tokens).all() and np.abs(tokens - before).max() > 1e-3
