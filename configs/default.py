@@ -159,6 +159,7 @@ def _sample() -> ConfigDict:
     """What sampling makes, and how."""
     sample = ConfigDict()
     sample.labels = "all"  # "all" in turn, or a list such as 3,3,7
+    sample.mix = ""  # in place of labels, several at once with weights: 3:0.5,8:0.5
     sample.count = 64  # pictures
     sample.seed = 0
     # in which tokens are revealed: random, raster, halton, checkerboard, blue_noise or frame_causal

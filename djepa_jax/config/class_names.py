@@ -3,8 +3,11 @@
 import difflib
 import functools
 import importlib.resources
+import math
 import operator
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 IMAGENET = "imagenet"
 MAX_LISTED = 12
@@ -85,6 +88,26 @@ def misplaced(names: Sequence[str], others: Sequence[str]) -> str | None:
     known = [_normal(name) for name in others]
     pairs = zip(names, known, strict=True)
     return next((name for name, other in pairs if _normal(name) in {*known} - {other}), None)
+
+
+def find_mixture(text: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Classes and their weights, which sum to one, of a text such as "cat:0.5,dog:0.5": `[K]`.
+
+    Raises:
+        ValueError: no such class, or a weight that is not above 0.
+    """
+    labels, weights = [], []
+    for part in text.split(","):
+        name, _, number = part.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not (name and 0 < weight < math.inf):
+            raise ValueError(f'"{part}" is not CLASS:WEIGHT with a weight above 0, such as 3:0.5.')
+        labels.append(find_class(name, names))
+        weights.append(weight)
+    return np.asarray(labels, np.int32), np.asarray(weights, np.float32) / sum(weights)
 
 
 def find_class(wanted: int | str, names: Sequence[str]) -> int:

@@ -41,7 +41,7 @@ from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.modalities import MODALITIES, Modality
 from djepa_jax.core.models.attention import obstacle
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
-from djepa_jax.core.models.conditioning import CONDITIONERS
+from djepa_jax.core.models.conditioning import CONDITIONERS, Mixture
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.optimizer import OptimizerConfig
 from djepa_jax.core.sampler import SamplerConfig
@@ -282,9 +282,12 @@ class Experiment(Settings):
     def sampler(self) -> SamplerConfig:
         """The sampler."""
         sample = self.sample
+        conditioner = self.network.conditioner
+        if sample.mix:
+            conditioner = Mixture(conditioner, len(sample.mix.split(",")))
         config = SamplerConfig(
             # Forwards nothing is kept that unrolled layers would not have to copy
-            model=dataclasses.replace(self.network, scan_unroll=1),
+            model=dataclasses.replace(self.network, scan_unroll=1, conditioner=conditioner),
             token_loss=self.token_loss,
             num_ar_steps=sample.num_ar_steps,
             guided=sample.cfg_scale != 1,
@@ -295,13 +298,9 @@ class Experiment(Settings):
             cfg_interval=(sample.cfg_start, sample.cfg_stop),
         )
         try:
-            _ = config.counts
+            _ = config.counts, config.loss_at(config.num_ar_steps - 1)
         except ValueError as error:
             raise ConfigError(f"config.sample.{error}") from error
-        try:
-            config.loss_at(config.num_ar_steps - 1)
-        except ValueError as error:
-            raise ConfigError(f"config.sample.final_denoise_steps: {error}") from error
         return config
 
     @functools.cached_property
@@ -317,22 +316,27 @@ class Experiment(Settings):
     @functools.cached_property
     def sample_conditions(self) -> Any:
         """The condition of each sample, `[count]`: the labels that are asked for in turn."""
-        text, count = self.sample.labels, self.sample.count
+        text, mix, count = self.sample.labels, self.sample.mix, self.sample.count
         if text[:1] + text[-1:] in ("[]", "()"):  # as lists are written elsewhere
             text = text[1:-1]
-        if text == "all":
+        if text == "all" and not mix:
             return self.network.conditioner.in_turn(count)
         try:
+            if mix:
+                labels, weights = class_names.find_mixture(mix, self.class_names)
+                return np.tile(labels, (count, 1)), np.tile(weights, (count, 1))
             words = [text] if text in self.class_names else text.split(",")
             labels = [class_names.find_class(word, self.class_names) for word in words]
         except ValueError as error:
-            raise ConfigError(
-                f'config.sample.labels is {text!r}; {error} Or write "all".'
-            ) from error
+            what = f"mix is {mix!r}" if mix else f"labels is {text!r}"
+            remedy = "" if mix else ' Or write "all".'
+            raise ConfigError(f"config.sample.{what}; {error}{remedy}") from error
         return np.resize(np.asarray(labels, np.int32), count)
 
     def titles(self, conditions: Any) -> list[str]:
         """What to write above samples of some conditions: class names, or their numbers."""
+        if self.sample.mix:
+            return [self.sample.mix] * len(jax.tree.leaves(conditions)[0])
         names, array = self.class_names, np.asarray(jax.tree.leaves(conditions)[0])
         if array.ndim == 1 and array.dtype.kind in "iu" and len(array) and array.max() < len(names):
             return [names[label] for label in array]

@@ -170,6 +170,7 @@ class SampleSettings(Settings):
     """What sampling makes, and how."""
 
     labels: str
+    mix: str
     count: Positive
     seed: Seed
     order: Annotated[str, OneOf(ORDERS)]

@@ -49,7 +49,8 @@ ADDED = {
 # The same for configurations of any format.
 LATER = {
     "model": {"attention": "auto"},
-    "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0, "final_denoise_steps": 0},
+    "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}
+    | {"final_denoise_steps": 0, "mix": ""},
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"},
 }
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`

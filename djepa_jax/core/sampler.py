@@ -86,7 +86,10 @@ class SamplerConfig:
             return self.token_loss
         first = self.token_loss.num_denoise_steps
         steps = falling_steps(self.num_ar_steps, first, self.final_denoise_steps)
-        return dataclasses.replace(self.token_loss, num_denoise_steps=steps[step])
+        try:
+            return dataclasses.replace(self.token_loss, num_denoise_steps=steps[step])
+        except ValueError as error:
+            raise ValueError(f"final_denoise_steps: {error}") from error
 
     def guided_at(self, steps: range) -> bool:
         """Whether any of some steps has guidance."""

@@ -45,6 +45,11 @@ def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
     settings = experiment.evaluation
     if settings.kind == "none":
         return None
+    if experiment.sample.mix:
+        raise ConfigError(
+            "config.sample.mix asks for several classes at once, and samples are judged one class "
+            "at a time; leave it out, or add --config.evaluation.kind=none."
+        )
     if settings.reference and settings.kind in (*METRICS, *TRAINED):
         raise ConfigError(
             f'config.evaluation.kind is "{settings.kind}", and config.evaluation.reference is of a '

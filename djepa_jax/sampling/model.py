@@ -96,8 +96,10 @@ class Model:
             seed: of everything random.
             conditions: in place of labels, raw conditions `[n, ...]` as the data source gives them.
             **settings: `cfg_scale`, `cfg_schedule`, `temperature` (of diffusion models), `order`,
-                `num_ar_steps`, `num_denoise_steps`, `sampler` and the options of the loss, in place
-                of the stored ones.
+                `num_ar_steps`, `num_denoise_steps`, `sampler` and the others of `config.sample`,
+                and the options of the loss, in place of the stored ones. With `mix`
+                ("cat:0.5,dog:0.5") all pictures are of several classes at once, and `labels` says
+                how many there are: `[None] * 4`.
 
         Returns:
             uint8 images `[n, H, W, C]`.
@@ -114,7 +116,7 @@ class Model:
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
     ) -> dict[str, np.ndarray]:
         """As `sample`, but everything that the modality makes (`images` or `latents`)."""
-        wanted = self._conditions(labels, conditions)
+        wanted = self._conditions(labels, conditions, settings.get("mix"))
         generator = self._generator(count_of(wanted), seed, settings)
         return generator.images(self.params, wanted, generator.experiment.sample.seed)
 
@@ -127,7 +129,7 @@ class Model:
         are drawn at once: uint8 `[n, H, W, C]`.
         """
         self._check_pictures()
-        wanted = self._conditions(labels, conditions)
+        wanted = self._conditions(labels, conditions, settings.get("mix"))
         generator = self._generator(count_of(wanted), seed, settings)
         steps = generator.stream(self.params, wanted, generator.experiment.sample.seed)
         preview = self.config.modality.preview
@@ -163,7 +165,8 @@ class Model:
             TypeError: the model makes latents, and there is no autoencoder.
         """
         self._check_pictures()
-        wanted, shape = self._conditions(labels, conditions), self.config.picture_shape
+        wanted = self._conditions(labels, conditions, settings.get("mix"))
+        shape = self.config.picture_shape
         count = count_of(wanted)
         example = np.asarray(example)
         if example.shape not in (shape, (count, *shape)) or example.dtype != np.uint8:
@@ -236,8 +239,8 @@ class Model:
             return int(self.config.network.conditioner.null(1)[0])
         return find_class(label, self.labels)
 
-    def _conditions(self, labels: Label | Sequence[Label], conditions):
-        """Raw conditions `[n, ...]` of labels, or those that were given."""
+    def _conditions(self, labels: Label | Sequence[Label], conditions, mix: str | None = None):
+        """Raw conditions `[n, ...]` of labels, or those that were given, or a mixture."""
         if conditions is not None:
             return conditions
         one = isinstance(labels, str | bytes) or not isinstance(labels, Iterable)
@@ -245,6 +248,9 @@ class Model:
         labels = [labels] if one else list(labels)
         if not labels:
             raise ValueError("labels are empty; name at least one class.")
+        if mix:
+            changes = {"sample.mix": mix, "sample.count": len(labels)}
+            return self.config.updated(changes).sample_conditions
         if all(label is None for label in labels):
             return jax.tree.map(np.asarray, self.config.network.conditioner.null(len(labels)))
         return np.asarray([self.find_label(label) for label in labels], np.int32)

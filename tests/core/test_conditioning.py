@@ -10,7 +10,14 @@ from conftest import assert_close
 from flax import nnx
 from test_models import BATCH, NUM_VISIBLE, PLACES, TINY, inputs  # noqa: F401 (a fixture)
 
-from djepa_jax.core.models.conditioning import CONDITIONERS, Classes, Condition, Nothing, Sum
+from djepa_jax.core.models.conditioning import (
+    CONDITIONERS,
+    Classes,
+    Condition,
+    Mixture,
+    Nothing,
+    Sum,
+)
 from djepa_jax.core.models.djepa import init_params, split_model
 from djepa_jax.core.train_step import predict_features
 
@@ -130,3 +137,24 @@ def test_positions_of_axes_are_summed(inputs):
 
 def test_the_table_makes_conditioners_from_settings():
     assert CONDITIONERS["classes"](7) == Classes(7) and CONDITIONERS["nothing"](7) == Nothing()
+
+
+@pytest.mark.parametrize("kind", [Classes(5), Sum(Classes(5), Classes(3))])
+def test_a_mixture_is_the_weighted_mean_of_the_prefixes(kind):
+    """With the parameters of a model that was trained on one condition at a time."""
+    model, mixture = filled(kind), Mixture(kind, 2)
+    params = nnx.to_pure_dict(nnx.state(model))
+    config = dataclasses.replace(TINY, conditioner=mixture)
+    mixed = nnx.merge(split_model(config)[0], params)
+    one, other = jnp.array([0, 4, 2, 1]), jnp.array([2, 0, 1, 1])
+    if isinstance(kind, Sum):
+        one, other = (one, jnp.array([2, 1, 0, 0])), (other, jnp.array([0, 0, 1, 2]))
+    weights = jnp.array([[1, 0], [0, 1], [0.25, 0.75], [0.5, 0.5]])
+    raw = jax.tree.map(lambda a, b: jnp.stack([a, b], 1), one, other), weights
+    prefixes = [model.embed_condition(each).prefix for each in (one, other)]
+    expected = sum(w[:, None, None] * p for w, p in zip(weights.T, prefixes, strict=True))
+    assert_close(mixed.embed_condition(raw).prefix, expected, 1e-6)
+    null = model.embed_condition(kind.null(3)).prefix
+    assert_close(mixed.embed_condition(mixture.null(3)).prefix, null, 1e-6)
+    always = mixture.drop(jax.random.key(0), raw, 1.0)
+    assert_close(mixed.embed_condition(always).prefix[:3], null, 1e-6)

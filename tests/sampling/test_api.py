@@ -146,6 +146,15 @@ def test_label_seed_and_settings_matter(model, many):
     assert model.config.sample.cfg_scale == 1.5, "settings hold for one call"
 
 
+def test_a_mixture_lies_between_its_classes(model, many):
+    mixed = model.sample([None] * 3, seed=5, mix="zero:0.5,1:0.5")
+    assert mixed.shape == (3, 8, 8, 1) and differ(mixed[:1], many[:1])
+    assert_same_pictures(model.sample([None], seed=5, mix="zero:3,1:1e-9"), many[:1])
+    for mix in ("zero", "zero:x", "zero:0.5,nothing:0.5", "zero:-1", ":1", "zero:0.5,"):
+        with pytest.raises(ValueError, match="mix"):
+            model.sample(None, mix=mix)
+
+
 def test_only_new_shapes_are_compiled(model, many):
     list(model.stream(MANY, num_segments=2))
     with count_compilations() as compilations:

@@ -148,6 +148,57 @@ class Sum:
         return Condition(one.prefix + other.prefix, mask)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """`count` conditions of one kind at once: the mean of their prefixes, with weights.
+
+    It has the parameters of the `kind`, so that a model that was trained on one condition at a time
+    takes mixtures. Raw is a pair: conditions with the leading axes B, count, and weights
+    `[B, count]`.
+    """
+
+    kind: Conditioner
+    count: int
+
+    @property
+    def param_name(self) -> str:
+        """That of the kind."""
+        return self.kind.param_name
+
+    def null(self, batch_size: int) -> tuple:
+        """The null condition with all of the weight."""
+        nulls = jax.tree.map(self._repeated, self.kind.null(batch_size))
+        return nulls, jnp.zeros((batch_size, self.count)).at[:, 0].set(1)
+
+    def drop(self, key: jax.Array, raw: tuple, probability: float) -> tuple:
+        """All conditions of an example are dropped together."""
+        parts = [self.kind.drop(key, part, probability) for part in self._parts(raw[0])]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *parts), raw[1]
+
+    def in_turn(self, count: int) -> tuple:
+        """One condition after the other, unmixed."""
+        raw = jax.tree.map(lambda x: np.asarray(self._repeated(x)), self.kind.in_turn(count))
+        return raw, np.eye(self.count, dtype=np.float32)[np.zeros(count, int)]
+
+    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
+        """That of the kind."""
+        return self.kind.make_embedding(width, rngs=rngs)
+
+    def embed(self, embedding: nnx.Module | None, raw: tuple) -> Condition:
+        """The weighted mean of the prefixes; a place is seen if one of them says so."""
+        parts = [self.kind.embed(embedding, part) for part in self._parts(raw[0])]
+        weights = jnp.moveaxis(raw[1], 1, 0)[..., None, None]  # [count, B, 1, 1]
+        prefix = sum(w * part.prefix for w, part in zip(weights, parts, strict=True))
+        masks = [part.mask for part in parts if part.mask is not None]
+        return Condition(prefix, jnp.stack(masks).any(0) if masks else None)
+
+    def _parts(self, raw: Any) -> list:
+        return [jax.tree.map(lambda x, i=i: x[:, i], raw) for i in range(self.count)]
+
+    def _repeated(self, x: jax.Array) -> jax.Array:
+        return jnp.repeat(x[:, None], self.count, axis=1)
+
+
 # Makes a conditioner from the number of classes and `config.model.condition_options`.
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "classes": Classes,
