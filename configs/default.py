@@ -78,6 +78,9 @@ def _loss() -> ConfigDict:
     loss.mask_ratio_std = 0.25
     # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
     loss.mask_group = 1
+    # which tokens are shown: the first ones of an order (as for sample.order), or of several with
+    # shares, such as random:0.6,frame_causal:0.2,ends:0.2
+    loss.mask_modes = "random"
     return loss
 
 

@@ -275,6 +275,7 @@ class Experiment(Settings):
             token_weight=loss.token_weight,
             jepa_weight=loss.jepa_weight,
             label_drop_prob=loss.label_drop_prob,
+            mask_modes=loss.modes,
             grad_accumulation_steps=self.grad_accumulation_steps or 1,
         )
 

@@ -105,11 +105,29 @@ class LossSettings(Settings):
     mask_ratio_min: Ratio
     mask_ratio_std: AboveZero
     mask_group: Natural
+    mask_modes: str
 
     def __post_init__(self):
         check_bounds(self)
+        _ = self.modes
         if not self.token_weight + self.jepa_weight > 0:
             raise ValueError("token_weight is 0; with a jepa_weight of 0 it must be above 0.")
+
+    @property
+    def modes(self) -> tuple[tuple[str, float], ...]:
+        """Orders of which the front is shown, with the shares of the examples, summing to one."""
+        words = [part.partition(":") for part in self.mask_modes.split(",")]
+        try:
+            pairs = [(name, float(share) if colon else 1.0) for name, colon, share in words]
+        except ValueError:
+            pairs = []
+        if not pairs or not all(name in ORDERS and 0 < share < 1e6 for name, share in pairs):
+            raise ValueError(
+                f"mask_modes is {self.mask_modes!r}; write orders with their shares, such as "
+                f"random:0.6,frame_causal:0.2,ends:0.2, of {', '.join(ORDERS)}."
+            )
+        total = sum(share for _, share in pairs)
+        return tuple((name, share / total) for name, share in pairs)
 
 
 @dataclasses.dataclass(frozen=True)

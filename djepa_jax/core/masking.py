@@ -27,6 +27,7 @@ from einops import rearrange
 from jax.scipy.special import ndtri
 
 from djepa_jax.core.bounds import AboveZero, Positive, Ratio, check_bounds
+from djepa_jax.core.schedules import ORDERS
 
 STRATA_PER_PACK = 32
 NUM_LENGTHS = 4  # to how many lengths the visible tokens of a pack's examples are padded
@@ -138,6 +139,18 @@ def draw_orders(key: jax.Array, batch_size: int, num_tokens: int) -> jax.Array:
     """A uniform random permutation of the tokens for each example: `[B, N]` int32."""
     noise = jax.random.bits(key, (batch_size, num_tokens))
     return jnp.argsort(noise, axis=-1).astype(jnp.int32)
+
+
+def draw_mixed_orders(
+    key: jax.Array, batch_size: int, grid: tuple[int, ...], modes: tuple[tuple[str, float], ...]
+) -> jax.Array:
+    """Orders `[B, N]` of which each is by a key of `schedules.ORDERS`, drawn with its share."""
+    mode_key, order_key = jax.random.split(key)
+    names, shares = zip(*modes, strict=True)
+    chosen = jax.random.choice(mode_key, len(names), (batch_size,), p=jnp.asarray(shares))  # [B]
+    keys = jax.random.split(order_key, batch_size)
+    orders = jnp.stack([jax.vmap(lambda k, n=name: ORDERS[n](k, grid))(keys) for name in names])
+    return orders[chosen, jnp.arange(batch_size)]  # of [modes, B, N]
 
 
 def to_order(tokens: jax.Array, order: jax.Array) -> jax.Array:

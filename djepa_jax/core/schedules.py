@@ -37,6 +37,13 @@ def frame_causal_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     return jnp.argsort(frame + jax.random.uniform(key, frame.shape)).astype(jnp.int32)
 
 
+def ends_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """From both ends of the first axis to its middle, at random within what is as far: `[N]`."""
+    frame = np.indices(grid)[0].ravel()
+    from_end = np.minimum(frame, grid[0] - 1 - frame)
+    return jnp.argsort(from_end + jax.random.uniform(key, frame.shape)).astype(jnp.int32)
+
+
 def halton_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     """Places as a Halton sequence first meets them (2503.17076), moved by a random shift: `[N]`."""
     return _shifted(key, grid, halton_places(grid))
@@ -104,6 +111,7 @@ ORDERS: dict[str, Callable] = {
     "checkerboard": checkerboard_order,
     "blue_noise": blue_noise_order,
     "frame_causal": frame_causal_order,
+    "ends": ends_order,
 }
 
 

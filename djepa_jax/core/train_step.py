@@ -56,6 +56,7 @@ class TrainStepConfig:
     token_weight: float = 1.0
     jepa_weight: float = 1.0
     label_drop_prob: float = 0.1
+    mask_modes: tuple[tuple[str, float], ...] = (("random", 1.0),)  # keys of ORDERS, their shares
     grad_accumulation_steps: int = 1  # parts of a batch whose gradients are added up
 
     def __post_init__(self):
@@ -109,7 +110,11 @@ def draw_examples(
         both networks.
     """
     order_key, ratio_key, drop_key = jax.random.split(key, 3)
-    order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
+    if config.mask_modes == (("random", 1.0),):
+        order = masking.draw_orders(order_key, *tokens.shape[:2])  # [B, N]
+    else:
+        how = config.model.grid, config.mask_modes
+        order = masking.draw_mixed_orders(order_key, len(tokens), *how)
     num_visible = masking.draw_num_visible(ratio_key, config.masking)  # [B]
     told = config.model.conditioner.drop(drop_key, conditions, values.label_drop_prob)
     examples = {

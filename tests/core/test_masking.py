@@ -218,3 +218,13 @@ def test_packing_picks_every_masked_row_once(batch, tokens, group):
 def test_impossible_plans_are_refused(ratio, group, name):
     with pytest.raises(ValueError, match=name):
         MaskingConfig(16, 8, ratio_min=ratio, group_size=group)
+
+
+def test_orders_of_several_rules_come_in_their_shares():
+    modes = (("frame_causal", 0.25), ("raster", 0.75))
+    orders = np.asarray(masking.draw_mixed_orders(jax.random.key(0), 4000, (4, 3), modes))
+    assert orders.shape == (4000, 12)
+    np.testing.assert_array_equal(orders // 3, np.repeat(np.tile(np.arange(4), (4000, 1)), 3, 1))
+    raster = (orders == np.arange(12)).all(1)
+    assert abs(raster.mean() - 0.75) < 0.03
+    assert len({tuple(order) for order in orders[~raster]}) > 400, "each example draws its own"

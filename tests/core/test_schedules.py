@@ -82,6 +82,8 @@ def test_each_order_is_what_it_says():
     np.testing.assert_array_equal((rows + columns) % 2, np.repeat([0, 1], 32))
     np.testing.assert_array_equal(orders["frame_causal"] // 8, np.repeat(np.arange(8), 8))
     np.testing.assert_array_equal(orders["raster"], np.arange(64))
+    frames = orders["ends"] // 8
+    np.testing.assert_array_equal(np.minimum(frames, 7 - frames), np.repeat(np.arange(4), 16))
 
     def nearest(order):  # mean distance of the first quarter's places to their nearest, wrapping
         places = np.stack(np.divmod(order[:16], 8), 1)
