@@ -29,7 +29,8 @@ def label_grid(images: np.ndarray, labels: list[str], columns: int | None = None
 
     Small pictures are enlarged without smoothing.
     """
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    _, tall, wide, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(len(images) * tall / wide))
     rows = math.ceil(len(images) / columns)
     scale = max(1, math.ceil(MIN_TILE / images.shape[1]))
     height, width = images.shape[1] * scale, images.shape[2] * scale

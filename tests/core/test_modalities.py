@@ -20,7 +20,7 @@ EXAMPLES = {
 }
 
 
-@pytest.fixture(params=MODALITIES)
+@pytest.fixture(params=EXAMPLES)  # of pictures
 def modality(request):
     settings, dtype = EXAMPLES[request.param]
     rng = np.random.default_rng(0)

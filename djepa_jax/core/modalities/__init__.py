@@ -3,11 +3,13 @@
 from djepa_jax.core.modalities.base import Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
 from djepa_jax.core.modalities.lapped import ImageLapped
+from djepa_jax.core.modalities.video import VideoPixels
 
 MODALITIES: dict[str, type[Modality]] = {
     "image_pixels": ImagePixels,
     "image_lapped": ImageLapped,
     "image_latents": ImageLatents,
+    "video_pixels": VideoPixels,
 }
 
 __all__ = ["MODALITIES", "Modality"]
