@@ -66,6 +66,15 @@ def probe(values: flags.FlagValues, experiment: Experiment) -> None:
     print(f"wrote {path}")
 
 
+def report(values: flags.FlagValues, experiment: Experiment | None) -> None:
+    """Put curves, samples and figures of runs into one HTML file."""
+    from djepa_jax.evaluation.report import run_report
+
+    if experiment is not None:
+        raise UsageError("--mode=report reads what the workdir has; leave out --config.")
+    print(f"wrote {run_report(values.workdir, values.out, values.overwrite)}")
+
+
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make a checkpoint of weights from elsewhere."""
     from djepa_jax.checkpoints.convert.import_weights import run_import
@@ -153,6 +162,13 @@ MODES = {
         own=("layers", "with_prefix"),
         one_process=True,
     ),
+    "report": Mode(
+        report,
+        ("workdir",),
+        "--workdir=runs/digits,runs/mine",
+        own=("out", "overwrite"),
+        one_process=True,
+    ),
     "export": Mode(
         export,
         ("workdir", "out"),
@@ -199,8 +215,8 @@ def usage() -> str:
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of all modes."""
     text = {
-        "workdir": "Folder of checkpoints, metrics and samples.",
-        "out": "sample, reference, export, benchmark: what to write.",
+        "workdir": "Folder of checkpoints, metrics and samples; report: several, with commas.",
+        "out": "sample, reference, report, export, benchmark: what to write.",
         "source": "import: a file of tensors (.pth, .safetensors, ...) or an export folder.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
@@ -217,7 +233,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "sample, evaluate, reference, export, benchmark: replace what is there.",
+        "overwrite": "sample, evaluate, reference, report, export, benchmark: replace a file.",
         "profile": "benchmark: trace one call, and name its largest kernels.",
         "with_prefix": "probe: average over the prefix tokens, too.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",

@@ -22,6 +22,7 @@ from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import as_path, is_remote, reason, write_bytes, write_json
 
 METRICS_NAME = "metrics.jsonl"
+STARTS_NAME = "starts.jsonl"  # when, where and how each training began
 WANDB_NAME = "wandb_runs.json"  # the run of each project
 
 
@@ -138,6 +139,17 @@ class MetricWriter:
                 f"{self.folder} cannot be written ({reason(error)}). Make room there, and run the "
                 "same command again."
             ) from error
+
+
+def read_lines(path: os.PathLike) -> tuple[list[dict], int]:
+    """The objects in a file of JSON lines, and how many lines are none, as one cut by a crash."""
+    path, found, broken = as_path(path), [], 0
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            broken += 1
+    return found, broken
 
 
 def check_wandb() -> None:
