@@ -192,7 +192,7 @@ def text_of(value) -> str:
     """A value as people read it."""
     if type(value) in (int, float):
         return f"{value:,}" if type(value) is int else f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
 
 
 def run_report(workdirs: str, out: str = "", overwrite: bool = False) -> epath.Path:

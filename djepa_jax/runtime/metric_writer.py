@@ -188,15 +188,10 @@ def _asking_wandb() -> Iterator:
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-    def is_kept(line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
-            return False
-
+    lines, _ = read_lines(path)
+    kept = [line for line in lines if type(line.get("step")) is int and line["step"] <= step]
     if path.exists():
-        lines = path.read_text(errors="replace").splitlines()
-        write_bytes(path, "".join(f"{line}\n" for line in lines if is_kept(line)).encode())
+        write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
 def describe_parameters(params: dict) -> str:

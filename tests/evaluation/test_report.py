@@ -26,6 +26,7 @@ CELLS = [
     for scale in (1.0, 1.5)
 ]
 BEST = {"distance": {"metric": "fd_classifier", "settings": SETTINGS, "value": 2.5}}
+BEST["distance"] |= {"runner_up": {"settings": SETTINGS | {"cfg_scale": 1.25}}, "differs": None}
 RECORDS = {
     "evaluation.json": {
         "metrics": {"accuracy": 0.875, "accuracy_low": 0.75, "accuracy_high": 0.9375},
@@ -105,7 +106,8 @@ def test_every_section_shows_what_the_workdir_has(tmp_path):
         "samples": ("arrow keys", "Real examples"),
         "evaluation": ("Figures of step 3", "0.875 (0.75 to 0.9375)", "a judge", "few samples"),
         "probe": ("inputs", "0.625", "one run"),
-        "search": ("2.5 (2.25 to 2.75)", "cfg_scale", "fd_classifier", "a trend", "accuracy"),
+        "search": ("2.5 (2.25 to 2.75)", "cfg_scale", "fd_classifier", "a trend", "accuracy")
+        + ("runner_up.cfg_scale", "1.25"),
         "benchmark": ("train", "7.5", "2133"),
         "configuration": ("num_steps", "875,000", "abc123", "evaluation.kind"),
     }
