@@ -75,6 +75,15 @@ def probe(values: flags.FlagValues, experiment: Experiment) -> None:
     print(f"wrote {path}")
 
 
+def report(values: flags.FlagValues, experiment: Experiment | None) -> None:
+    """Put curves, samples and figures of runs into one HTML file."""
+    from djepa_jax.evaluation.report import run_report
+
+    if experiment is not None:
+        raise UsageError("--mode=report reads what the workdir has; leave out --config.")
+    print(f"wrote {run_report(values.workdir, values.out, values.overwrite)}")
+
+
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make a checkpoint of weights from elsewhere."""
     from djepa_jax.checkpoints.convert.import_weights import run_import
@@ -169,6 +178,13 @@ MODES = {
         own=("layers", "with_prefix"),
         one_process=True,
     ),
+    "report": Mode(
+        report,
+        ("workdir",),
+        "--workdir=runs/digits,runs/mine",
+        own=("out", "overwrite"),
+        one_process=True,
+    ),
     "export": Mode(
         export,
         ("workdir", "out"),
@@ -215,9 +231,9 @@ def usage() -> str:
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of all modes."""
     text = {
-        "workdir": "Folder of checkpoints, metrics and samples.",
+        "workdir": "Folder of checkpoints, metrics and samples; report: several, with commas.",
         "mask": "edit: a picture, white where it is to change, or left, centre, random:0.5, ...",
-        "out": "sample, edit, reference, export, benchmark: what to write.",
+        "out": "sample, edit, reference, report, export, benchmark: what to write.",
         "source": "import: a file of tensors (.pth, ...) or an export folder; edit: a picture.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
@@ -234,7 +250,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "sample, edit, evaluate, reference, export, benchmark: replace what is there.",
+        "overwrite": "in modes that write files: replace what is there.",
         "profile": "benchmark: trace one call, and name its largest kernels.",
         "with_prefix": "probe: average over the prefix tokens, too.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",

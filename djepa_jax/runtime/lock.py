@@ -34,6 +34,19 @@ def lock_workdir(
     return _file_lock(path, what, owner)
 
 
+def is_locked(workdir: str | os.PathLike) -> bool:
+    """Whether somebody holds a folder at this moment."""
+    path = as_path(workdir) / LOCK_NAME
+    if is_remote(path) or not path.exists():
+        return path.exists()  # in a bucket whoever ends removes it
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _in_use(what: str, owner: str) -> PathError:
     owner = owner.strip() or "another process"
     return PathError(

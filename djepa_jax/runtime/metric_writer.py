@@ -22,6 +22,7 @@ from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import as_path, is_remote, reason, write_bytes, write_json
 
 METRICS_NAME = "metrics.jsonl"
+STARTS_NAME = "starts.jsonl"  # when, where and how each training began
 WANDB_NAME = "wandb_runs.json"  # the run of each project
 
 
@@ -140,6 +141,17 @@ class MetricWriter:
             ) from error
 
 
+def read_lines(path: os.PathLike) -> tuple[list[dict], int]:
+    """The objects in a file of JSON lines, and how many lines are none, as one cut by a crash."""
+    path, found, broken = as_path(path), [], 0
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            broken += 1
+    return found, broken
+
+
 def check_wandb() -> None:
     """Raise UserError unless Weights & Biases can be used: the package is there, and a login."""
     with _asking_wandb() as wandb:
@@ -176,15 +188,10 @@ def _asking_wandb() -> Iterator:
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-    def is_kept(line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
-            return False
-
+    lines, _ = read_lines(path)
+    kept = [line for line in lines if type(line.get("step")) is int and line["step"] <= step]
     if path.exists():
-        lines = path.read_text(errors="replace").splitlines()
-        write_bytes(path, "".join(f"{line}\n" for line in lines if is_kept(line)).encode())
+        write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
 def describe_parameters(params: dict) -> str:

@@ -15,14 +15,11 @@ FLOPs are those of one step, call or batch, over all devices:
 
 import dataclasses
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-import flax
 import jax
-import jaxlib
 import numpy as np
 
 from djepa_jax.config.convert import ConfigError
@@ -32,6 +29,7 @@ from djepa_jax.core.bounds import Natural, Positive, check_bounds
 from djepa_jax.core.sampler import plan_segments
 from djepa_jax.runtime.profiling import largest_kernels
 from djepa_jax.runtime.storage import as_path, check_ours, check_writable, write_json
+from djepa_jax.runtime.versions import versions
 from djepa_jax.training import benchmark_cases as cases
 from djepa_jax.training.benchmark_attention import check_attention
 from djepa_jax.training.benchmark_compare import ENVIRONMENT, comparison, read_other
@@ -142,12 +140,6 @@ def check_out(out: str, overwrite: bool) -> None:
             raise ConfigError(f'--out "{out}" is a folder; name a file in it.')
         if not overwrite:
             check_ours(out, "versions", "let --out name another, or add --overwrite")
-
-
-def versions() -> dict[str, str]:
-    """Of what figures depend on."""
-    own = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}
-    return own | {"python": platform.python_version()}
 
 
 def describe(experiment: Experiment, mesh) -> dict:

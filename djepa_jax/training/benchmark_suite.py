@@ -26,7 +26,8 @@ from djepa_jax.config import files
 from djepa_jax.config.stored import from_stored
 from djepa_jax.core import sharding
 from djepa_jax.runtime.storage import as_path, write_json
-from djepa_jax.training.benchmark import check_out, versions
+from djepa_jax.runtime.versions import versions
+from djepa_jax.training.benchmark import check_out
 from djepa_jax.training.benchmark_compare import comparison, read_other
 from djepa_jax.training.benchmark_parity import CheckError
 from djepa_jax.training.benchmark_table import suite_report

@@ -1,9 +1,12 @@
 """What people see of a training: lines, metrics, sample grids, evaluations. Process 0 writes."""
 
+import datetime
 import functools
 import json
 import pathlib
 import shlex
+import socket
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -11,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from djepa_jax import __version__
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
 from djepa_jax.core.train_step import TrainState
@@ -24,9 +28,10 @@ from djepa_jax.evaluation.evaluate import (
     read_evaluation,
 )
 from djepa_jax.runtime import distributed
-from djepa_jax.runtime.metric_writer import MetricWriter, describe_parameters
+from djepa_jax.runtime.metric_writer import STARTS_NAME, MetricWriter, describe_parameters
 from djepa_jax.runtime.progress import Progress, Stopwatch, say
 from djepa_jax.runtime.storage import as_path, write_bytes
+from djepa_jax.runtime.versions import commit, versions
 from djepa_jax.sampling.generator import Generator, Stopped, count_of
 from djepa_jax.sampling.grids import (
     MAX_GRID,
@@ -109,6 +114,8 @@ class Reporter:
             self.writer.write_texts(0, {"config": text})
             table = describe_parameters(state.params)
             write_bytes(self.workdir / PARAMETERS_NAME, f"{table}\n".encode())
+        if self.writer is not None:
+            self._record_start(int(state.step), devices, shape)
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         self.say(
             f"training {count:,} parameters on {devices}, mesh {shape}; {len(self.source):,} "
@@ -120,6 +127,23 @@ class Reporter:
                 "config.autoencoder.path is empty; name the autoencoder's weights there to see "
                 "pictures"
             )
+
+    def _record_start(self, step: int, devices: str, mesh: str) -> None:
+        """Add a line on when, where and how this training begins or goes on."""
+        path = self.workdir / STARTS_NAME
+        about = {
+            "step": step,
+            "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": shlex.join([*program(), *sys.argv[1:]]),
+            "host": socket.gethostname(),
+            "processes": jax.process_count(),
+            "devices": devices,
+            "mesh": mesh,
+            "versions": {"djepa_jax": __version__} | versions(),
+            "commit": commit(),
+        }
+        before = path.read_bytes() if path.exists() else b""
+        write_bytes(path, before + json.dumps(about).encode() + b"\n")
 
     def start(self, step: int) -> None:
         """Begin to measure the time of the steps after `step`, and to show them."""

@@ -153,7 +153,7 @@ def test_what_is_in_the_bucket_in_the_end(life):
     grid = f"run/samples/step_{STEPS:08d}"
     events = {name for name in names if name.startswith("run/events.out.tfevents.")}
     kept = "config.json evaluation.json grad_accumulation.json last_saved.json metrics.jsonl"
-    kept += " parameters.txt samples/real.png"
+    kept += " parameters.txt samples/real.png starts.jsonl"
     records = {f"run/{name}" for name in kept.split()}
     assert names == records | events | {f"{grid}.png", f"{grid}.npz"} and len(events) == 3
     assert json.loads(objects["run/last_saved.json"]) == {"step": NEWEST}

@@ -21,7 +21,7 @@ from tiny import arrays_of, run, tiny_config
 
 from djepa_jax.checkpoints.restore import find_model
 from djepa_jax.data.sources import open_data
-from djepa_jax.runtime.metric_writer import METRICS_NAME
+from djepa_jax.runtime.metric_writer import METRICS_NAME, STARTS_NAME, read_lines
 from djepa_jax.sampling.generator import Generator
 from djepa_jax.sampling.grids import label_grid
 from djepa_jax.training import compile_step, reporting
@@ -89,6 +89,9 @@ def test_going_back_shows_every_step_once(sampler, tmp_path, capsys):
     total = re.search(r"Total: ([\d,]+)", table)[1]
     assert f"{total} parameters" in said and "context_encoder" not in said
     train(experiment, str(tmp_path), restore_from=f"{tmp_path}@4")
+    starts, broken = read_lines(tmp_path / STARTS_NAME)
+    assert [start["step"] for start in starts] == [0, 4] and not broken
+    assert starts[1]["versions"]["jax"] and "x cpu" in starts[1]["devices"]
     lines = (tmp_path / METRICS_NAME).read_text().splitlines()
     assert shown(tmp_path)["loss"] == [1, 2, 3, 4, 5, 6] == [json.loads(li)["step"] for li in lines]
     assert all(json.loads(line)["images_per_second"] > 0 for line in lines)
