@@ -19,11 +19,17 @@ from djepa_jax.core.models.conditioning import (
     Sum,
 )
 from djepa_jax.core.models.djepa import init_params, split_model
+from djepa_jax.core.models.text import Embeddings, Text
 from djepa_jax.core.train_step import predict_features
 
+P = TINY.num_prefix_tokens
+TEXT = Text(P, length=6, width=32, num_heads=2)
+VECTORS = Embeddings(P, length=3, width=32, num_heads=2, channels=5)
 CONDITIONS = {
     "classes": (Classes(5), jnp.array([0, 4, 2, 1])),
     "nothing": (Nothing(), jnp.zeros(4, int)),
+    "text": (TEXT, jnp.stack([jnp.asarray(TEXT.encode(t)) for t in ("a", "é b", "sixsix7", "b")])),
+    "embeddings": (VECTORS, jax.random.normal(jax.random.key(0), (4, 3, 5))),
     "sum": (Sum(Classes(5), Classes(3)), (jnp.array([0, 4, 2, 1]), jnp.array([2, 0, 1, 1]))),
 }
 
@@ -59,8 +65,10 @@ def test_null_says_the_same_for_every_example(case):
 
 
 def test_dropping_replaces_whole_examples_by_null(case):
-    conditioner, _, _ = case
+    conditioner, some, _ = case
     raw, null = conditioner.in_turn(1000), conditioner.null(1000)
+    if isinstance(conditioner, Text | Embeddings):  # which cannot be listed
+        raw = np.ones_like(np.resize(some, null.shape))
     dropped = conditioner.drop(jax.random.key(0), jax.tree.map(jnp.asarray, raw), 0.3)
     leaves = zip(*(jax.tree.leaves(x) for x in (raw, null, dropped)), strict=True)
     is_null = [np.asarray(d == n) & np.asarray(r != n) for r, n, d in leaves]
@@ -158,3 +166,32 @@ def test_a_mixture_is_the_weighted_mean_of_the_prefixes(kind):
     assert_close(mixed.embed_condition(mixture.null(3)).prefix, null, 1e-6)
     always = mixture.drop(jax.random.key(0), raw, 1.0)
     assert_close(mixed.embed_condition(always).prefix[:3], null, 1e-6)
+
+
+def test_captions_are_bytes_cut_at_a_whole_character():
+    assert TEXT.decode(TEXT.encode("é b")) == "é b"
+    assert TEXT.decode(TEXT.encode("12345é")) == "12345" and TEXT.encode("").max() == 0
+    assert TEXT.encode("123456789").shape == (6,) and TEXT.encode("ab").dtype == np.uint8
+
+
+def test_order_and_length_of_a_text_matter_and_padding_does_not():
+    model = filled(TEXT)
+    told = [model.embed_condition(TEXT.encode(t)[None]).prefix for t in ("ab", "ba", "aab")]
+    assert min(np.abs(a - b).max() for a, b in zip(told, told[1:], strict=False)) > 1e-3
+    longer_text = dataclasses.replace(TEXT, length=9)
+    mine, longer = (
+        nnx.to_pure_dict(nnx.state(m))["context_encoder"]["text_embedding"]
+        for m in (model, filled(longer_text))
+    )
+    params = nnx.to_pure_dict(nnx.state(model))
+    positions = longer["positions"].at[:6].set(mine["positions"])
+    params["context_encoder"]["text_embedding"]["positions"] = positions
+    config = dataclasses.replace(TINY, conditioner=longer_text)
+    padded = nnx.merge(split_model(config)[0], params)
+    raw = jnp.asarray(longer_text.encode("ab"))[None]
+    assert_close(padded.embed_condition(raw).prefix, told[0], 1e-5)
+
+
+def test_prefix_tokens_of_text_must_be_those_of_the_model():
+    with pytest.raises(ValueError, match="num_prefix_tokens"):
+        dataclasses.replace(TINY, conditioner=dataclasses.replace(TEXT, num_prefix_tokens=P + 1))

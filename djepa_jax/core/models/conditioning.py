@@ -16,16 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from djepa_jax.core.models.embedding import ClassEmbedding
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """Prefix tokens; a mask of None says that all of them are real."""
-
-    prefix: jax.Array  # [B, P, D]
-    mask: jax.Array | None = None  # [B, P], False where a prefix token must not be seen
+from djepa_jax.core.models.embedding import ClassEmbedding, Condition
+from djepa_jax.core.models.text import Embeddings, Text
 
 
 class Conditioner(Protocol):
@@ -203,4 +195,6 @@ class Mixture:
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "classes": Classes,
     "nothing": lambda num_classes: Nothing(),
+    "text": lambda num_classes, **options: Text(**options),
+    "embeddings": lambda num_classes, **options: Embeddings(**options),
 }

@@ -58,6 +58,14 @@ class ModelConfig:
     scan_unroll: int = 1
     factorised_positions: bool = False  # a position vector per axis, summed, not one per token
 
+    def __post_init__(self):
+        own = getattr(self.conditioner, "num_prefix_tokens", self.num_prefix_tokens)
+        if own != self.num_prefix_tokens:
+            raise ValueError(
+                f"model.num_prefix_tokens is {self.num_prefix_tokens}, and num_prefix_tokens in "
+                f"model.condition_options {own}; set them to the same."
+            )
+
     @property
     def dtype(self) -> jnp.dtype:
         """The type of matrix products."""

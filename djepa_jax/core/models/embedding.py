@@ -1,4 +1,6 @@
-"""Class and time embeddings."""
+"""Class and time embeddings, and the prefix tokens that a condition becomes."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,15 @@ from djepa_jax.core.models.vit import Linear, normal_init
 
 TIME_FREQUENCIES = 128
 MAX_PERIOD = 10_000.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """Prefix tokens; a mask of None says that all of them are real."""
+
+    prefix: jax.Array  # [B, P, D]
+    mask: jax.Array | None = None  # [B, P], False where a prefix token must not be seen
 
 
 class ClassEmbedding(nnx.Module):
