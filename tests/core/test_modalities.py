@@ -1,4 +1,4 @@
-"""Every modality: shapes, round trip, refusal of other examples."""
+"""Every modality of pictures: shapes, round trip, refusal of other examples."""
 
 import math
 
@@ -20,7 +20,7 @@ EXAMPLES = {
 }
 
 
-@pytest.fixture(params=MODALITIES)
+@pytest.fixture(params=EXAMPLES)
 def modality(request):
     settings, dtype = EXAMPLES[request.param]
     rng = np.random.default_rng(0)
