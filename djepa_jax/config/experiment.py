@@ -41,7 +41,7 @@ from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.modalities import MODALITIES, Modality
 from djepa_jax.core.models.attention import obstacle
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
-from djepa_jax.core.models.conditioning import CONDITIONERS
+from djepa_jax.core.models.conditioning import CONDITIONERS, Sum
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.optimizer import OptimizerConfig
 from djepa_jax.core.sampler import SamplerConfig
@@ -324,13 +324,23 @@ class Experiment(Settings):
             raise ConfigError(
                 f'config.sample.labels is {text!r}; {error} Or write "all".'
             ) from error
-        return np.resize(np.asarray(labels, np.int32), count)
+        chosen = np.resize(np.asarray(labels, np.int32), count)
+        return self.conditions_of(chosen, len(labels))
+
+    def conditions_of(self, labels: np.ndarray, period: int = 1) -> Any:
+        """Raw conditions of labels `[n]`; of pairs, with another second label each `period`."""
+        conditioner = self.network.conditioner
+        return conditioner.pair(labels, period) if isinstance(conditioner, Sum) else labels
 
     def titles(self, conditions: Any) -> list[str]:
-        """What to write above samples of some conditions: class names, or their numbers."""
-        names, array = self.class_names, np.asarray(jax.tree.leaves(conditions)[0])
+        """What to write above samples of some conditions: class names, or their numbers.
+
+        Of pairs, the second label follows.
+        """
+        names, (array, *further) = self.class_names, map(np.asarray, jax.tree.leaves(conditions))
         if array.ndim == 1 and array.dtype.kind in "iu" and len(array) and array.max() < len(names):
-            return [names[label] for label in array]
+            titles = [names[label] for label in array]
+            return ["/".join(map(str, words)) for words in zip(titles, *further, strict=True)]
         return [str(index) for index in range(len(array))]
 
 

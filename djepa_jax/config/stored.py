@@ -48,6 +48,7 @@ ADDED = {
 }
 # The same for configurations of any format.
 LATER = {
+    "data": {"labels": ""},
     "model": {"attention": "auto"},
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"},
 }

@@ -130,3 +130,19 @@ def test_positions_of_axes_are_summed(inputs):
 
 def test_the_table_makes_conditioners_from_settings():
     assert CONDITIONERS["classes"](7) == Classes(7) and CONDITIONERS["nothing"](7) == Nothing()
+
+
+def test_pairs_in_turn_are_all_combinations():
+    conditioner = CONDITIONERS["class_pair"](4, second_classes=2)
+    assert conditioner == Sum(Classes(4), Classes(2)) and conditioner.period == 8
+    first, second = conditioner.in_turn(10)
+    assert first.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert second.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    nested = Sum(conditioner, Nothing())
+    triples = np.stack(jax.tree.leaves(nested.in_turn(8)), axis=1)
+    assert len(np.unique(triples, axis=0)) == 8
+
+
+def test_asked_for_labels_take_the_second_ones_in_turn():
+    first, second = Sum(Classes(9), Classes(3)).pair(np.array([5, 7, 5, 7, 5, 7]), 2)
+    assert first.tolist() == [5, 7, 5, 7, 5, 7] and second.tolist() == [0, 0, 1, 1, 2, 2]
