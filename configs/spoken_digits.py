@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 1000
     config.log_every = 50
     config.sample_every = 2000
-    config.evaluation.kind = "none"
+    config.evaluation.kind = "classifier"  # or spoken_digits, a speech recogniser
+    config.evaluation.count = 200
     config.model.condition = "class_pair"
     config.model.condition_options.second_classes = 6  # speakers
     config.model.denoiser_width = 256  # for tokens of 128 values

@@ -155,7 +155,7 @@ class Experiment(Settings):
     def picture_shape(self) -> tuple[int, ...]:
         """`[H, W, C]` of the pictures that samples are, or that an autoencoder makes of them."""
         if not self.modality.needs_decoder:
-            return self.modality.example_shape
+            return getattr(self.modality, "picture_shape", self.modality.example_shape)
         size = self.data.image_size * AUTOENCODERS[self.autoencoder.name].stride
         return (size, size, 3)
 

@@ -93,6 +93,11 @@ class AudioMel:
         """Samples."""
         return (self.frames * self.hop,)
 
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Of a spectrogram that `preview` shows."""
+        return (self.mels, self.frames, 1)
+
     @functools.cached_property
     def filters(self) -> np.ndarray:
         """Weights of frequencies in mel bands: `[M, F]` float32."""
