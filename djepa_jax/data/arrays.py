@@ -80,10 +80,9 @@ class Synthetic(Source):
         if self._modality.example_dtype == np.uint8:
             pixels = np.clip(128 + 40 * values, 0, 255).astype(np.uint8)
             return {"example": pixels, "condition": np.int32(label)}
-        if self._modality.example_dtype == np.int16:
-            waves = (1000 * values).astype(np.int16)
-            return {"example": waves, "condition": np.int32(label)}
         if not self._modality.needs_decoder:
-            return {"example": values.astype(np.float32), "condition": np.int32(label)}
+            scale = 1000 if self._modality.example_dtype == np.int16 else 1
+            example = (scale * values).astype(self._modality.example_dtype)
+            return {"example": example, "condition": np.int32(label)}
         moments = np.concatenate([values, np.full(values.shape, -2.0)], -1).astype(jnp.bfloat16)
         return {"example": moments, "mirror": moments[:, ::-1], "condition": np.int32(label)}

@@ -112,6 +112,8 @@ def open_data(experiment: Experiment) -> Source:
     if isinstance(source, ImageSource):
         source = SkipBroken(source, data.max_broken)
     pixels = modality.example_dtype == np.uint8
+    if data.random_flip and modality.example_dtype == np.int16:
+        raise DataError("data.random_flip is for pictures, not sound; set it to False.")
     if data.random_flip and not pixels and "mirror" not in source[0]:
         raise DataError(
             f'data.random_flip is True, but data.path "{data.path}" holds latents without those of '

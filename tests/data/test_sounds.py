@@ -175,6 +175,8 @@ def test_labels_and_model_must_agree(tmp_path):
     path = write_npz(tmp_path / "x.npz")
     with pytest.raises(DataError, match='data.labels is "digit", and model.condition takes 2'):
         open_data(spoken("npz", path, "--config.data.labels=digit"))
+    with pytest.raises(DataError, match="random_flip is for pictures"):
+        open_data(spoken("npz", path, "--config.data.random_flip=True"))
     with pytest.raises(DataError, match="for npz files and sounds"):
         open_data(load_config("digits", "--config.data.labels=a"))
     with pytest.raises(ConfigError, match="second_classes is 0; it must be at least 1"):
