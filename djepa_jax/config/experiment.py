@@ -10,10 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 
-from djepa_jax.config import class_names
+from djepa_jax.config import class_names, conditions
 from djepa_jax.config.convert import (
     ConfigError,
     check_options,
@@ -154,7 +153,7 @@ class Experiment(Settings):
     def picture_shape(self) -> tuple[int, ...]:
         """`[H, W, C]` of the pictures that samples are, or that an autoencoder makes of them."""
         if not self.modality.needs_decoder:
-            return self.modality.example_shape
+            return getattr(self.modality, "picture_shape", self.modality.example_shape)
         size = self.data.image_size * AUTOENCODERS[self.autoencoder.name].stride
         return (size, size, 3)
 
@@ -317,31 +316,15 @@ class Experiment(Settings):
     @functools.cached_property
     def sample_conditions(self) -> Any:
         """The condition of each sample, `[count]`: the labels that are asked for in turn."""
-        text, mix, count = self.sample.labels, self.sample.mix, self.sample.count
-        if text[:1] + text[-1:] in ("[]", "()"):  # as lists are written elsewhere
-            text = text[1:-1]
-        if text == "all" and not mix:
-            return self.network.conditioner.in_turn(count)
-        try:
-            if mix:
-                labels, weights = class_names.find_mixture(mix, self.class_names)
-                return np.tile(labels, (count, 1)), np.tile(weights, (count, 1))
-            words = [text] if text in self.class_names else text.split(",")
-            labels = [class_names.find_class(word, self.class_names) for word in words]
-        except ValueError as error:
-            what = f"mix is {mix!r}" if mix else f"labels is {text!r}"
-            remedy = "" if mix else ' Or write "all".'
-            raise ConfigError(f"config.sample.{what}; {error}{remedy}") from error
-        return np.resize(np.asarray(labels, np.int32), count)
+        return conditions.wanted(self.sample, self.network.conditioner, self.class_names)
 
-    def titles(self, conditions: Any) -> list[str]:
+    def conditions_of(self, labels: np.ndarray, period: int = 1) -> Any:
+        """Raw conditions of labels `[n]`; of pairs, with another second label each `period`."""
+        return conditions.of_labels(self.network.conditioner, labels, period)
+
+    def titles(self, asked: Any) -> list[str]:
         """What to write above samples of some conditions: class names, or their numbers."""
-        if self.sample.mix:
-            return [self.sample.mix] * len(jax.tree.leaves(conditions)[0])
-        names, array = self.class_names, np.asarray(jax.tree.leaves(conditions)[0])
-        if array.ndim == 1 and array.dtype.kind in "iu" and len(array) and array.max() < len(names):
-            return [names[label] for label in array]
-        return [str(index) for index in range(len(array))]
+        return conditions.titles(self.sample, self.class_names, asked)
 
 
 GROUPS = {name: kind for name, kind in field_types(Experiment).items() if is_group(kind)}

@@ -142,6 +142,7 @@ class DataSettings(Settings):
     max_broken: Natural
     modality: Annotated[str, OneOf(MODALITIES)]
     options: Options
+    labels: str
     image_size: Positive
     channels: Positive
     patch_size: Positive

@@ -1,5 +1,7 @@
 """Sources in memory: digits of scikit-learn, arrays of an npz file, made-up examples."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -7,20 +9,22 @@ from djepa_jax.data.records import DataError, Source, checksum
 
 
 class ArraySource(Source):
-    """Examples `[n, ...]` with their labels `[n]`."""
+    """Examples `[n, ...]` with their labels `[n]`, or two kinds of them, which make pairs."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = images, np.asarray(labels, np.int64)
+    def __init__(self, images: np.ndarray, *labels: np.ndarray):
+        self.images, self.all_labels = images, [np.asarray(each, np.int64) for each in labels]
+        self.labels = self.all_labels[0]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        return {"example": self.images[index], "condition": np.int32(self.labels[index])}
+        first, *second = (np.int32(labels[index]) for labels in self.all_labels)
+        return {"example": self.images[index], "condition": (first, *second) if second else first}
 
     def digest(self) -> str:
         """A checksum of all images and labels."""
-        return checksum(self.images, self.labels)
+        return checksum(self.images, *self.all_labels)
 
 
 def load_digits() -> ArraySource:
@@ -32,16 +36,22 @@ def load_digits() -> ArraySource:
     return ArraySource(images, digits.target)
 
 
-def load_npz(path: str, where: str) -> ArraySource:
-    """Arrays `images` (or `latents`) and `labels` of an npz file; a channel axis may be absent."""
+def load_npz(path: str, where: str, names: Sequence[str] = ("labels",)) -> ArraySource:
+    """Arrays `images` (or `latents`) of an npz file, and one or two of labels, by their names.
+
+    A channel axis may be absent. What is found as second labels is counted from 0.
+    """
+    told = " and ".join(f'"{name}"' for name in names)
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = file["latents" if "latents" in file else "images"], file["labels"]
+            images = file["latents" if "latents" in file else "images"]
+            labels, *further = (file[name] for name in names)
     except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
         raise DataError(
-            f'{where} is no npz file with arrays "images" (or "latents") and "labels": {error}'
+            f'{where} is no npz file with arrays "images" (or "latents") and {told}: {error}'
         ) from error
     fitting = images.ndim in (3, 4) and labels.ndim == 1 and labels.dtype.kind in "iu"
+    fitting = fitting and all(each.shape == labels.shape for each in further)
     if not fitting or len(images) != len(labels) or not len(images):
         raise DataError(
             f"{where} holds {images.dtype} images of shape {images.shape} and {labels.dtype} "
@@ -50,7 +60,8 @@ def load_npz(path: str, where: str) -> ArraySource:
         )
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise DataError(f"{where} holds values that are not finite; remove those examples.")
-    return ArraySource(images if images.ndim == 4 else images[..., None], labels)
+    further = [np.unique(each, return_inverse=True)[1] for each in further]
+    return ArraySource(images if images.ndim == 4 else images[..., None], labels, *further)
 
 
 class Synthetic(Source):
@@ -70,6 +81,8 @@ class Synthetic(Source):
             pixels = np.clip(128 + 40 * values, 0, 255).astype(np.uint8)
             return {"example": pixels, "condition": np.int32(label)}
         if not self._modality.needs_decoder:
-            return {"example": values.astype(np.float32), "condition": np.int32(label)}
+            scale = 1000 if self._modality.example_dtype == np.int16 else 1
+            example = (scale * values).astype(self._modality.example_dtype)
+            return {"example": example, "condition": np.int32(label)}
         moments = np.concatenate([values, np.full(values.shape, -2.0)], -1).astype(jnp.bfloat16)
         return {"example": moments, "mirror": moments[:, ::-1], "condition": np.int32(label)}

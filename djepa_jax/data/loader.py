@@ -94,7 +94,7 @@ def device_batches(experiment: Experiment, source: Source, mesh, consumed: int) 
     stream = example_stream(examples, experiment.seed, data.random_flip)
     rows, queue = local_rows(place, size), collections.deque()
     for batch in row_batches(stream, size, consumed, rows, data.num_threads):
-        batch = {name: place_rows(values, rows, place, size) for name, values in batch.items()}
+        batch = jax.tree.map(lambda values: place_rows(values, rows, place, size), batch)
         queue.append(resident.fetch(batch) if resident else batch)
         if len(queue) > PREFETCH:
             yield queue.popleft()

@@ -5,7 +5,7 @@ import numpy as np
 from djepa_jax.checkpoints.autoencoder import weights_sha256
 from djepa_jax.config.class_names import resolve
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.core.models.conditioning import Nothing
+from djepa_jax.core.models.conditioning import Classes, Nothing, Sum
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
 from djepa_jax.data.ilsvrc import open_ilsvrc
 from djepa_jax.data.image_folder import open_folder
@@ -24,10 +24,11 @@ from djepa_jax.data.records import (
     Source,
     check_labels,
 )
+from djepa_jax.data.sounds import load_sounds, open_wavs
 from djepa_jax.data.tfds import open_tfds
 from djepa_jax.data.webdataset import open_tars
 from djepa_jax.runtime.staging import local_copy
-from djepa_jax.runtime.storage import PathError, as_path, is_remote
+from djepa_jax.runtime.storage import PathError, as_path, check_local, is_remote
 
 IMAGE_FILES = {"folder": open_folder, "tar": open_tars, "ilsvrc": open_ilsvrc, "tfds": open_tfds}
 WITHOUT_PATH = ("digits", "synthetic")
@@ -50,17 +51,30 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
             f"--config.{group}.path=PATH (--mode=prepare makes the latents of images)."
         )
     num_classes = ANY_CLASS if any_class or data.unconditional else data.num_classes
-    if name in IMAGE_FILES:
+    names = data.labels.split(",") if data.labels else []
+    is_sound = modality.example_dtype == np.int16 and name in ("npz", "folder")
+    if names and not is_sound and name != "npz":
+        raise DataError(
+            f'data.labels is "{data.labels}", which is for npz files and sounds; leave it out.'
+        )
+    if is_sound and name == "folder":
+        check_local(path, f"--config.{group}.path")
+        source = open_wavs(path, where, names, data, num_classes, modality)
+    elif is_sound:
+        path = local_copy(path, data.staging, f"{group}.path")
+        source = load_sounds(path, where, names or ["labels"], modality)
+    elif name in IMAGE_FILES:
         source = _open_images(name, path, where, data, num_classes, modality)
     elif name == "npz":
-        source = load_npz(local_copy(path, data.staging, f"{group}.path"), where)
+        path = local_copy(path, data.staging, f"{group}.path")
+        source = load_npz(path, where, names or ["labels"])
     elif name == "latents":
         source = LatentCache(local_cache(path, data.staging))
     else:
         source = load_digits() if name == "digits" else Synthetic(modality, num_classes)
     limit = num_classes or len(resolve(data.class_names, 0)) or ANY_CLASS
     check_labels(source.labels, limit, f"{where} holds examples")
-    if name not in IMAGE_FILES:
+    if is_sound or name not in IMAGE_FILES:
         modality.check_example(source[0]["example"])
     return source
 
@@ -98,13 +112,35 @@ def open_data(experiment: Experiment) -> Source:
     if isinstance(source, ImageSource):
         source = SkipBroken(source, data.max_broken)
     pixels = modality.example_dtype == np.uint8
+    if data.random_flip and modality.example_dtype == np.int16:
+        raise DataError("data.random_flip is for pictures, not sound; set it to False.")
     if data.random_flip and not pixels and "mirror" not in source[0]:
         raise DataError(
             f'data.random_flip is True, but data.path "{data.path}" holds latents without those of '
             "the mirror images, which only an autoencoder can make; set "
             "--config.data.random_flip=False, or use a cache that --mode=prepare made."
         )
-    return SingleClass(source) if data.unconditional else source
+    if data.unconditional:
+        return SingleClass(source)
+    _check_pairs(source, experiment.network.conditioner, data.labels)
+    return source
+
+
+def _check_pairs(source: Source, conditioner, labels: str) -> None:
+    """Raise DataError unless examples have a second label if, and only if, a model takes one."""
+    found, pairs = getattr(source, "all_labels", [source.labels]), isinstance(conditioner, Sum)
+    if len(found) != 1 + pairs:
+        raise DataError(
+            f'data.labels is "{labels}", and model.condition takes {1 + pairs} for each example; '
+            'name as many, such as --config.data.labels=digit,speaker for "class_pair".'
+        )
+    if pairs and isinstance(conditioner.second, Classes):
+        count, wanted = len(np.unique(found[1])), conditioner.second.num_classes
+        if count != wanted:
+            raise DataError(
+                f"the data have {count} second labels, and model.condition_options.second_classes "
+                f"is {wanted}; set it to {count}."
+            )
 
 
 def open_training_data(experiment: Experiment) -> tuple[Source, Experiment]:

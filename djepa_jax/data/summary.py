@@ -18,7 +18,9 @@ MANY_TIMES = 8  # smaller, where detail is lost that somebody may have wanted
 def describe_data(experiment: Experiment, source: Source) -> list[str]:
     """What is trained on: the images, what becomes of them, and the classes by index and name."""
     source = unwrapped(source)
-    lines = describe_images(source) if isinstance(source, ImageSource) else []
+    lines = list(getattr(source, "notes", []))  # of sounds
+    if isinstance(source, ImageSource):
+        lines = describe_images(source)
     names = experiment.class_names
     if experiment.data.class_names:
         hint = "; a number in sample.labels means such a name" if called_by_numbers(names) else ""

@@ -23,6 +23,7 @@ from djepa_jax.data.sources import names_data, open_training_data
 from djepa_jax.evaluation.features import FEATURES, FROM_FILE, INSTALLED, TRAINED
 from djepa_jax.evaluation.metrics import METRICS, Metric
 from djepa_jax.evaluation.metrics.pictures import Pictures
+from djepa_jax.evaluation.previews import Previews
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.progress import say
@@ -75,6 +76,9 @@ def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
     turn = jax.tree.leaves(experiment.network.conditioner.in_turn(2))[0]
     labelled = bool(turn[0] != turn[1])
     reference = (settings.reference, experiment.picture_shape)
+    modality = experiment.modality
+    if source is not None and not modality.needs_decoder and modality.example_dtype != np.uint8:
+        source = Previews(source, modality)
     return Pictures(settings.kind, source, settings.weights, workdir, labelled, *reference)
 
 
@@ -164,6 +168,8 @@ def _take_in_samples(metric, experiment, generator, params, of: dict, workdir, s
     saved = time.monotonic()
     for arrays in generator.batches(params, conditions, settings.seed, start, should_stop):
         rows = slice(start, start + count_of(arrays))
+        if (pictures := experiment.modality.preview(arrays)) is not None:
+            arrays["images"] = pictures
         metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
         start = rows.stop
         if keeps and is_main and time.monotonic() > saved + SAVE_EVERY:

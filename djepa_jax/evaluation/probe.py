@@ -90,7 +90,7 @@ def embed(
     features = {name: [] for name in networks}
     for start in Progress("encoding pictures:", "part", len(starts)).over(starts):
         items = [source[row] for row in rows[start : start + size].tolist()]
-        labels += [item["condition"] for item in items]
+        labels += [jax.tree.leaves(item["condition"])[0] for item in items]
         batch = np.stack([items[i % len(items)]["example"] for i in range(size)])  # padded
         batch = jax.device_put(batch, place)
         for name, network in networks.items():

@@ -17,6 +17,7 @@ from djepa_jax.config.flags import command_line
 from djepa_jax.runtime.storage import as_path, write_bytes, write_npz
 
 ENDINGS = (".png", ".npz")
+SOUND = ".wav"
 MAX_GRID = 100  # pictures in a grid
 GRID_GAP = 2
 MIN_TILE = 64
@@ -79,9 +80,9 @@ def save_grid(
 
 
 def output_paths(out: epath.Path) -> tuple[epath.Path, epath.Path]:
-    """The grid's and the arrays' file for a name given with either ending, or with none."""
+    """The grid's and the arrays' file for a name given with an ending that is known, or none."""
     ending = out.suffix.lower()
-    base = out.with_suffix("") if ending in ENDINGS else out
+    base = out.with_suffix("") if ending in (*ENDINGS, SOUND) else out
     return tuple(out if ending == e else base.with_name(base.name + e) for e in ENDINGS)
 
 

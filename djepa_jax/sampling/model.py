@@ -86,7 +86,7 @@ class Model:
     def sample(
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
     ) -> np.ndarray:
-        """Draw one picture per label.
+        """Draw one picture, or sound, per label.
 
         Picture i depends on the weights, the settings, its label, `seed` and i alone, not on how
         many are drawn.
@@ -102,7 +102,8 @@ class Model:
                 how many there are: `[None] * 4`.
 
         Returns:
-            uint8 images `[n, H, W, C]`.
+            uint8 images `[n, H, W, C]`, or sounds: float32 waves `[n, S]` in [-1, 1], as many
+            samples a second as `model.config.modality.rate` says.
 
         Raises:
             ValueError: an unknown label or setting, or a value that cannot work.
@@ -110,12 +111,12 @@ class Model:
         """
         self._check_pictures()
         arrays = self.sample_arrays(labels, seed, conditions, **settings)
-        return self.config.modality.preview(arrays)
+        return arrays["sound"] if "sound" in arrays else self.config.modality.preview(arrays)
 
     def sample_arrays(
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
     ) -> dict[str, np.ndarray]:
-        """As `sample`, but everything that the modality makes (`images` or `latents`)."""
+        """As `sample`, but everything that the modality makes (`images`, `latents`...)."""
         wanted = self._conditions(labels, conditions, settings.get("mix"))
         generator = self._generator(count_of(wanted), seed, settings)
         return generator.images(self.params, wanted, generator.experiment.sample.seed)
@@ -236,7 +237,7 @@ class Model:
             ValueError: no such class, or several; the candidates are listed.
         """
         if label is None:
-            return int(self.config.network.conditioner.null(1)[0])
+            return int(jax.tree.leaves(self.config.network.conditioner.null(1))[0][0])
         return find_class(label, self.labels)
 
     def _conditions(self, labels: Label | Sequence[Label], conditions, mix: str | None = None):
@@ -253,7 +254,8 @@ class Model:
             return self.config.updated(changes).sample_conditions
         if all(label is None for label in labels):
             return jax.tree.map(np.asarray, self.config.network.conditioner.null(len(labels)))
-        return np.asarray([self.find_label(label) for label in labels], np.int32)
+        found = np.asarray([self.find_label(label) for label in labels], np.int32)
+        return self.config.conditions_of(found)
 
     def _generator(self, count: int, seed: int, settings: dict, known=None) -> Generator:
         sample = {field.name for field in dataclasses.fields(SampleSettings)}

@@ -44,6 +44,7 @@ from djepa_jax.sampling.grids import (
     ENDINGS,
     MAX_GRID,
     MEMBERS,
+    SOUND,
     npz_members,
     output_paths,
     save_grid,
@@ -61,8 +62,8 @@ def run_sample(
     Args:
         experiment: the configuration.
         workdir: of the checkpoint.
-        out: the npz or png file to write, or a folder (it ends in "/") for a file per sample;
-            empty for a place in the workdir.
+        out: the npz or png file to write (of sounds also wav, one after the other), or a folder
+            (it ends in "/") for a file per sample; empty for a place in the workdir.
         latents_only: write latents and no pictures.
         overwrite: replace files of that name that were not made by sampling, too.
 
@@ -106,6 +107,8 @@ def check_pictures(experiment: Experiment, out: str, latents_only: bool) -> None
         raise ConfigError(
             f'--out "{out}" with --latents_only: latents are no picture; let the name end in .npz.'
         )
+    if out.lower().endswith(SOUND) and not hasattr(experiment.modality, "rate"):
+        raise ConfigError(f'--out "{out}": this model makes no sound; let the name end in .png.')
     if experiment.lacks_decoder and not latents_only:
         raise ConfigError(
             "config.autoencoder.path is empty, and this model makes latents: name the weights that "
@@ -119,6 +122,9 @@ def check_target(out: str, workdir: str, overwrite: bool) -> epath.Path:
     if out.endswith("/"):
         check_local(out, "--out", "name one for a file per sample")
         target, numbered = target / "samples.npz", sorted(target.glob(f"{'[0-9]' * 6}_*"))
+    elif target.suffix.lower() == SOUND:
+        check_local(out, "--out", "name a local file for sounds")
+        numbered = [target]
     elif target.suffix.lower() not in ("", *ENDINGS):
         raise CheckpointError(
             f'--out "{out}" ends in {target.suffix}; write {" or ".join(ENDINGS)}, or neither, '
@@ -168,6 +174,10 @@ def write_samples(
         shown = first_rows(parts, MAX_GRID)
         grid = save_grid(png, experiment, shown, conditions, settings)
         written = [npz] if grid is None else [png, npz]
+        if target.suffix.lower() == SOUND:
+            joined = {"sound": shown["sound"].reshape(1, -1)}
+            experiment.modality.save(joined, 0, target.with_suffix(""))
+            written.append(target)
         if each is not None:
             written += save_each(experiment, parts, conditions, each)
         shutil.rmtree(folder)

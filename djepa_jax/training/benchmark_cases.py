@@ -127,7 +127,7 @@ def random_batch(experiment: Experiment) -> dict:
     if modality.example_dtype.kind == "f":
         examples = rng.standard_normal(shape, np.float32)  # [B, ...]
     else:
-        examples = rng.integers(0, 256, shape, np.uint8)  # [B, ...]
+        examples = rng.integers(0, 256, shape, modality.example_dtype)  # [B, ...]
     conditions = experiment.network.conditioner.in_turn(size)
     return {"example": examples, "condition": conditions}
 

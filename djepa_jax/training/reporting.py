@@ -270,13 +270,14 @@ def real_examples(source, conditions) -> np.ndarray:
     """Indices of examples with some conditions, one for each; any where labels are not known."""
     count = count_of(conditions)
     indices = np.resize(np.random.default_rng(0).permutation(len(source)), count)
-    labels = source.labels
-    if labels is None or len(labels) != len(source) or not isinstance(conditions, np.ndarray):
+    labels, wanted = getattr(source, "all_labels", [source.labels]), jax.tree.leaves(conditions)
+    if len(labels) != len(wanted) or any(x is None or len(x) != len(source) for x in labels):
         return indices
-    for label in np.unique(conditions):
-        having = np.flatnonzero(labels == label)
+    labels, wanted = np.stack(labels, axis=1), np.stack(wanted, axis=1)  # [examples, 1], [n, 1]
+    for label in np.unique(wanted, axis=0):
+        having = np.flatnonzero((labels == label).all(axis=1))
         if len(having):
-            places = np.flatnonzero(conditions == label)
+            places = np.flatnonzero((wanted == label).all(axis=1))
             indices[places] = np.resize(
                 np.random.default_rng(label).permutation(having), len(places)
             )
@@ -311,6 +312,8 @@ def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
     sample, ending = ("--mode=sample",), "png"
     if experiment.lacks_decoder:
         sample, ending = ("--mode=sample", "--latents_only"), "npz"
+    elif hasattr(experiment.modality, "rate"):
+        ending = "wav"
     changes = {
         "one_class": f"sample.labels={some_class}",
         "fast": f"sample.num_ar_steps={few}",

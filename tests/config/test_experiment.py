@@ -20,7 +20,7 @@ REFUSED = [
     ("model.size", "XL", "custom"),
     ("model.width", 131, "num_heads, 2"),
     ("model.mlp_ratio", 1e-3, "hidden unit"),
-    ("model.condition", "smell", "classes, nothing"),
+    ("model.condition", "smell", "class_pair, classes"),
     ("model.condition_options", {"smell": 1}, "smell"),
     ("loss.name", "gan", "diffusion, flow_matching"),
     ("loss.mask_ratio_min", 0.0, "above 0 and at most 1"),

@@ -195,3 +195,19 @@ def test_order_and_length_of_a_text_matter_and_padding_does_not():
 def test_prefix_tokens_of_text_must_be_those_of_the_model():
     with pytest.raises(ValueError, match="num_prefix_tokens"):
         dataclasses.replace(TINY, conditioner=dataclasses.replace(TEXT, num_prefix_tokens=P + 1))
+
+
+def test_pairs_in_turn_are_all_combinations():
+    conditioner = CONDITIONERS["class_pair"](4, second_classes=2)
+    assert conditioner == Sum(Classes(4), Classes(2)) and conditioner.period == 8
+    first, second = conditioner.in_turn(10)
+    assert first.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert second.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    nested = Sum(conditioner, Nothing())
+    triples = np.stack(jax.tree.leaves(nested.in_turn(8)), axis=1)
+    assert len(np.unique(triples, axis=0)) == 8
+
+
+def test_asked_for_labels_take_the_second_ones_in_turn():
+    first, second = Sum(Classes(9), Classes(3)).pair(np.array([5, 7, 5, 7, 5, 7]), 2)
+    assert first.tolist() == [5, 7, 5, 7, 5, 7] and second.tolist() == [0, 0, 1, 1, 2, 2]

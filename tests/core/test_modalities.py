@@ -1,4 +1,4 @@
-"""Every modality: shapes, round trip, refusal of other examples."""
+"""Every modality of pictures: shapes, round trip, refusal of other examples."""
 
 import math
 

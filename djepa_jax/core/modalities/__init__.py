@@ -1,5 +1,6 @@
 """Modalities by name."""
 
+from djepa_jax.core.modalities.audio import AudioMel
 from djepa_jax.core.modalities.base import Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
 from djepa_jax.core.modalities.lapped import ImageLapped
@@ -10,6 +11,7 @@ MODALITIES: dict[str, type[Modality]] = {
     "image_lapped": ImageLapped,
     "image_latents": ImageLatents,
     "video_pixels": VideoPixels,
+    "audio_mel": AudioMel,
 }
 
 __all__ = ["MODALITIES", "Modality"]

@@ -28,6 +28,8 @@ class Conditioner(Protocol):
 
     param_name: str  # of the embedding's parameters inside the context encoder
 
+    period: int  # after how many conditions `in_turn` begins anew
+
     def null(self, batch_size: int) -> Any:
         """Raw conditions that say nothing."""
 
@@ -51,6 +53,11 @@ class Classes:
     num_classes: int
 
     param_name = "class_embedding"
+
+    @property
+    def period(self) -> int:
+        """The number of classes."""
+        return self.num_classes
 
     def null(self, batch_size: int) -> jax.Array:
         """The label of no class, `[B]`."""
@@ -83,6 +90,7 @@ class Nothing:
     """No condition: the learned prefix alone. Raw conditions are ignored but for their length."""
 
     param_name = "no_embedding"
+    period = 1
 
     def null(self, batch_size: int) -> jax.Array:
         """Zeros `[B]`."""
@@ -113,6 +121,11 @@ class Sum:
 
     param_name = "pair_embedding"
 
+    @property
+    def period(self) -> int:
+        """The number of pairs."""
+        return self.first.period * self.second.period
+
     def null(self, batch_size: int) -> tuple:
         """Both say nothing."""
         return self.first.null(batch_size), self.second.null(batch_size)
@@ -123,8 +136,14 @@ class Sum:
         return dropped, self.second.drop(key, raw[1], probability)
 
     def in_turn(self, count: int) -> tuple:
-        """Both in turn, side by side."""
-        return self.first.in_turn(count), self.second.in_turn(count)
+        """All pairs in turn: those of the second one's first condition, then of its next."""
+        return self.pair(self.first.in_turn(count), self.first.period)
+
+    def pair(self, first: Any, period: int) -> tuple:
+        """Raw first conditions, and of the second ones, in turn, another for each `period`."""
+        count = len(jax.tree.leaves(first)[0])
+        rounds = np.arange(count) // period
+        return first, jax.tree.map(lambda leaf: leaf[rounds], self.second.in_turn(count))
 
     def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> nnx.Dict:
         """Those of both."""
@@ -156,6 +175,11 @@ class Mixture:
     def param_name(self) -> str:
         """That of the kind."""
         return self.kind.param_name
+
+    @property
+    def period(self) -> int:
+        """That of the kind."""
+        return self.kind.period
 
     def null(self, batch_size: int) -> tuple:
         """The null condition with all of the weight."""
@@ -191,10 +215,20 @@ class Mixture:
         return jnp.repeat(x[:, None], self.count, axis=1)
 
 
+def class_pair(num_classes: int, second_classes: int) -> Sum:
+    """Two labels, such as digit and speaker."""
+    if second_classes < 1:
+        raise ValueError(
+            f"model.condition_options.second_classes is {second_classes}; it must be at least 1."
+        )
+    return Sum(Classes(num_classes), Classes(second_classes))
+
+
 # Makes a conditioner from the number of classes and `config.model.condition_options`.
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "classes": Classes,
     "nothing": lambda num_classes: Nothing(),
     "text": lambda num_classes, **options: Text(**options),
     "embeddings": lambda num_classes, **options: Embeddings(**options),
+    "class_pair": class_pair,
 }

@@ -29,6 +29,7 @@ class Reader:
     depth: Positive = 2
     num_heads: Positive = 4
 
+    period: ClassVar[int] = 1  # texts cannot be listed
     mlp_ratio: ClassVar[float] = 4.0
     qk_norm: ClassVar[bool] = True
     dropout: ClassVar[float] = 0.0

@@ -2,7 +2,11 @@
 
 from djepa_jax.evaluation.metrics.base import Metric
 from djepa_jax.evaluation.metrics.small_images import SmallImages
+from djepa_jax.evaluation.metrics.spoken_digits import SpokenDigits
 
-METRICS: dict[str, type[Metric]] = {"small_images": SmallImages}
+METRICS: dict[str, type[Metric]] = {
+    "small_images": SmallImages,
+    "spoken_digits": SpokenDigits,
+}
 
 __all__ = ["METRICS", "Metric"]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 from djepa_jax.checkpoints.integrity import file_sha256
@@ -55,7 +56,8 @@ class Pictures:
         self._begin()
         if distributed.is_main_process():
             features = self.network(np.asarray(arrays["images"]))
-            self._figures.update(features, conditions if self._labelled else None)
+            labels = jax.tree.leaves(conditions)[0] if self._labelled else None
+            self._figures.update(features, labels)
 
     def _begin(self) -> None:
         if self._figures is not None:

@@ -5,6 +5,7 @@ The classifier is trained on the real images only and never used for tuning: it 
 sample shows the class that it was asked for.
 """
 
+import jax
 import numpy as np
 
 from djepa_jax.evaluation.metrics.moments import Moments, frechet_distance
@@ -57,7 +58,7 @@ class SmallImages:
     def update(self, arrays: dict[str, np.ndarray], conditions: np.ndarray) -> None:
         """Keep samples `images` `[n, H, W, C]` and the labels `[n]` asked for."""
         self._samples.append(np.asarray(arrays["images"]))
-        self._labels.append(np.asarray(conditions))
+        self._labels.append(np.asarray(jax.tree.leaves(conditions)[0]))
 
     def merge(self, other: "SmallImages") -> None:
         """Take in the samples of another one."""

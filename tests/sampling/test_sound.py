@@ -1,0 +1,77 @@
+"""From recordings to a model, and from the model to wav files."""
+
+import dataclasses
+import wave
+
+import numpy as np
+import pytest
+from tiny import TINY, arrays_of
+
+import djepa_jax
+from djepa_jax.main import main
+from djepa_jax.training import compile_step
+
+
+def count(state, batch, values):
+    """In place of a training step: nothing is learned."""
+    state = dataclasses.replace(state, step=state.step + 1)
+    return state, {"loss": 0.0, "bad_streak": state.bad_streak}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("sound"), np.random.default_rng(0)
+    samples = rng.integers(-9000, 9000, 20 * 700).astype(np.int16)
+    labels = {"digit": np.arange(20) % 10, "speaker": np.arange(20) // 10}
+    np.savez(folder / "x.npz", samples=samples, offsets=np.arange(21) * 700, **labels)
+    flags = {
+        "data.source": "npz",
+        "data.path": folder / "x.npz",
+        "data.options.frames": 16,
+        "model.condition_options.second_classes": 2,
+        "sample.count": 4,
+        "sample.batch_size": 4,
+        "evaluation.kind": "none",
+    }
+    flags = [f"--config.{key}={value}" for key, value in flags.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_step, "make_train_step", lambda config: count)
+        run = f"--workdir={folder / 'run'}"
+        assert main(["djepa", "--config=spoken_digits", run, *TINY, *flags]) == 0
+    return folder / "run"
+
+
+def test_training_draws_spectrograms_and_keeps_the_sound(workdir):
+    arrays = arrays_of(workdir / "samples" / "step_00000003.npz")
+    assert arrays["sound"].shape == (4, 1024) and arrays["log_mel"].shape == (4, 40, 16)
+    assert arrays["arr_1"].tolist() == [0, 1, 2, 3] and arrays["condition_1"].tolist() == [0] * 4
+    assert (workdir / "samples" / "step_00000003.png").exists()
+
+
+def test_samples_become_wav_files(workdir, tmp_path):
+    flags = ["--mode=sample", f"--workdir={workdir}", "--config.sample.labels=3"]
+    assert main(["djepa", *flags, f"--out={tmp_path / 'three.wav'}"]) == 0
+    arrays = arrays_of(tmp_path / "three.npz")
+    assert arrays["arr_1"].tolist() == [3] * 4 and arrays["condition_1"].tolist() == [0, 1, 0, 1]
+    with wave.open(str(tmp_path / "three.wav")) as file:
+        assert file.getframerate() == 8000 and file.getnframes() == 4 * 1024
+        values = np.frombuffer(file.readframes(4 * 1024), np.int16)
+    np.testing.assert_allclose(values / 32767, arrays["sound"].ravel(), atol=1e-4)
+    assert main(["djepa", *flags, f"--out={tmp_path / 'each'}/"]) == 0
+    names = sorted(path.name for path in (tmp_path / "each").glob("*.wav"))
+    assert names == [f"{i:06d}_3_{i % 2}.wav" for i in range(4)]
+
+
+def test_the_python_interface_gives_sound(workdir):
+    model = djepa_jax.load(workdir)
+    labels = [3, None, "7", 0]
+    sound = model.sample(labels)
+    assert sound.shape == (4, 1024) and sound.dtype == np.float32 and np.abs(sound).max() <= 1
+    pairs = (np.array([3, 10, 7, 0], np.int32), np.array([0, 1, 0, 1], np.int32))
+    np.testing.assert_array_equal(model.sample(conditions=pairs), sound)
+
+
+def test_pictures_are_no_sound(tmp_path, capsys):
+    flags = ["--mode=sample", "--config=digits", f"--workdir={tmp_path}"]
+    assert main(["djepa", *flags, "--out=x.wav"]) == 2
+    assert "makes no sound" in capsys.readouterr().err
