@@ -56,6 +56,17 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
         print(f"wrote {path}" if is_new else f"{path} was {again}")
 
 
+def search(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Find the settings of sampling whose samples are best."""
+    from djepa_jax.evaluation.search import run_search, words_of
+
+    record, paths = run_search(experiment, values.workdir, values.overwrite)
+    for best in record["best"].values():
+        print("\n".join(words_of(best)))
+    print("\n".join(f"note: {text}" for text in record["caveats"]))
+    print("\n".join(f"wrote {path}" for path in paths))
+
+
 def probe(values: flags.FlagValues, experiment: Experiment) -> None:
     """Tell what the features of the latest checkpoint know of the classes."""
     from djepa_jax.evaluation.probe import run_probe, table
@@ -139,6 +150,13 @@ MODES = {
         own=("latents_only", "out", "overwrite"),
     ),
     "evaluate": Mode(evaluate, ("config", "workdir"), "--workdir=runs/digits", own=("overwrite",)),
+    "search": Mode(
+        search,
+        ("config", "workdir"),
+        "--workdir=runs/digits --config.search.cfg_scale=1,1.5,2",
+        own=("overwrite",),
+        one_process=True,
+    ),
     "reference": Mode(
         reference,
         ("config", "out"),
@@ -217,7 +235,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
         "latents_only": "sample: write latents and no pictures.",
-        "overwrite": "sample, evaluate, reference, export, benchmark: replace what is there.",
+        "overwrite": "sample, evaluate, search, reference, export, benchmark: write anew.",
         "profile": "benchmark: trace one call, and name its largest kernels.",
         "with_prefix": "probe: average over the prefix tokens, too.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",

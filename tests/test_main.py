@@ -39,6 +39,9 @@ BAD_INPUT = [
     (["--mode=sample", "--latents_only"], ["--latents_only", "leave it out"]),
     (["--mode=export", "--out=x", "--distributed=tpu"], ["one process", "--distributed"]),
     (["--mode=benchmark", "--parts=fly"], ["--parts", "fly", "train"]),
+    (["--mode=search", "--config.search.cfg_scale=-1,2"], ["search.cfg_scale", "-1"]),
+    (["--mode=search", "--config.search.sampler=ddim"], ["search.sampler", "ddim", "euler, heun"]),
+    (["--mode=search", "--config.evaluation.kind=none"], ["evaluation.kind", "classifier"]),
     (["--workdir=runs/back\\slash"], ["back\\slash", "another name"]),
     (["--workdir=\udcff"], ["--workdir", "\\udcff", "UTF-8"]),
     (["--mode=sample", "--out=\udcff.png"], ["--out", "\\udcff", "UTF-8"]),
@@ -84,6 +87,7 @@ MISTAKES = [
     ("--config.dtype=bfloat16", "compute_dtype"),
     ("--config.model.qk_norm=maybe", "true or false"),
     ("--config.mesh=8", "8,1,1"),
+    ("--config.search.temperature=0.9;1", "a number"),
     ("--config.sample.labels=12", "0 to 9"),
     ("--config.there_is_no_such_thing=1", "--help=keys"),
     ("--there_is_no_such_thing", "--help"),
@@ -268,7 +272,7 @@ def test_second_run_in_a_workdir_is_refused(tmp_path, capsys):
     assert "in use by process" in error and str(tmp_path) in error
 
 
-@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "search"])
 def test_missing_checkpoint_is_an_error(mode, tmp_path, capsys):
     assert run(f"--config={CONFIG}", f"--workdir={tmp_path / 'typo'}", f"--mode={mode}", *TINY) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
