@@ -13,6 +13,7 @@ from djepa_jax.runtime.storage import write_bytes
 MAP_AXES = ("temperature", "cfg_scale")  # across, upwards
 MARKS = {"distance": "o", "score": "*"}
 COLUMNS, PANEL = 3, (4.6, 3.6)  # inches
+BEHIND = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}  # numbers on any colour
 NOT_SHOWN = ("_low", "_high", "_std")
 
 
@@ -65,7 +66,7 @@ def _draw_map(panel, name: str, cells: list[dict], others: dict, axes: dict, bes
     for cell in alike(cells, others):
         column, row = (axes[axis].index(cell["settings"][axis]) for axis in MAP_AXES)
         values[row, column] = value = cell["metrics"][name]
-        panel.text(column, row - 0.3, f"{value:.3g}", ha="center", color="white", fontsize=7)
+        panel.text(column, row - 0.3, f"{value:.3g}", ha="center", fontsize=7, bbox=BEHIND)
     image = panel.imshow(values, origin="lower", aspect="auto")
     panel.figure.colorbar(image, ax=panel)
     for what, own in best.items():
@@ -95,4 +96,4 @@ def _draw_curve(panel, name: str, cells: list[dict], axis: str) -> None:
 
 def _label(panel, others: dict, across: str, upwards: str) -> None:
     panel.set(xlabel=across, ylabel=upwards)
-    panel.set_title(", ".join(f"{key} {value}" for key, value in others.items()), fontsize=7)
+    panel.set_title(", ".join(f"{key} {value}" for key, value in others.items()), fontsize=6)
