@@ -35,6 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sample = _sample()
     config.debug = _debug()
     config.evaluation = _evaluation()
+    config.search = _search()
     return config
 
 
@@ -217,3 +218,18 @@ def _evaluation() -> ConfigDict:
     evaluation.count = 1000  # class-balanced samples
     evaluation.seed = 1  # other noise than the sample grids
     return evaluation
+
+
+def _search() -> ConfigDict:
+    """What --mode=search tries; `evaluation` says how it is judged."""
+    search = ConfigDict()
+    # Values of the keys of `sample` that are so called, every combination; empty: the one there
+    search.cfg_scale = (1.0, 1.5, 2.0, 3.0, 4.0)
+    search.temperature = (0.94, 0.97, 1.0)
+    search.num_ar_steps = ()
+    search.num_denoise_steps = ()
+    search.sampler = ()
+    search.count = 1000  # class-balanced samples of each combination
+    search.fine_count = 5000  # of the best ones, and of some halfway to their neighbours
+    search.fine_cells = 5  # that are the best, by distance and by score; 0 = no second pass
+    return search

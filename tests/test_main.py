@@ -16,6 +16,7 @@ from tiny import CONFIG, TINY, load_config
 
 from djepa_jax import main as cli
 from djepa_jax.config.convert import flatten
+from djepa_jax.modes import Mode
 from djepa_jax.runtime import errors
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.training import reporting
@@ -39,6 +40,9 @@ BAD_INPUT = [
     (["--mode=sample", "--latents_only"], ["--latents_only", "leave it out"]),
     (["--mode=export", "--out=x", "--distributed=tpu"], ["one process", "--distributed"]),
     (["--mode=benchmark", "--parts=fly"], ["--parts", "fly", "train"]),
+    (["--mode=search", "--config.search.cfg_scale=-1,2"], ["search.cfg_scale", "-1"]),
+    (["--mode=search", "--config.search.sampler=ddim"], ["search.sampler", "ddim", "euler, heun"]),
+    (["--mode=search", "--config.evaluation.kind=none"], ["evaluation.kind", "classifier"]),
     (["--workdir=runs/back\\slash"], ["back\\slash", "another name"]),
     (["--workdir=\udcff"], ["--workdir", "\\udcff", "UTF-8"]),
     (["--mode=sample", "--out=\udcff.png"], ["--out", "\\udcff", "UTF-8"]),
@@ -84,6 +88,7 @@ MISTAKES = [
     ("--config.dtype=bfloat16", "compute_dtype"),
     ("--config.model.qk_norm=maybe", "true or false"),
     ("--config.mesh=8", "8,1,1"),
+    ("--config.search.temperature=0.9;1", "a number"),
     ("--config.sample.labels=12", "0 to 9"),
     ("--config.there_is_no_such_thing=1", "--help=keys"),
     ("--there_is_no_such_thing", "--help"),
@@ -231,7 +236,7 @@ def test_any_path_can_be_printed_anywhere(tmp_path, monkeypatch):
 
     printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", printed)
-    monkeypatch.setitem(cli.MODES, "train", cli.Mode(show, ("config", "workdir"), ""))
+    monkeypatch.setitem(cli.MODES, "train", Mode(show, ("config", "workdir"), ""))
     assert run(f"--config={CONFIG}", f"--workdir={tmp_path}/né") == 0
     printed.seek(0)
     assert printed.read() == f"{tmp_path}/n\\xe9\n"
@@ -268,7 +273,7 @@ def test_second_run_in_a_workdir_is_refused(tmp_path, capsys):
     assert "in use by process" in error and str(tmp_path) in error
 
 
-@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "search"])
 def test_missing_checkpoint_is_an_error(mode, tmp_path, capsys):
     assert run(f"--config={CONFIG}", f"--workdir={tmp_path / 'typo'}", f"--mode={mode}", *TINY) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
@@ -445,7 +450,7 @@ def test_only_a_lost_process_is_told_as_one(text, monkeypatch, capsys, tmp_path)
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(cli, "_exit_status", lambda status: status)  # it would end this process
-    monkeypatch.setitem(cli.MODES, "train", cli.Mode(fail, ("config", "workdir"), ""))
+    monkeypatch.setitem(cli.MODES, "train", Mode(fail, ("config", "workdir"), ""))
     assert run(f"--config={CONFIG}", f"--workdir={tmp_path}") == 2
     error, lost = capsys.readouterr().err, text.startswith("UNAVAILABLE")
     assert (text in error and "start all of them again" in error) == lost

@@ -20,7 +20,7 @@ WORDS = {
     int: "a whole number",
     float: "a number",
     str: "text in quotes",
-    tuple: "a list of whole numbers, such as 8,1,1",
+    tuple: "a list, such as 8,1,1",
     dict: "an object of keys",
 }
 
@@ -138,6 +138,9 @@ def from_word(word: str, kind: Any, name: str) -> Any:
         ConfigError: it is of another type.
     """
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(kind) is tuple:
+        parts = word.strip("()[] ").split(",") if word.strip("()[] ") else []
+        return tuple(from_word(part.strip(), get_args(kind)[0], name) for part in parts)
     kind = get_origin(kind) or kind
     try:
         if kind is bool:
@@ -146,8 +149,6 @@ def from_word(word: str, kind: Any, name: str) -> Any:
             return float(word)
         if kind is int and float(word).is_integer():
             return int(float(word))
-        if kind is tuple:
-            return tuple(int(part) for part in word.strip("()[] ").split(","))
     except (KeyError, ValueError):
         pass  # said below
     if kind in (str, types.UnionType):
@@ -167,9 +168,9 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         return convert_group(value, kind, f"{name}.")
     if get_origin(kind) is types.UnionType:  # text or several texts
         return value if isinstance(value, str) else tuple(map(str, value))
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(convert(each, get_args(kind)[0], name) for each in value)
     kind = get_origin(kind) or kind
-    if kind is tuple and isinstance(value, list | tuple) and set(map(type, value)) <= {int}:
-        return tuple(value)
     if kind is dict and isinstance(value, Mapping):
         return dict(value)
     if kind is float and type(value) is int and abs(value) < 2**53:

@@ -32,6 +32,7 @@ from djepa_jax.config.settings import (
     ModelSettings,
     PrepareSettings,
     SampleSettings,
+    SearchSettings,
     Settings,
 )
 from djepa_jax.core.bounds import Bound, Natural, Positive, Seed, check_bounds, field_types
@@ -74,6 +75,7 @@ class Experiment(Settings):
     sample: SampleSettings
     debug: DebugSettings
     evaluation: EvaluationSettings
+    search: SearchSettings
 
     def __post_init__(self):
         check_bounds(self)

@@ -35,6 +35,7 @@ Options = dict[str, Any]  # keyword arguments of what a table names
 # Keys that name files and folders; data.class_names may also be the names themselves.
 PATHS = ("data.path", "data.staging", "data.class_names", "prepare.path", "autoencoder.path")
 PATHS += ("evaluation.weights", "evaluation.reference")
+Several = Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
 Dtype = Annotated[str, OneOf(("float32", "bfloat16"))]
 Sha256 = Annotated[
     str,
@@ -222,9 +223,31 @@ class EvaluationSettings(Settings):
     """How samples are judged."""
 
     kind: str
-    count: Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
+    count: Several
     seed: Seed
     weights: str
     reference: str
     reference_count: Natural
     preset: Annotated[str, OneOf(("none", *PRESETS))]
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings(Settings):
+    """The grid of --mode=search: values of keys of `SampleSettings`, which has their bounds."""
+
+    cfg_scale: tuple[float, ...]
+    temperature: tuple[float, ...]
+    num_ar_steps: tuple[int, ...]
+    num_denoise_steps: tuple[int, ...]
+    sampler: tuple[str, ...]
+    count: Several
+    fine_count: Several
+    fine_cells: Natural
+
+    def __post_init__(self):
+        check_bounds(self)
+        if self.fine_cells and self.fine_count < self.count:
+            raise ValueError(
+                f"fine_count is {self.fine_count}; it must be at least count, {self.count}, or "
+                "fine_cells 0."
+            )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from djepa_jax.config import files
 from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.djepa import SIZES
@@ -84,6 +85,7 @@ def upgrade(values: Mapping) -> dict:
     for group, keys in LATER.items():
         if isinstance(values.get(group), dict):
             values[group] = keys | values[group]
+    values.setdefault("search", files.builtin("default").get_config().search.to_dict())
     number = values.pop("format", 1)
     if number in (2, FORMAT):
         return values
@@ -113,12 +115,12 @@ def _from_format_1(values: dict) -> dict:
 
 def differences(stored: Experiment, current: Experiment) -> list[str]:
     """Lines "key: stored -> current" for every key whose value differs."""
-    return _lines(flatten(stored.to_dict()), flatten(current.to_dict()))
+    return changes(flatten(stored.to_dict()), flatten(current.to_dict()))
 
 
 def model_differences(stored: Experiment, current: Experiment) -> list[str]:
     """The same for what fixes the meaning of parameters."""
-    return _lines(_identity(stored), _identity(current))
+    return changes(_identity(stored), _identity(current))
 
 
 def _identity(experiment: Experiment) -> dict:
@@ -129,7 +131,8 @@ def _identity(experiment: Experiment) -> dict:
     return values | {"loss.jepa_weight above 0": experiment.loss.jepa_weight > 0}
 
 
-def _lines(stored: dict, current: dict) -> list[str]:
+def changes(stored: dict, current: dict) -> list[str]:
+    """The same for values by dotted name."""
     names = sorted(stored.keys() | current.keys())
     absent = "(absent)"
     return [

@@ -18,7 +18,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.presets import CFG_SCALES, PUBLISHED_SHAPE, preset_values
 from djepa_jax.config.stored import LATER
 from djepa_jax.core import sharding
-from djepa_jax.data.records import digest_of
+from djepa_jax.data.records import Source, digest_of
 from djepa_jax.data.sources import names_data, open_training_data
 from djepa_jax.evaluation.features import FEATURES, FROM_FILE, INSTALLED, TRAINED
 from djepa_jax.evaluation.metrics import METRICS, Metric
@@ -105,7 +105,7 @@ def is_of(record: dict, expected: dict) -> bool:
     return {key: expected[key] for key in ADDED if key in expected} | record == expected
 
 
-def _subject(experiment: Experiment, generator: Generator, params, source, step: int) -> dict:
+def subject(experiment: Experiment, generator: Generator, params, source, step: int) -> dict:
     """What an evaluation is of: the `identity`, its own settings, and a checksum of the data."""
     own = experiment.evaluation
     settings = {
@@ -142,7 +142,7 @@ def evaluate(
         Stopped: `should_stop`, asked before every batch, said so; there is no new record.
     """
     metric = open_metric(experiment, source, workdir)
-    of = _subject(experiment, generator, params, source, step)
+    of = subject(experiment, generator, params, source, step)
     _take_in_samples(metric, experiment, generator, params, of, workdir, should_stop)
     if not distributed.is_main_process():
         return {}
@@ -236,13 +236,33 @@ def read_evaluation(
     experiment: Experiment, generator: Generator, params, source, step: int, workdir
 ) -> dict | None:
     """The workdir's record, if it can be read and is of these very weights, settings and data."""
-    expected = _subject(experiment, generator, params, source, step)
+    expected = subject(experiment, generator, params, source, step)
     try:
         record = json.loads((as_path(workdir) / FILE_NAME).read_text())
         found = {key: record[key] for key in ("metrics", "judged_by") if key in record}
         return record if found and is_of(record, found | expected) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def open_to_judge(experiment: Experiment, workdir: str) -> tuple[Experiment, Source | None]:
+    """The experiment, completed, and the data to judge by, None if it is by a file alone.
+
+    ConfigError tells of an evaluation that is not configured, or not of these data.
+    """
+    if experiment.evaluation.reference and not names_data(experiment.data):
+        stored = latest_model(experiment, workdir).config
+        source, experiment = None, experiment.completed_by(stored)
+    else:
+        source, experiment = open_training_data(experiment)
+    if open_metric(experiment, source) is None:
+        remedy = "there is no metric for these data: look at samples (--mode=sample)"
+        for name in (*INSTALLED, *METRICS, *TRAINED):  # the last that can is the best
+            with contextlib.suppress(ValueError, UserError):  # it cannot judge them
+                open_metric(experiment.updated({"evaluation.kind": name}), source)
+                remedy = f"add --config.evaluation.kind={name}"
+        raise ConfigError(f'config.evaluation.kind is "none"; {remedy}.')
+    return experiment, source
 
 
 def run_evaluate(
@@ -259,18 +279,7 @@ def run_evaluate(
         ConfigError: no evaluation is configured, or another model than the checkpoint's.
         CheckpointError: there is no usable checkpoint.
     """
-    if experiment.evaluation.reference and not names_data(experiment.data):
-        stored = latest_model(experiment, workdir).config
-        source, experiment = None, experiment.completed_by(stored)
-    else:
-        source, experiment = open_training_data(experiment)
-    if open_metric(experiment, source) is None:
-        remedy = "there is no metric for these data: look at samples (--mode=sample)"
-        for name in (*INSTALLED, *METRICS, *TRAINED):  # the last that can is the best
-            with contextlib.suppress(ValueError, UserError):  # it cannot judge them
-                open_metric(experiment.updated({"evaluation.kind": name}), source)
-                remedy = f"add --config.evaluation.kind={name}"
-        raise ConfigError(f'config.evaluation.kind is "none"; {remedy}.')
+    experiment, source = open_to_judge(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
     model = latest_model(experiment, workdir)
     params = model.restore(placed_params(experiment, mesh))

@@ -18,11 +18,11 @@ def say(text: str) -> None:
 
 class Progress:
     """Work that can be counted, such as "sampling" of so many of a unit: a bar on a terminal, and
-    everywhere a line that stays of its first part, of its last, and of one every `EVERY` seconds.
+    everywhere a line that stays of its first part, of its last, and of one every `every` seconds.
     """
 
     def __init__(self, what: str, unit: str, total: int, done: int = 0, quiet: bool = False):
-        self.unit, self.total, self.quiet = unit, total, quiet
+        self.unit, self.total, self.quiet, self.every = unit, total, quiet, EVERY
         self._first = self._done = done
         self._start, self._said = time.monotonic(), 0.0
         if done < total and not quiet:
@@ -36,7 +36,8 @@ class Progress:
         self._bar.set_postfix_str(text.partition("  ")[0], refresh=False)  # leaves room for the bar
         self._bar.update(done - self._done)
         now, self._done = time.monotonic(), done
-        if not self.quiet and (not self._said or done >= self.total or now >= self._said + EVERY):
+        due = not self._said or done >= self.total or now >= self._said + self.every
+        if due and not self.quiet:
             self._said = now
             spent, rest = now - self._start, self.total - done
             left = f"{format_seconds(spent / max(done - self._first, 1) * rest)} left"

@@ -27,7 +27,8 @@ from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.checkpoints.model_card import Provenance, model_card, read_provenance
 from djepa_jax.checkpoints.restore import StoredModel, find_model, read_record
 from djepa_jax.config.convert import ConfigError
-from djepa_jax.main import EXPORT_FORMATS, main
+from djepa_jax.main import main
+from djepa_jax.modes import EXPORT_FORMATS
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "exported"  # by the version before this
 SECTIONS = ["Model", "Use", "Data", "Training", "Evaluation", "Licence", "Limits", "Files"]

@@ -33,5 +33,6 @@ class Metric(Protocol):
 
         A metric may also have `details()`: what a reader of them must know, for the record; and
         `state()`, arrays by name with the "count" of samples among them, and `restore(state)`, so
-        that an evaluation that was killed can go on.
+        that an evaluation that was killed can go on. With `moved`, arrays `[n]` by the names of
+        figures that tell how far each sample moved them, a search compares two of them in pairs.
         """

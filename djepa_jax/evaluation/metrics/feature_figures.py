@@ -49,6 +49,7 @@ class FeatureFigures:
                     self._real[tap] = Moments(reference[tap])
         self._real_pool = reference.get("pool")
         self._max_rows, self._seed, self.count = max_rows, seed, 0
+        self.moved: dict[str, np.ndarray] = {}
         self._moments = {tap: Moments() for tap in self._real}
         self._rows = {tap: Reservoir(max_rows, seed) for tap in self._real}
         self._rows |= {name: Reservoir(sys.maxsize) for name in ("logits", "correct")}
@@ -113,20 +114,25 @@ class FeatureFigures:
     def result(self) -> dict[str, float]:
         """The figures by name; `<name>_low` and `<name>_high` bound 95 % intervals.
 
+        `moved` then has, of distances and scores, how far each sample moves them.
+
         Raises:
             MetricError: there are fewer than two samples.
         """
-        figures = {}
+        figures, self.moved = {}, {}
         for tap, samples in self._moments.items():
-            rows = self._rows[tap].rows()
-            distance, *bounds = intervals.frechet(rows, samples, self._real[tap])
-            figures |= _bounded(self._names[tap], distance, bounds)
+            name, rows = self._names[tap], self._rows[tap].rows()
+            distance, self.moved[name] = intervals.frechet(rows, samples, self._real[tap])
+            low, high = intervals.first_order(distance, self.moved[name], self.count)
+            figures |= _bounded(name, distance, (max(low, 0.0), high))
         if (logits := self._rows["logits"].rows()) is not None:
+            self.moved["inception_score"] = scores.inception_moved(logits)
             figures |= _score("inception_score", scores.inception_scores_adm(logits))
             if len(logits) >= scores.FIDELITY_SPLITS:
                 parts = scores.inception_scores_fidelity(logits)
                 figures |= _score("inception_score_fidelity", parts)
         if (correct := self._rows["correct"].rows()) is not None:
+            self.moved["accuracy"] = correct
             figures |= _mean("accuracy", correct)
         return figures if self._real_pool is None else figures | self._of_rows()
 

@@ -29,22 +29,28 @@ def subsampling(values: np.ndarray, size: int, count: int) -> tuple[float, float
     return _normal(float(values.mean()), variance)
 
 
-def frechet(rows: np.ndarray, samples: Moments, real: Statistics) -> tuple[float, float, float]:
-    """A Frechet distance and its interval, which leaves out the bias that all estimates have.
+def frechet(rows: np.ndarray, samples: Moments, real: Statistics) -> tuple[float, np.ndarray]:
+    """A Frechet distance, and how far each of `rows`, any choice of the samples, moves it `[n]`.
 
-    Resampling rows would add that bias once more. The distance is smooth in mean and covariance, so
-    to first order (Rippl, Munk and Sturm, 2016) a row x moves it by 2 (m - m_real) (x - m) +
-    (x - m)^T (1 - T) (x - m), with the optimal map T of the samples' Gaussian to the real one's.
-    The spread of that over `rows`, any choice of the samples, gives the interval for all of them.
+    The spread of that gives an interval, without the bias that all estimates have, which resampling
+    would add once more. The distance is smooth in mean and covariance, so to first order (Rippl,
+    Munk and Sturm, 2016) a row x moves it by 2 (m - m_real) (x - m) + (x - m)^T (1 - T) (x - m),
+    with the optimal map T of the samples' Gaussian to the real one's.
     """
     distance, half = frechet_distance_and_map(
         real.mean, real.covariance, samples.mean, samples.covariance
     )
     rows = rows - samples.mean  # [n, D]
     moved = np.square(rows).sum(axis=1) - np.square(rows @ half).sum(axis=1)
-    moved += 2 * rows @ (samples.mean - real.mean)
-    low, high = _normal(distance, moved.var() / samples.count)
-    return distance, max(low, 0.0), high
+    return distance, moved + 2 * rows @ (samples.mean - real.mean)
+
+
+def first_order(centre: float, moved: np.ndarray, count: int) -> tuple[float, float]:
+    """Interval of a figure of `count` samples, of which each moves it so far: `[n]` of some.
+
+    Of the difference of two figures of paired samples, `moved` is the difference of the two.
+    """
+    return _normal(centre, moved.var() / count)
 
 
 def _normal(centre: float, variance: float) -> tuple[float, float]:

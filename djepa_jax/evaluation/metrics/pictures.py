@@ -87,6 +87,11 @@ class Pictures:
         """The figures."""
         return self._figures.result()
 
+    @property
+    def moved(self) -> dict[str, np.ndarray]:
+        """How far each sample moves distances and scores, after `result`."""
+        return self._figures.moved
+
     def details(self) -> dict:
         """The network, and what a reader of the figures is to know."""
         about = {"network": self.network.name, "sha256": self.network.sha256}

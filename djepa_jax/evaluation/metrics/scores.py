@@ -23,17 +23,28 @@ def inception_scores_fidelity(logits: np.ndarray) -> np.ndarray:
     return _inception_scores(np.split(logits, bounds))
 
 
+def inception_moved(logits: np.ndarray) -> np.ndarray:
+    """How far each sample moves the score of `inception_scores_adm`, to first order `[n]`.
+
+    The marginal p(y) has a vanishing derivative: its changes sum to 0.
+    """
+    chunks = np.split(logits, range(ADM_CHUNK, len(logits), ADM_CHUNK))
+    parts = [_divergences(chunk) for chunk in chunks]
+    return np.concatenate([np.exp(part.mean()) * (part - part.mean()) for part in parts])
+
+
 def _inception_scores(parts: list[np.ndarray]) -> np.ndarray:
     """exp(mean KL(p(y|x) || p(y))) of each part of logits `[n, K]`."""
-    scores = []
-    for part in parts:
-        logits = part.astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))  # [n, K]
-        p = np.exp(log_p)
-        divergence = (p * (log_p - np.log(p.mean(axis=0)))).sum(axis=1)  # [n]
-        scores.append(np.exp(divergence.mean()))
-    return np.asarray(scores)
+    return np.asarray([np.exp(_divergences(part).mean()) for part in parts])
+
+
+def _divergences(logits: np.ndarray) -> np.ndarray:
+    """KL(p(y|x) || p(y)) of each row of logits `[n, K]`."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))  # [n, K]
+    p = np.exp(log_p)
+    return (p * (log_p - np.log(p.mean(axis=0)))).sum(axis=1)
 
 
 def kernel_distances(samples: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ sample shows the class that it was asked for.
 import jax
 import numpy as np
 
-from djepa_jax.evaluation.metrics.moments import Moments, frechet_distance
+from djepa_jax.evaluation.metrics import intervals
+from djepa_jax.evaluation.metrics.moments import Moments
 from djepa_jax.evaluation.metrics.pictures import MAX_REAL, read_pictures
 
 GAMMA, C = 0.064, 10  # of the classifier; gamma is for one pixel and is shared out among them
@@ -16,10 +17,10 @@ PIXEL_TOP = 16.0  # the classifier sees values from 0 to 16, the range of the di
 MAX_PIXELS = 1024  # times channels; a covariance of raw pixels means little beyond
 
 
-def accuracy(
+def correct(
     images: np.ndarray, labels: np.ndarray, real_images: np.ndarray, real_labels: np.ndarray
-) -> float:
-    """Share of uint8 samples `[n, H, W, C]` that a support-vector classifier of the real data gives
+) -> np.ndarray:
+    """To which of uint8 samples `[n, H, W, C]` a support-vector classifier of the real data gives
     their label.
 
     It learns from `MAX_REAL` of the real images at most, always the same ones.
@@ -29,11 +30,11 @@ def accuracy(
     chosen = np.random.default_rng(0).permutation(len(real_images))[:MAX_REAL]
     training = _flat(real_images[chosen]) * PIXEL_TOP
     classifier = SVC(gamma=GAMMA / training.shape[1], C=C).fit(training, real_labels[chosen])
-    return float((classifier.predict(_flat(images) * PIXEL_TOP) == labels).mean())
+    return classifier.predict(_flat(images) * PIXEL_TOP) == labels
 
 
 class SmallImages:
-    """`accuracy`, where there are classes, and `frechet_distance` (of values 0..1) against the real
+    """Accuracy, where there are classes, and `frechet_distance` (of values 0..1) against the real
     images of a source: all of an array, `MAX_REAL` of files.
     """
 
@@ -41,6 +42,7 @@ class SmallImages:
         self._source = source
         self._samples: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
+        self.moved: dict[str, np.ndarray] = {}
 
     @classmethod
     def from_data(cls, source) -> "SmallImages":
@@ -69,11 +71,12 @@ class SmallImages:
         """The figures."""
         samples, labels = np.concatenate(self._samples), np.concatenate(self._labels)
         images, real_labels = read_pictures(self._source)
-        figures = {}
+        figures, self.moved = {}, {}
         if min(len(np.unique(labels)), len(np.unique(real_labels))) > 1:
-            figures["accuracy"] = accuracy(samples, labels, images, real_labels)
-        a, b = Moments(_flat(samples)), Moments(_flat(images))
-        distance = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+            self.moved["accuracy"] = correct(samples, labels, images, real_labels)
+            figures["accuracy"] = float(self.moved["accuracy"].mean())
+        moments = Moments(_flat(samples)), Moments(_flat(images))
+        distance, self.moved["frechet_distance"] = intervals.frechet(_flat(samples), *moments)
         return figures | {"frechet_distance": distance}
 
 
