@@ -198,6 +198,7 @@ class EvaluationSettings(Settings):
 
     kind: str
     count: Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
+    trend_count: Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
     seed: Seed
     weights: str
     reference: str

@@ -49,7 +49,13 @@ ADDED = {
 # The same for configurations of any format.
 LATER = {
     "model": {"attention": "auto"},
-    "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"},
+    "evaluation": {
+        "weights": "",
+        "reference": "",
+        "reference_count": 0,
+        "preset": "none",
+        "trend_count": 1000,
+    },
 }
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`
 # What fixes the meaning of parameters: it must agree between a config and a checkpoint.

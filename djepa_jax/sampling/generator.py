@@ -77,6 +77,7 @@ class Generator:
         divisor = sharding.batch_divisor(mesh)
         self.batch_size = -(-experiment.sample.batch_size // divisor) * divisor
         self.decodes = decode and experiment.has_decoder
+        self.not_finite = np.zeros(0, int)  # numbers of such samples of the last batch
 
     def images(
         self, params, conditions, seed: int, should_stop: Callable[[], bool] = never
@@ -113,6 +114,8 @@ class Generator:
                     raise Stopped
                 tokens = self._sample_batch(params, conditions, start, seed)  # [B, N, C]
                 count = min(len(tokens), total - start)
+                finite = np.isfinite(tokens[:count]).all(axis=(1, 2))
+                self.not_finite = start + np.flatnonzero(~finite)
                 yield self.export(tokens, count)
                 start += count
                 progress.show(start)

@@ -268,8 +268,12 @@ def save_each(experiment: Experiment, parts, conditions, folder: epath.Path) -> 
     for part in parts:
         arrays = first_rows([part], 2**31)
         for index in range(count_of(arrays)):
-            title = "".join(c if c.isalnum() else "_" for c in titles[start + index])
-            stem = folder / f"{start + index:06d}_{title}"
-            experiment.modality.save(arrays, index, stem)
+            stem = numbered(start + index, titles[start + index])
+            experiment.modality.save(arrays, index, folder / stem)
         start += count_of(arrays)
     return [folder]
+
+
+def numbered(index: int, title: str) -> str:
+    """The name of a sample's own file, without its ending."""
+    return f"{index:06d}_{''.join(c if c.isalnum() else '_' for c in title)}"

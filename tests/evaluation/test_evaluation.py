@@ -155,7 +155,7 @@ def test_data_that_cannot_be_judged_by_and_unknown_metrics_are_refused(digits):
     ):
         with pytest.raises(ValueError, match=words):
             open_metric(experiment, ArraySource(images, np.arange(len(images))))
-    with pytest.raises(ConfigError, match="smell.*none, small_images"):
+    with pytest.raises(ConfigError, match="smell.*none, auto,.* small_images"):
         open_metric(experiment.updated({"evaluation.kind": "smell"}), digits)
     none = experiment.updated({"evaluation.kind": "none"})
     assert open_metric(none, digits) is None
