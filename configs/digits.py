@@ -24,7 +24,7 @@ def get_config(variant: str = "flow") -> ConfigDict:
     config.checkpoint_every = 200
     config.log_every = 20
     config.sample_every = 200
-    config.evaluation.kind = "small_images"
+    config.evaluation.kind = "small_images+classifier"
     _set_model(config.model)
     _set_loss(config.loss)
     _set_optimizer(config.optimizer)

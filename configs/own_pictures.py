@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 400
     config.log_every = 20
     config.sample_every = 800
-    config.evaluation.kind = "none"
+    config.evaluation.kind = "auto"
     config.optimizer.warmup_steps = 100
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.ema_decay = 0.995

@@ -50,9 +50,12 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
     """Judge samples of the latest checkpoint."""
     from djepa_jax.evaluation.evaluate import describe, run_evaluate
 
-    record, path, is_new = run_evaluate(experiment, values.workdir, values.overwrite)
+    options = (values.overwrite, values.keep_images)
+    record, path, is_new = run_evaluate(experiment, values.workdir, *options)
     if distributed.is_main_process():
         print(f"step {record['step']}: {describe(record['metrics'])}")
+        for text in record.get("judged_by", {}).get("caveats", ()):
+            print(f"note: {text}")
         again = "made before of the same weights, settings and data; --overwrite makes it again"
         print(f"wrote {path}" if is_new else f"{path} was {again}")
 
@@ -166,7 +169,12 @@ MODES = {
         own=("out", "keep", "overwrite"),
         one_process=True,
     ),
-    "evaluate": Mode(evaluate, ("config", "workdir"), "--workdir=runs/digits", own=("overwrite",)),
+    "evaluate": Mode(
+        evaluate,
+        ("config", "workdir"),
+        "--workdir=runs/digits",
+        own=("overwrite", "keep_images"),
+    ),
     "search": Mode(
         search,
         ("config", "workdir"),
@@ -248,6 +256,7 @@ def define_flags(values: flags.FlagValues) -> None:
     switches = {
         "latents_only": "sample: write latents and no pictures.",
         "overwrite": "in modes that write files: replace what is there.",
+        "keep_images": "evaluate: write the pictures that are judged into the workdir, too.",
         "profile": "benchmark: trace one call, and name its largest kernels.",
         "with_prefix": "probe: average over the prefix tokens, too.",
         "measure_scale": "prepare: store the measured scale and shift of the latents.",

@@ -29,6 +29,7 @@ TINY = (
     "--config.sample.num_ar_steps=3",
     "--config.sample.num_denoise_steps=3",
     "--config.sample.num_segments=1",
+    "--config.evaluation.kind=small_images",
     "--config.evaluation.count=70",
 )
 

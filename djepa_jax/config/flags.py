@@ -242,7 +242,15 @@ def read_config(
             raise ConfigError(f"{overrides[0]} needs a --config to change.")
         return None
     config = files.load(spec) if spec else ConfigDict(_read_json(json_path))
-    return Experiment.from_dict(_overridden(config, overrides).to_dict())
+    values = _overridden(config, overrides).to_dict()
+    try:
+        return Experiment.from_dict(values)
+    except ConfigError as error:
+        name = values["evaluation"]["preset"]
+        if not any(f"config.{key} is" in str(error) for key in preset_values(name, "")):
+            raise
+        said = f"{error} evaluation.preset {name} sets it, unless the command line does."
+        raise ConfigError(said) from error
 
 
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -224,6 +224,7 @@ class EvaluationSettings(Settings):
 
     kind: str
     count: Several
+    trend_count: Several
     seed: Seed
     weights: str
     reference: str

@@ -54,7 +54,8 @@ LATER = {
     "model": {"attention": "auto"},
     "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}
     | {"final_denoise_steps": 0, "mix": ""},
-    "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"},
+    "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"}
+    | {"trend_count": 1000},
 }
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`
 # What fixes the meaning of parameters: it must agree between a config and a checkpoint.

@@ -1,10 +1,9 @@
 """The `--mode=evaluate` command, and the same at the end of training."""
 
-import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -13,19 +12,18 @@ from etils import epath
 
 from djepa_jax.checkpoints.integrity import file_sha256
 from djepa_jax.checkpoints.restore import latest_model, placed_params
-from djepa_jax.config.convert import ConfigError, flatten
+from djepa_jax.config.convert import flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.presets import CFG_SCALES, PUBLISHED_SHAPE, preset_values
 from djepa_jax.config.stored import LATER
 from djepa_jax.core import sharding
-from djepa_jax.data.records import Source, digest_of
-from djepa_jax.data.sources import names_data, open_training_data
-from djepa_jax.evaluation.features import FEATURES, FROM_FILE, INSTALLED, TRAINED
-from djepa_jax.evaluation.metrics import METRICS, Metric
-from djepa_jax.evaluation.metrics.pictures import Pictures
-from djepa_jax.evaluation.previews import Previews
+from djepa_jax.data.records import digest_of
+from djepa_jax.evaluation.features import FROM_FILE
+from djepa_jax.evaluation.judges import open_metric, open_to_judge
+from djepa_jax.evaluation.kept_images import KeptImages
+from djepa_jax.evaluation.metrics.base import NotFiniteError
+from djepa_jax.evaluation.metrics.several import figure_of, keeps_state, trend_of
 from djepa_jax.runtime import distributed
-from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.progress import say
 from djepa_jax.runtime.storage import as_path, write_json, write_npz
 from djepa_jax.sampling.generator import Generator, count_of, never
@@ -34,52 +32,7 @@ FILE_NAME, PARTIAL_NAME = "evaluation.json", "evaluation_partial.npz"
 SAVE_EVERY = 300.0  # seconds between what a killed evaluation goes on from
 # Keys that records of earlier versions do not have
 ADDED = ("loss", "compute_dtype", "data", "network")
-
-
-def open_metric(experiment: Experiment, source, workdir="") -> Metric | None:
-    """The metric that `evaluation.kind` names, empty; None for "none".
-
-    Raises:
-        ConfigError: there is none of that name.
-        ValueError, MetricError: the data cannot be used for it, or weights are missing.
-    """
-    settings = experiment.evaluation
-    if settings.kind == "none":
-        return None
-    if experiment.sample.mix:
-        raise ConfigError(
-            "config.sample.mix asks for several classes at once, and samples are judged one class "
-            "at a time; leave it out, or add --config.evaluation.kind=none."
-        )
-    if settings.reference and settings.kind in (*METRICS, *TRAINED):
-        raise ConfigError(
-            f'config.evaluation.kind is "{settings.kind}", and config.evaluation.reference is of a '
-            f"network whose weights stay as they are; use {', '.join((*INSTALLED, *FROM_FILE))}."
-        )
-    if settings.kind in METRICS:
-        return METRICS[settings.kind].from_data(source)
-    if settings.kind not in FEATURES:
-        raise ConfigError(
-            f'config.evaluation.kind is "{settings.kind}"; it must be one of none, '
-            f"{', '.join([*METRICS, *FEATURES])}."
-        )
-    if settings.kind in TRAINED and experiment.data.num_classes < 2:
-        raise ConfigError(
-            f'config.evaluation.kind "{settings.kind}" learns to tell classes apart, and these '
-            f"data have {experiment.data.num_classes}; use {', '.join(INSTALLED)}."
-        )
-    if settings.reference and experiment.lacks_decoder:
-        raise ConfigError(
-            "config.autoencoder.path is empty, and samples are latents, of which it makes the "
-            "pictures to judge; name it."
-        )
-    turn = jax.tree.leaves(experiment.network.conditioner.in_turn(2))[0]
-    labelled = bool(turn[0] != turn[1])
-    reference = (settings.reference, experiment.picture_shape)
-    modality = experiment.modality
-    if source is not None and not modality.needs_decoder and modality.example_dtype != np.uint8:
-        source = Previews(source, modality)
-    return Pictures(settings.kind, source, settings.weights, workdir, labelled, *reference)
+ON_A_LINE = 3  # figures
 
 
 def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -> dict:
@@ -113,11 +66,11 @@ def subject(experiment: Experiment, generator: Generator, params, source, step: 
         "evaluation": {
             key: value
             for key, value in vars(own).items()
-            if key != "reference_count" and value not in ("", "none")
+            if key not in ("reference_count", "trend_count") and value not in ("", "none")
         },
         "data": "" if source is None else digest_of(source),
     }
-    if own.kind in FROM_FILE:
+    if not {*own.kind.split("+")}.isdisjoint(FROM_FILE):
         settings["network"] = file_sha256(own.weights)
     if own.reference:
         settings["reference"] = file_sha256(own.reference)
@@ -132,18 +85,20 @@ def evaluate(
     step: int,
     workdir,
     should_stop: Callable[[], bool] = never,
+    kept: KeptImages | None = None,
 ) -> dict:
     """Judge samples of the given parameters, every condition in turn; write `evaluation.json`.
 
     All processes sample; process 0 judges and writes, and the others' record is empty. One that was
-    killed goes on from what it wrote last, to the same figures.
+    killed goes on from what it wrote last, to the same figures. The pictures are written if they
+    are to be kept.
 
     Raises:
         Stopped: `should_stop`, asked before every batch, said so; there is no new record.
     """
     metric = open_metric(experiment, source, workdir)
     of = subject(experiment, generator, params, source, step)
-    _take_in_samples(metric, experiment, generator, params, of, workdir, should_stop)
+    _take_in_all(metric, experiment, generator, params, of, workdir, should_stop, kept)
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
@@ -156,22 +111,69 @@ def evaluate(
     return record
 
 
-def _take_in_samples(metric, experiment, generator, params, of: dict, workdir, should_stop) -> None:
+def trend(
+    experiment: Experiment,
+    generator: Generator,
+    params,
+    source,
+    workdir,
+    should_stop: Callable[[], bool] = never,
+) -> dict[str, float]:
+    """A few figures of `evaluation.trend_count` samples, in process 0; they are in no record.
+
+    Raises:
+        Stopped: `should_stop` said so.
+    """
+    settings = experiment.evaluation
+    metric = open_metric(experiment, source, workdir)
+    count = min(settings.count, settings.trend_count)
+    for _ in _take_in(metric, experiment, generator, params, count, 0, should_stop):
+        pass
+    return trend_of(metric) if distributed.is_main_process() else {}
+
+
+def _take_in(
+    metric, experiment, generator, params, count: int, start: int, should_stop
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Give a metric samples from number `start` on: the first's number, and a batch of them."""
+    conditions, seed = experiment.network.conditioner.in_turn(count), experiment.evaluation.seed
+    for arrays in generator.batches(params, conditions, seed, start, should_stop):
+        rows = slice(start, start + count_of(arrays))
+        if len(bad := generator.not_finite):
+            raise NotFiniteError(
+                f"{len(bad)} of the samples {start} to {rows.stop - 1} are not finite, the first "
+                f"is number {bad[0]}; look at config.sample and config.compute_dtype, or train "
+                "with a lower config.optimizer.learning_rate."
+            )
+        arrays = as_pictures(experiment, arrays)
+        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
+        yield start, arrays
+        start = rows.stop
+
+
+def as_pictures(experiment: Experiment, arrays: dict) -> dict:
+    """Samples with `images`, what their modality shows of them, for judges of pictures."""
+    pictures = experiment.modality.preview(arrays)
+    return arrays if pictures is None else arrays | {"images": pictures}
+
+
+def _take_in_all(
+    metric, experiment, generator, params, of: dict, workdir, should_stop, kept
+) -> None:
     """Give a metric all samples, from where one that was killed had come to."""
-    settings, is_main = experiment.evaluation, distributed.is_main_process()
-    conditions = experiment.network.conditioner.in_turn(settings.count)
-    partial, keeps = as_path(workdir) / PARTIAL_NAME, hasattr(metric, "restore")
+    count, is_main = experiment.evaluation.count, distributed.is_main_process()
+    partial, keeps = as_path(workdir) / PARTIAL_NAME, keeps_state(metric)
     state = _read_partial(partial, of) if keeps and is_main else {}
+    if kept is not None and kept.missing_below(int(state.get("count", 0))):
+        state = {}
     start = distributed.run_on_main(lambda: int(state.get("count", 0)))
     if start:
         metric.restore(state)
     saved = time.monotonic()
-    for arrays in generator.batches(params, conditions, settings.seed, start, should_stop):
-        rows = slice(start, start + count_of(arrays))
-        if (pictures := experiment.modality.preview(arrays)) is not None:
-            arrays["images"] = pictures
-        metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
-        start = rows.stop
+    batches = _take_in(metric, experiment, generator, params, count, start, should_stop)
+    for first, arrays in batches:
+        if kept is not None and is_main:
+            kept.write(first, arrays["images"])
         if keeps and is_main and time.monotonic() > saved + SAVE_EVERY:
             _write_partial(partial, of, metric.state())
             saved = time.monotonic()
@@ -221,15 +223,16 @@ def preset_caveats(experiment: Experiment) -> list[str]:
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """Figures on a line, with their intervals where they have one."""
+    """Figures for people, with intervals and figures of real examples where they have them."""
     shown = []
     for name, value in metrics.items():
-        if f"{name}_low" in metrics:
-            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
-            shown.append(f"{name} {value:.3f} ({low:.3f} to {high:.3f})")
-        elif not name.endswith(("_low", "_high")):
-            shown.append(f"{name} {value:.3f}")
-    return ", ".join(shown)
+        low, high, real = (metrics.get(f"{name}_{of}") for of in ("low", "high", "real"))
+        beside = [] if low is None else [f"{low:.3f} to {high:.3f}"]
+        beside += [] if real is None else [f"real {real:.3f}"]
+        if figure_of(name, metrics) == name or name.endswith("_std"):
+            shown.append(f"{name} {value:.3f}" + (f" ({'; '.join(beside)})" if beside else ""))
+    lines = [", ".join(shown[at : at + ON_A_LINE]) for at in range(0, len(shown), ON_A_LINE)]
+    return ",\n    ".join(lines)
 
 
 def read_evaluation(
@@ -245,32 +248,13 @@ def read_evaluation(
         return None
 
 
-def open_to_judge(experiment: Experiment, workdir: str) -> tuple[Experiment, Source | None]:
-    """The experiment, completed, and the data to judge by, None if it is by a file alone.
-
-    ConfigError tells of an evaluation that is not configured, or not of these data.
-    """
-    if experiment.evaluation.reference and not names_data(experiment.data):
-        stored = latest_model(experiment, workdir).config
-        source, experiment = None, experiment.completed_by(stored)
-    else:
-        source, experiment = open_training_data(experiment)
-    if open_metric(experiment, source) is None:
-        remedy = "there is no metric for these data: look at samples (--mode=sample)"
-        for name in (*INSTALLED, *METRICS, *TRAINED):  # the last that can is the best
-            with contextlib.suppress(ValueError, UserError):  # it cannot judge them
-                open_metric(experiment.updated({"evaluation.kind": name}), source)
-                remedy = f"add --config.evaluation.kind={name}"
-        raise ConfigError(f'config.evaluation.kind is "none"; {remedy}.')
-    return experiment, source
-
-
 def run_evaluate(
-    experiment: Experiment, workdir: str, overwrite: bool = False
+    experiment: Experiment, workdir: str, overwrite: bool = False, keep_images: bool = False
 ) -> tuple[dict, epath.Path, bool]:
     """Evaluate the latest checkpoint of a workdir: the record, where it is, whether it is new.
 
-    A record of the same weights, settings and data is given back, unless `overwrite` is set.
+    A record of the same weights, settings and data is given back, unless `overwrite` is set. With
+    `keep_images`, the pictures that are judged are in the workdir, too.
 
     With `evaluation.reference`, and without a `data.path` where the source needs one, no data are
     read.
@@ -285,8 +269,12 @@ def run_evaluate(
     params = model.restore(placed_params(experiment, mesh))
     generator = Generator(experiment, mesh, progress=True)
     arguments = (experiment, generator, params, source, model.step, workdir)
-    record = None if overwrite else read_evaluation(*arguments)
+    record, kept = None if overwrite else read_evaluation(*arguments), None
+    if keep_images:
+        kept = KeptImages(generator, workdir, subject(*arguments[:-1]))
+        if distributed.run_on_main(lambda: kept.open(overwrite)) < experiment.evaluation.count:
+            record = None
     is_new = not distributed.run_on_main(lambda: int(record is not None))
     if is_new:
-        record = evaluate(*arguments)
+        record = evaluate(*arguments, kept=kept)
     return record, as_path(workdir) / FILE_NAME, is_new

@@ -22,7 +22,8 @@ from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import changes
 from djepa_jax.core import sharding
-from djepa_jax.evaluation.evaluate import describe, open_metric, open_to_judge, subject
+from djepa_jax.evaluation.evaluate import as_pictures, describe, subject
+from djepa_jax.evaluation.judges import open_metric, open_to_judge
 from djepa_jax.evaluation.metrics import intervals
 from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.search_plots import alike, write_plots
@@ -144,6 +145,7 @@ class Search:
         for arrays in generator.batches(*what):
             seconds += time.perf_counter() - start
             rows = slice(done, done + count_of(arrays))
+            arrays = as_pictures(experiment, arrays)
             metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
             done, start = rows.stop, time.perf_counter()
         cell = {"pass": stage, "settings": settings, "count": count, "seconds": seconds}

@@ -40,7 +40,7 @@ from djepa_jax.sampling.sample_to_npz import (
     check_pictures,
     check_target,
     describe_network,
-    stem_of,
+    numbered,
 )
 
 GREY = 128  # where a grid shows what is hidden
@@ -247,6 +247,6 @@ def _write(target: epath.Path, out: str, experiment, given, places, images, cond
     if not out.endswith("/"):
         return [png, npz]
     for number, title in enumerate(titles):
-        stem = stem_of(target.parent, number, title)
+        stem = target.parent / numbered(number, title)
         experiment.modality.save({"images": images}, number, stem)
     return [png, npz, target.parent]

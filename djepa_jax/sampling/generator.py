@@ -95,6 +95,7 @@ class Generator:
             self.config = dataclasses.replace(self.config, num_known=num_known, num_ar_steps=steps)
         sample = experiment.sample
         self.cfg_scales = self.config.guidance(sample.cfg_scale, sample.cfg_schedule)  # [T]
+        self.not_finite = np.zeros(0, int)  # numbers of such samples of the last batch
 
     def images(
         self, params, conditions, seed: int, should_stop: Callable[[], bool] = never
@@ -131,6 +132,8 @@ class Generator:
                     raise Stopped
                 tokens = self._sample_batch(params, conditions, start, seed)  # [B, N, C]
                 count = min(len(tokens), total - start)
+                finite = np.isfinite(tokens[:count]).all(axis=(1, 2))
+                self.not_finite = start + np.flatnonzero(~finite)
                 yield self.export(tokens, count)
                 start += count
                 progress.show(start)

@@ -278,12 +278,12 @@ def save_each(experiment: Experiment, parts, conditions, folder: epath.Path) -> 
     for part in parts:
         arrays = first_rows([part], 2**31)
         for index in range(count_of(arrays)):
-            number = start + index
-            experiment.modality.save(arrays, index, stem_of(folder, number, titles[number]))
+            stem = numbered(start + index, titles[start + index])
+            experiment.modality.save(arrays, index, folder / stem)
         start += count_of(arrays)
     return [folder]
 
 
-def stem_of(folder: epath.Path, number: int, title: str) -> epath.Path:
-    """The path, without its ending, of one sample's file."""
-    return folder / f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in title)}"
+def numbered(index: int, title: str) -> str:
+    """The name of a sample's own file, without its ending."""
+    return f"{index:06d}_{''.join(c if c.isalnum() else '_' for c in title)}"

@@ -19,7 +19,7 @@ from djepa_jax.core.train_step import TrainState
 from djepa_jax.data.device_cache import table_bytes
 from djepa_jax.data.loader import device_batches
 from djepa_jax.data.sources import open_training_data
-from djepa_jax.evaluation.evaluate import open_metric
+from djepa_jax.evaluation.judges import open_metric, settled
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.lock import lock_workdir
@@ -85,6 +85,7 @@ def train(
     mesh = sharding.make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     source, experiment = open_training_data(experiment)
+    experiment = settled(experiment, source)
     open_metric(experiment, source)  # refuses data that it cannot judge by
     check_storable(workdir)
     if wandb:
@@ -247,7 +248,7 @@ class _Run:
             if grid:
                 self.report.sample_grid(step, state)
             if evaluation:
-                self.report.evaluate(step, state)
+                self.report.trend(step, state)
 
     def _save(self, step: int, state: TrainState, examples: int) -> None:
         """Start a save; metrics up to its step, which were read, are in the workdir first."""

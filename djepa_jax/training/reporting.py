@@ -26,7 +26,9 @@ from djepa_jax.evaluation.evaluate import (
     identity,
     is_of,
     read_evaluation,
+    trend,
 )
+from djepa_jax.evaluation.metrics.base import NotFiniteError
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.metric_writer import STARTS_NAME, MetricWriter, describe_parameters
 from djepa_jax.runtime.progress import Progress, Stopwatch, say
@@ -250,20 +252,33 @@ class Reporter:
 
     def evaluate(self, step: int, state: TrainState) -> dict | None:
         """Judge samples of the moving average; the record, in process 0, unless asked to stop."""
+        judge = functools.partial(evaluate, *self._to_judge(step, state))
+        record = self._judged(step, judge)
+        if record:
+            self._figures(step, record["metrics"])
+        return record
+
+    def trend(self, step: int, state: TrainState) -> None:
+        """A few figures of a few samples of the moving average, unless asked to stop."""
+        *arguments, _, workdir = self._to_judge(step, state)
+        if figures := self._judged(step, functools.partial(trend, *arguments, workdir)):
+            self._figures(step, figures)
+
+    def _judged(self, step: int, judge: Callable) -> dict | None:
         self.say(f"step {step}: evaluating")
-        stop = functools.partial(self._stop_requested, step)
         try:
-            record = evaluate(*self._to_judge(step, state), stop)
+            return judge(should_stop=functools.partial(self._stop_requested, step)) or None
         except Stopped:
             self.say(f"step {step}: no evaluation, for the run was asked to stop")
-            return None
-        if self.writer is None:
-            return None
-        figures = record["metrics"]
+        except NotFiniteError as error:
+            self.say(f"WARNING: step {step}: no evaluation; {error}")
+        return None
+
+    def _figures(self, step: int, figures: dict[str, float]) -> None:
         named = {f"evaluation/{name}": value for name, value in figures.items()}
-        self.writer.write_scalars(step, named)
+        if self.writer is not None:
+            self.writer.write_scalars(step, named)
         self.say(f"step {step}: {describe(figures)}")
-        return record
 
 
 def real_examples(source, conditions) -> np.ndarray:

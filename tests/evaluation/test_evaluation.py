@@ -16,7 +16,8 @@ from djepa_jax.core import sharding
 from djepa_jax.data.arrays import ArraySource, load_digits
 from djepa_jax.data.sources import SingleClass, open_data
 from djepa_jax.evaluation import evaluate as evaluating
-from djepa_jax.evaluation.evaluate import evaluate, open_metric, read_evaluation, run_evaluate
+from djepa_jax.evaluation.evaluate import evaluate, read_evaluation, run_evaluate
+from djepa_jax.evaluation.judges import open_metric
 from djepa_jax.evaluation.metrics import METRICS
 from djepa_jax.evaluation.metrics.small_images import SmallImages
 from djepa_jax.sampling.generator import Generator, Stopped
@@ -155,7 +156,7 @@ def test_data_that_cannot_be_judged_by_and_unknown_metrics_are_refused(digits):
     ):
         with pytest.raises(ValueError, match=words):
             open_metric(experiment, ArraySource(images, np.arange(len(images))))
-    with pytest.raises(ConfigError, match="smell.*none, small_images"):
+    with pytest.raises(ConfigError, match="smell.*none, auto,.* small_images"):
         open_metric(experiment.updated({"evaluation.kind": "smell"}), digits)
     none = experiment.updated({"evaluation.kind": "none"})
     assert open_metric(none, digits) is None

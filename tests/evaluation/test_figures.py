@@ -289,7 +289,7 @@ def test_the_figures_of_a_network_and_their_names(small_kid):
     bounded = {"fid", "sfid", "precision", "recall", "density", "coverage", "kid"}
     bounds = {f"{name}_{side}" for name in bounded for side in ("low", "high")}
     of_fidelity = {f"inception_score_fidelity{end}" for end in ("", "_std", "_low", "_high")}
-    rest = {"inception_score", "inception_score_std", "mind"} | of_fidelity
+    rest = {"inception_score", "inception_score_std", "mind", "mind_real", "fid_real"} | of_fidelity
     assert figures.keys() == bounded | bounds | rest | {
         "nearest_real_ratio",
         "nearest_real_copies",

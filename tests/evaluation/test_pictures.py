@@ -12,7 +12,8 @@ from tiny import tiny_config
 from djepa_jax.data.arrays import ArraySource
 from djepa_jax.evaluation import evaluate as evaluating
 from djepa_jax.evaluation import features
-from djepa_jax.evaluation.evaluate import PARTIAL_NAME, evaluate, open_metric, read_evaluation
+from djepa_jax.evaluation.evaluate import PARTIAL_NAME, evaluate, read_evaluation
+from djepa_jax.evaluation.judges import open_metric
 from djepa_jax.evaluation.metrics import pictures
 from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.metrics.feature_figures import FeatureFigures

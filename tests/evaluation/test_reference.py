@@ -10,11 +10,11 @@ from djepa_jax.data.arrays import ArraySource
 from djepa_jax.evaluation import evaluate as evaluating
 from djepa_jax.evaluation.evaluate import (
     evaluate,
-    open_metric,
     preset_caveats,
     read_evaluation,
     run_evaluate,
 )
+from djepa_jax.evaluation.judges import open_metric
 from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.metrics.moments import (
     Moments,
@@ -94,7 +94,9 @@ def test_statistics_of_other_pictures_are_told_apart(network, tmp_path):
     write_statistics(path, {"pool": rows_of(DIGITS.images)}, {"shape": [256, 256, 3]})
     generator = drawing(firsts(), KIND, f"--config.evaluation.reference={path}")
     record = evaluate(generator.experiment, generator, PARAMS, None, 3, tmp_path)
-    assert "pictures of the reference are [256, 256, 3]" in str(record["judged_by"]["caveats"])
+    caveats = str(record["judged_by"]["caveats"])
+    assert "pictures of the reference are [256, 256, 3]" in caveats
+    assert "does not tell which weights" in caveats
 
 
 def test_what_a_file_says_of_itself_is_damaged(tmp_path):
@@ -168,6 +170,8 @@ def test_a_preset_is_what_a_command_line_does_not_say_itself():
     assert told in preset_caveats(changed)
     with pytest.raises(ConfigError, match="preset"):
         tiny_config("--config.evaluation.preset=best")
+    with pytest.raises(ConfigError, match="num_ar_steps is 64.*preset paper_cfg sets it"):
+        load_config("digits", "--config.evaluation.preset=paper_cfg")
 
 
 def test_a_preset_is_compared_with_what_is_published_where_it_can_be():

@@ -10,7 +10,7 @@ from tiny import load_config
 from djepa_jax.core.modalities.audio import AudioMel
 from djepa_jax.data.arrays import load_digits
 from djepa_jax.data.sounds import Sounds
-from djepa_jax.evaluation.evaluate import open_metric
+from djepa_jax.evaluation.judges import open_metric
 from djepa_jax.evaluation.metrics import METRICS, spoken_digits
 from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.metrics.pictures import Pictures, is_picture, read_pictures

@@ -21,6 +21,7 @@ from tiny import arrays_of, run, tiny_config
 
 from djepa_jax.checkpoints.restore import find_model
 from djepa_jax.data.sources import open_data
+from djepa_jax.evaluation.metrics.base import NotFiniteError
 from djepa_jax.runtime.metric_writer import METRICS_NAME, STARTS_NAME, read_lines
 from djepa_jax.sampling.generator import Generator
 from djepa_jax.sampling.grids import label_grid
@@ -65,6 +66,28 @@ def test_an_evaluation_is_given_up_too_and_made_the_next_time(sampler, tmp_path)
     assert result.evaluation["step"] == 3 and (tmp_path / "evaluation.json").exists()
     assert train(experiment, str(tmp_path)) == result, "nothing is made twice"
     assert sampler.drawn == [0, 0, 0, 16, 32, 48, 64]
+
+
+def test_a_trend_is_logged_in_no_record_and_samples_that_are_not_finite_end_no_training(
+    sampler, tmp_path, monkeypatch, capsys
+):
+    flags = ("--config.evaluate_every=1", "--config.evaluation.trend_count=20")
+    seen, original = [], reporting.trend
+
+    def trend(*arguments, **options):
+        seen.append((tmp_path / "evaluation.json").exists())
+        if len(seen) == 2:
+            raise NotFiniteError("2 of the samples")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(reporting, "trend", trend)
+    experiment = tiny_config(*flags, "--config.sample_every=0", "--config.sample.batch_size=40")
+    result = train(experiment, str(tmp_path))
+    assert result.finished and seen == [False, False]
+    assert sampler.drawn == [0, 0, 40], "20 samples of a trend, 70 in the end"
+    assert shown(tmp_path)["evaluation/accuracy"] == [1, 3]
+    assert "WARNING: step 2: no evaluation; 2 of the samples" in capsys.readouterr().out
+    assert result.evaluation["evaluation"]["count"] == 70
 
 
 def test_no_grid_is_made_where_there_are_to_be_none(sampler, tmp_path, capsys):

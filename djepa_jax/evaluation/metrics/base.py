@@ -11,6 +11,10 @@ class MetricError(UserError):
     """Samples or reference statistics that cannot be judged, or judged by."""
 
 
+class NotFiniteError(MetricError):
+    """Samples that are not finite, which all processes find at once."""
+
+
 class Metric(Protocol):
     """Judges samples; records, log lines and model cards print what `result` returns."""
 
@@ -33,6 +37,8 @@ class Metric(Protocol):
 
         A metric may also have `details()`: what a reader of them must know, for the record; and
         `state()`, arrays by name with the "count" of samples among them, and `restore(state)`, so
-        that an evaluation that was killed can go on. With `moved`, arrays `[n]` by the names of
-        figures that tell how far each sample moved them, a search compares two of them in pairs.
+        that an evaluation that was killed can go on; `trend()`, those of the figures that take
+        little time, for evaluations in the midst of a training; and, after `result`, `moved`,
+        arrays `[n]` by the names of figures that tell how far each sample moved them, of which a
+        search compares two in pairs.
         """

@@ -6,7 +6,7 @@ import numpy as np
 
 from djepa_jax.evaluation.metrics import intervals, neighbours, scores
 from djepa_jax.evaluation.metrics.base import MetricError
-from djepa_jax.evaluation.metrics.moments import Moments, Statistics
+from djepa_jax.evaluation.metrics.moments import Moments, Statistics, frechet_distance
 from djepa_jax.evaluation.metrics.reservoir import Reservoir
 
 INCEPTION = "inception"
@@ -119,6 +119,11 @@ class FeatureFigures:
         Raises:
             MetricError: there are fewer than two samples.
         """
+        figures = self.trend()
+        return figures if self._real_pool is None else figures | self._of_rows() | self._floor()
+
+    def trend(self) -> dict[str, float]:
+        """Those of the figures that look at no neighbours."""
         figures, self.moved = {}, {}
         for tap, samples in self._moments.items():
             name, rows = self._names[tap], self._rows[tap].rows()
@@ -134,14 +139,34 @@ class FeatureFigures:
         if (correct := self._rows["correct"].rows()) is not None:
             self.moved["accuracy"] = correct
             figures |= _mean("accuracy", correct)
-        return figures if self._real_pool is None else figures | self._of_rows()
+        if self._real_pool is not None:
+            samples, part = self._rows["pool"].rows(), self._real_part()
+            figures["mind"] = scores.mind(samples, part, self._seed)
+        return figures
+
+    def _real_part(self) -> np.ndarray:
+        chosen = np.random.default_rng(self._seed).permutation(len(self._real_pool))
+        return self._real_pool[np.sort(chosen[: self._max_rows])]
+
+    def _floor(self) -> dict[str, float]:
+        """Distances of as many real examples as there are samples to the others."""
+        if self._floor_count < 2:
+            return {}
+        order = np.random.default_rng(self._seed).permutation(len(self._real_pool))
+        halves = np.split(order, [self._floor_count])
+        a, b = (Moments(self._real_pool[half]) for half in halves)
+        distance = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        rows = (self._real_pool[half[: self._max_rows]] for half in halves)
+        mind = scores.mind(*rows, self._seed)
+        return {f"{self._names['pool']}_real": distance, "mind_real": mind}
+
+    @property
+    def _floor_count(self) -> int:
+        return min(self.count, len(self._real_pool) // 2)
 
     def _of_rows(self) -> dict[str, float]:
-        samples, real = self._rows["pool"].rows(), self._real_pool
-        chosen = np.random.default_rng(self._seed).permutation(len(real))[: self._max_rows]
-        part = real[np.sort(chosen)]
-        count = min(len(samples), len(part))
-        figures = {"mind": scores.mind(samples, part, self._seed)}
+        samples, real, part = self._rows["pool"].rows(), self._real_pool, self._real_part()
+        figures, count = {}, min(len(samples), len(part))
         if count > neighbours.DENSITY_K:
             for name, rows in neighbours.manifold_rows(samples, part).items():
                 figures |= _mean(name, rows)
@@ -170,6 +195,16 @@ class FeatureFigures:
             found.append("statistics alone give no figures of neighbours, KID and MIND")
         elif max(self.count, real) > self._max_rows:
             found.append(f"neighbours, KID and MIND are of {self._max_rows} rows at most")
+        if real and 2 <= self._floor_count < self.count:
+            found.append(
+                f"{self._names['pool']}_real and mind_real are of {self._floor_count} real "
+                f"examples, half of all, and would be lower of {self.count}"
+            )
+        if 0 < min(self.count, real) <= neighbours.DENSITY_K:
+            found.append(
+                f"no precision, recall, density, coverage and nearest_real figures: they take "
+                f"{neighbours.DENSITY_K + 1} samples and real examples"
+            )
         if 0 < min(self.count, real) < scores.KID_SUBSET_SIZE:
             found.append(f"no KID: it takes {scores.KID_SUBSET_SIZE} samples and real examples")
         return found

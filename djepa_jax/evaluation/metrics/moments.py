@@ -10,6 +10,7 @@ from djepa_jax.runtime.storage import as_path, write_npz
 
 # Names of mean and covariance in files, as ADM's have them; others write "ref_" before them.
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+BLOCK = 8192  # rows that are in float64 at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Moments:
 
     def update(self, rows: np.ndarray) -> None:
         """Take in rows `[n, D]`."""
-        rows = np.asarray(rows, np.float64)
-        if len(rows):
-            mean = rows.mean(0)  # [D]
-            rows = rows - mean
-            self._add(len(rows), mean, rows.T @ rows)
+        for start in range(0, len(rows), BLOCK):
+            block = np.asarray(rows[start : start + BLOCK], np.float64)
+            mean = block.mean(0)  # [D]
+            block = block - mean
+            self._add(len(block), mean, block.T @ block)
 
     def merge(self, other: "Moments") -> None:
         """Take in what another one has."""
@@ -104,7 +105,9 @@ def read_statistics(path) -> dict[str, Statistics]:
                     values = (arrays[names[key]].astype(np.float64) for key in keys)
                     found[tap] = Statistics(*values, count)
     except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
-        raise MetricError(f"{path} is no npz file of statistics: {error}") from error
+        raise MetricError(
+            f"{path} is no npz file of statistics ({error}); name one that --mode=reference made."
+        ) from error
     if "pool" not in found:
         raise MetricError(f'{path} has no "mu" and "sigma"; name a file of statistics.')
     for tap, each in found.items():

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from djepa_jax.checkpoints.integrity import file_sha256
-from djepa_jax.evaluation.features import FROM_FILE, INSTALLED, TRAINED, Features
+from djepa_jax.evaluation.features import FEATURES, FROM_FILE, INSTALLED, TRAINED, Features
+from djepa_jax.evaluation.features.inception import PUBLISHED
 from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.metrics.feature_figures import FeatureFigures
 from djepa_jax.evaluation.metrics.moments import Statistics, read_about, read_statistics
@@ -92,12 +93,20 @@ class Pictures:
         """How far each sample moves distances and scores, after `result`."""
         return self._figures.moved
 
+    def trend(self) -> dict[str, float]:
+        """Those that take little time."""
+        return self._figures.trend()
+
     def details(self) -> dict:
         """The network, and what a reader of the figures is to know."""
         about = {"network": self.network.name, "sha256": self.network.sha256}
         if hasattr(self.network, "held_out_accuracy"):
             about["held_out_accuracy"] = self.network.held_out_accuracy
         caveats = self._figures.caveats()
+        if not getattr(self.network, "is_the_published", True):
+            caveats.append(
+                f"weights are not the file that published figures are of (sha256 {PUBLISHED}...)"
+            )
         if self._reference:
             about["reference"] = self._reference.about | {"sha256": self._reference.sha256}
             caveats += self._reference.caveats
@@ -119,7 +128,7 @@ def open_network(kind: str, weights: str) -> Features:
     return _open(kind, weights)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=len(FEATURES))
 def _open(kind: str, weights: str) -> Features:
     return INSTALLED[kind]() if kind in INSTALLED else FROM_FILE[kind](weights)
 
@@ -134,7 +143,7 @@ class Reference:
     caveats: list[str]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=len(FEATURES))
 def _read_reference(path: str, kind: str, weights: str, shape: tuple[int, ...]) -> Reference:
     """Read a file of statistics; MetricError unless the network gives features like its."""
     statistics, about, network = read_statistics(path), read_about(path), _open(kind, weights)
@@ -152,10 +161,13 @@ def _read_reference(path: str, kind: str, weights: str, shape: tuple[int, ...]) 
             )
     found = about.get("shape", list(shape))
     caveats = [f"pictures of the reference are {found}, samples {list(shape)}"]
-    return Reference(statistics, about, file_sha256(path), caveats * (found != list(shape)))
+    caveats *= found != list(shape)
+    if "weights" not in about:
+        caveats.append("the reference does not tell which weights it is of")
+    return Reference(statistics, about, file_sha256(path), caveats)
 
 
-@functools.lru_cache(maxsize=1)  # for several evaluations while training
+@functools.lru_cache(maxsize=len(FEATURES))  # for several evaluations while training
 def _judge(kind: str, source, weights: str, folder) -> tuple[Features, dict[str, np.ndarray]]:
     """The network, and its features of the source's pictures, if there is one."""
     if source is None:

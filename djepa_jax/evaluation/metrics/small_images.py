@@ -67,6 +67,16 @@ class SmallImages:
         self._samples += other._samples
         self._labels += other._labels
 
+    def state(self) -> dict[str, np.ndarray]:
+        """The samples and their labels."""
+        samples, labels = np.concatenate(self._samples), np.concatenate(self._labels)
+        return {"count": np.asarray(len(samples)), "samples": samples, "labels": labels}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what `state` gave, in process 0; others have none."""
+        self._samples = [state["samples"]] if state else []
+        self._labels = [state["labels"]] if state else []
+
     def result(self) -> dict[str, float]:
         """The figures."""
         samples, labels = np.concatenate(self._samples), np.concatenate(self._labels)
