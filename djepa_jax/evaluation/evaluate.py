@@ -35,7 +35,7 @@ FILE_NAME, PARTIAL_NAME = "evaluation.json", "evaluation_partial.npz"
 SAVE_EVERY = 300.0  # seconds between what a killed evaluation goes on from
 # Keys that records of earlier versions do not have
 ADDED = ("loss", "compute_dtype", "data", "network")
-ON_A_LINE = 4  # figures
+ON_A_LINE = 3  # figures
 MIN_PER_CLASS = 20  # pictures that a classifier is to learn from, for "auto" to take it
 
 
