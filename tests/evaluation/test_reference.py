@@ -152,7 +152,7 @@ def test_networks_that_learn_and_latents_take_no_reference(written):
 
 def test_without_a_path_no_data_are_read(trained, written, tmp_path, monkeypatch):
     changes = (KIND, f"--config.evaluation.reference={written}", "--config.data.source=npz")
-    monkeypatch.setattr(evaluating, "evaluate", lambda *arguments: {"source": arguments[3]})
+    monkeypatch.setattr(evaluating, "evaluate", lambda *arguments, **kept: {"source": arguments[3]})
     record, *_ = run_evaluate(tiny_config(*changes), trained, overwrite=True)
     assert record == {"source": None}
 
