@@ -105,17 +105,22 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     """What is learned from."""
     data = ConfigDict()
-    # digits, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache of --mode=prepare)
+    # digits, moving_mnist, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache of
+    # --mode=prepare)
     data.source = "latents"
+    # Arguments of that source: num_digits, digit_size (of 64 pixels) and num_clips of moving_mnist
+    data.source_options = ConfigDict()
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
     # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
     data.staging = ""
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
-    data.modality = "image_latents"  # image_pixels, image_lapped or image_latents
+    # image_pixels, image_lapped, image_latents or video_pixels (clips)
+    data.modality = "image_latents"
     # Arguments of that modality: cutoff and colour_cutoff of image_lapped, the highest frequencies
-    # that tokens keep, as shares of the highest that there are
+    # that tokens keep, as shares of the highest that there are; num_frames and patch_frames (in a
+    # token) of video_pixels
     data.options = ConfigDict()
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16

@@ -48,6 +48,7 @@ ADDED = {
 }
 # The same for configurations of any format.
 LATER = {
+    "data": {"source_options": {}},
     "loss": {"mask_modes": "random"},
     "model": {"attention": "auto"},
     "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}

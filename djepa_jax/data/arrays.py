@@ -33,24 +33,31 @@ def load_digits() -> ArraySource:
 
 
 def load_npz(path: str, where: str) -> ArraySource:
-    """Arrays `images` (or `latents`) and `labels` of an npz file; a channel axis may be absent."""
+    """Arrays `images` (or `latents`, or `clips` with all axes) and `labels` of an npz file.
+
+    A channel axis of images and latents may be absent.
+    """
+    kinds = ("latents", "clips", "images")
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = file["latents" if "latents" in file else "images"], file["labels"]
+            kind = next((kind for kind in kinds if kind in file), "images")
+            images, labels = file[kind], file["labels"]
     except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
         raise DataError(
-            f'{where} is no npz file with arrays "images" (or "latents") and "labels": {error}'
+            f'{where} is no npz file with arrays "images" (or "latents", or "clips") and "labels": '
+            f"{error}"
         ) from error
-    fitting = images.ndim in (3, 4) and labels.ndim == 1 and labels.dtype.kind in "iu"
+    fitting = images.ndim in ((5,) if kind == "clips" else (3, 4))
+    fitting = fitting and labels.ndim == 1 and labels.dtype.kind in "iu"
     if not fitting or len(images) != len(labels) or not len(images):
         raise DataError(
             f"{where} holds {images.dtype} images of shape {images.shape} and {labels.dtype} "
-            f"labels of shape {labels.shape}; it needs images [n, H, W, C] and one whole number "
-            "per image as labels [n]."
+            f"labels of shape {labels.shape}; it needs images [n, H, W, C], or clips "
+            "[n, T, H, W, C], and one whole number for each as labels [n]."
         )
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise DataError(f"{where} holds values that are not finite; remove those examples.")
-    return ArraySource(images if images.ndim == 4 else images[..., None], labels)
+    return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
 
 
 class Synthetic(Source):

@@ -26,6 +26,7 @@ def test_built_in_configurations_have_names(monkeypatch, tmp_path):
     assert read_config("digits:diffusion", None, []).loss.name == "diffusion"
     assert read_config("configs/digits.py:diffusion", None, []).loss.name == "diffusion"
     names = {"default", "digits", "mnist", "djepa_b", "djepa_l", "djepa_h", "own_pictures"}
+    names.add("moving_digits")
     assert names == set(files.builtin_names())
 
 
