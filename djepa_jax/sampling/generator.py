@@ -12,6 +12,7 @@ import numpy as np
 from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
+from djepa_jax.core.modalities import Modality
 from djepa_jax.core.sampler import (
     Known,
     SampleInputs,
@@ -211,6 +212,11 @@ class Generator:
                     states[index], raster = step(params, states[index], inputs, number)
                     tokens.append(np.asarray(raster))
                 yield np.concatenate(tokens)[:total]
+
+
+def result_of(modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    """What people want of exported arrays, uint8 `[n, ...]`: clips, or what a modality previews."""
+    return arrays["clips"] if "clips" in arrays else modality.preview(arrays)
 
 
 def count_of(arrays) -> int:
