@@ -107,19 +107,24 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     """What is learned from."""
     data = ConfigDict()
-    # digits, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache of --mode=prepare)
+    # digits, moving_mnist, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache of
+    # --mode=prepare)
     data.source = "latents"
+    # Arguments of that source: num_digits, digit_size (of 64 pixels) and num_clips of moving_mnist
+    data.source_options = ConfigDict()
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
     # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
     data.staging = ""
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
-    # image_pixels, image_lapped, image_latents, or audio_mel: recordings (npz or folder)
+    # image_pixels, image_lapped, image_latents, video_pixels (clips), or audio_mel: recordings (npz
+    # or folder)
     data.modality = "image_latents"
     # Arguments of that modality: cutoff and colour_cutoff of image_lapped, the highest frequencies
-    # that tokens keep, as shares of the highest that there are; audio_mel has rate, n_fft, hop,
-    # mels, frames, patch_mels, patch_frames, floor, mean and deviation (core/modalities/audio.py)
+    # that tokens keep, as shares of the highest that there are; num_frames and patch_frames (in a
+    # token) of video_pixels; audio_mel has rate, n_fft, hop, mels, frames, patch_mels,
+    # patch_frames, floor, mean and deviation (core/modalities/audio.py)
     data.options = ConfigDict()
     # npz: the arrays of labels, one name, or two with commas for model.condition "class_pair"; of
     # wav files, what the parts of their names are: "digit,speaker" for 7_jackson_32.wav. "": the
@@ -204,10 +209,11 @@ def _evaluation() -> ConfigDict:
     """How samples are judged."""
     evaluation = ConfigDict()
     # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
-    # pixels); spoken_digits (a speech recogniser; pip install djepa_jax[evaluation]); or a network
-    # whose features of pictures or spectrograms are compared: classifier (learns the data's own
-    # classes), efficientnet_lite0 (of ImageNet; the same extra), inception (FID), dinov2. Several
-    # are joined by +. auto: classifier for pictures of two classes or more, else none
+    # pixels); spoken_digits (a speech recogniser; pip install djepa_jax[evaluation]); moving_digits
+    # (of clips: the digit, and how it moves); or a network whose features of pictures or
+    # spectrograms are compared: classifier (learns the data's own classes), efficientnet_lite0 (of
+    # ImageNet; the same extra), inception (FID), dinov2. Several are joined by +. auto: classifier
+    # for pictures of two classes or more, else none
     evaluation.kind = "none"
     # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
     # how samples are drawn (config/presets.py); keys beside it on the command line win

@@ -104,7 +104,7 @@ def write_ilsvrc(root: pathlib.Path, images: dict[str, dict[str, bytes]]) -> str
 def settings(source: str, path="", num_classes: int = 2, **others) -> types.SimpleNamespace:
     """What `config.data` is for a source."""
     defaults = {"class_names": "", "unconditional": False, "random_flip": False}
-    defaults |= {"staging": "", "max_broken": 100, "labels": ""}
+    defaults |= {"staging": "", "max_broken": 100, "labels": "", "source_options": {}}
     values = {"source": source, "path": str(path), "num_classes": num_classes}
     return types.SimpleNamespace(**defaults | values | others)
 

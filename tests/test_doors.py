@@ -1,4 +1,4 @@
-"""Five doors: each example of docs/extending.md, a file outside the package, trains and samples."""
+"""Six doors: each example of docs/extending.md, a file outside the package, trains and samples."""
 
 import dataclasses
 import json
@@ -13,12 +13,13 @@ from djepa_jax.core.losses import TOKEN_LOSSES
 from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.core.models.conditioning import CONDITIONERS
 from djepa_jax.core.schedules import ORDERS
+from djepa_jax.data.sources import SOURCES
 from djepa_jax.evaluation.metrics import METRICS
 from djepa_jax.main import main
 from djepa_jax.training import compile_step
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text("utf-8")
-TABLES = (TOKEN_LOSSES, MODALITIES, CONDITIONERS, ORDERS, METRICS)
+TABLES = (TOKEN_LOSSES, MODALITIES, SOURCES, CONDITIONERS, ORDERS, METRICS)
 EXAMPLES = {
     title.strip(): re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -46,7 +47,7 @@ def test_an_example_trains_and_samples_through_its_table_alone(
     title, tmp_path, monkeypatch, capsys
 ):
     assert len(EXAMPLES) == len(TABLES)
-    if title in ("An order", "A metric"):  # nothing that the training step sees
+    if title in ("A source", "An order", "A metric"):  # nothing that the training step sees
         monkeypatch.setattr(compile_step, "make_train_step", lambda config: count)
     sizes = [len(table) for table in TABLES]
     file, workdir = tmp_path / "example.py", tmp_path / "run"
@@ -56,7 +57,7 @@ def test_an_example_trains_and_samples_through_its_table_alone(
     status = main(["djepa", f"--config={file}", f"--workdir={workdir}", *flags])
     assert status == 0, capsys.readouterr().err
     grown = [len(table) - size for table, size in zip(TABLES, sizes, strict=True)]
-    assert sorted(grown) == [0, 0, 0, 0, 1]
+    assert sorted(grown) == [0, 0, 0, 0, 0, 1]
     with np.load(workdir / "samples" / "step_00000002.npz", allow_pickle=False) as samples:
         assert samples["arr_0"].shape == (10, 8, 8, 1) and samples["arr_0"].std() > 0
     if "metric" in title:

@@ -136,6 +136,7 @@ class DataSettings(Settings):
     """What is learned from."""
 
     source: str
+    source_options: Options
     path: str
     staging: str
     device_resident: bool

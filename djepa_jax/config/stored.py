@@ -49,8 +49,8 @@ ADDED = {
 }
 # The same for configurations of any format.
 LATER = {
+    "data": {"source_options": {}, "labels": ""},
     "loss": {"mask_modes": "random"},
-    "data": {"labels": ""},
     "model": {"attention": "auto"},
     "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}
     | {"final_denoise_steps": 0, "mix": ""},

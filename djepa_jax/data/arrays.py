@@ -37,31 +37,36 @@ def load_digits() -> ArraySource:
 
 
 def load_npz(path: str, where: str, names: Sequence[str] = ("labels",)) -> ArraySource:
-    """Arrays `images` (or `latents`) of an npz file, and one or two of labels, by their names.
+    """Arrays `images` (or `latents`, or `clips` with all axes) of an npz file, and one or two of
+    labels, by their names.
 
-    A channel axis may be absent. What is found as second labels is counted from 0.
+    A channel axis of images and latents may be absent. What is found as second labels is counted
+    from 0.
     """
-    told = " and ".join(f'"{name}"' for name in names)
+    told, kinds = " and ".join(f'"{name}"' for name in names), ("latents", "clips", "images")
     try:
         with np.load(path, allow_pickle=False) as file:
-            images = file["latents" if "latents" in file else "images"]
+            kind = next((kind for kind in kinds if kind in file), "images")
+            images = file[kind]
             labels, *further = (file[name] for name in names)
     except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
         raise DataError(
-            f'{where} is no npz file with arrays "images" (or "latents") and {told}: {error}'
+            f'{where} is no npz file with arrays "images" (or "latents", or "clips") and {told}: '
+            f"{error}"
         ) from error
-    fitting = images.ndim in (3, 4) and labels.ndim == 1 and labels.dtype.kind in "iu"
+    fitting = images.ndim in ((5,) if kind == "clips" else (3, 4))
+    fitting = fitting and labels.ndim == 1 and labels.dtype.kind in "iu"
     fitting = fitting and all(each.shape == labels.shape for each in further)
     if not fitting or len(images) != len(labels) or not len(images):
         raise DataError(
             f"{where} holds {images.dtype} images of shape {images.shape} and {labels.dtype} "
-            f"labels of shape {labels.shape}; it needs images [n, H, W, C] and one whole number "
-            "per image as labels [n]."
+            f"labels of shape {labels.shape}; it needs images [n, H, W, C], or clips "
+            "[n, T, H, W, C], and one whole number for each as labels [n]."
         )
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise DataError(f"{where} holds values that are not finite; remove those examples.")
     further = [np.unique(each, return_inverse=True)[1] for each in further]
-    return ArraySource(images if images.ndim == 4 else images[..., None], labels, *further)
+    return ArraySource(images[..., None] if images.ndim == 3 else images, labels, *further)
 
 
 class Synthetic(Source):

@@ -5,7 +5,7 @@ import io
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from djepa_jax.runtime.errors import UserError
@@ -45,6 +45,21 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     except BrokenImage:
         raise
     except Exception as error:  # damaged files make Pillow fail in ways that nobody has listed
+        raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def decode_frames(data: bytes, max_pixels: int) -> list[Image.Image]:
+    """The frames of an animation (GIF, WebP, PNG) as RGB; of a picture that does not move, one."""
+    try:
+        image = open_image(io.BytesIO(data))
+        count = getattr(image, "n_frames", 1)
+        if image.width * image.height * count > max_pixels:
+            size = f"{count} frames of {image.width} x {image.height} pixels"
+            raise BrokenImage(f"it has {size}, the limit is {max_pixels} in all")
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    except BrokenImage:
+        raise
+    except Exception as error:  # as above
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
 
 

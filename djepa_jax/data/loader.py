@@ -30,10 +30,11 @@ def example_stream(source: Source, seed: int, random_flip: bool = False) -> grai
 
 
 def _flip(item: dict, rng: np.random.Generator) -> dict:
-    """Mirror every second image; latents come with those of the mirror image."""
+    """Mirror every second image or clip; latents come with those of the mirror image."""
     if rng.random() >= 0.5:
         return item
-    return {**item, "example": item["mirror"] if "mirror" in item else item["example"][:, ::-1]}
+    mirror = item["mirror"] if "mirror" in item else item["example"][..., ::-1, :]
+    return {**item, "example": mirror}
 
 
 def row_batches(

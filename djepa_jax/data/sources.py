@@ -1,9 +1,13 @@
 """Data sources by name, and opening one, checked against the configuration."""
 
+import inspect
+from collections.abc import Callable
+
 import numpy as np
 
 from djepa_jax.checkpoints.autoencoder import weights_sha256
 from djepa_jax.config.class_names import resolve
+from djepa_jax.config.convert import check_options
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.conditioning import Classes, Nothing, Sum
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
@@ -16,6 +20,7 @@ from djepa_jax.data.latent_cache import (
     local_cache,
     read_metadata,
 )
+from djepa_jax.data.moving_mnist import MovingMNIST
 from djepa_jax.data.records import (
     ANY_CLASS,
     DataError,
@@ -31,8 +36,14 @@ from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import PathError, as_path, check_local, is_remote
 
 IMAGE_FILES = {"folder": open_folder, "tar": open_tars, "ilsvrc": open_ilsvrc, "tfds": open_tfds}
-WITHOUT_PATH = ("digits", "synthetic")
-SOURCES = (*WITHOUT_PATH, "npz", "latents", *IMAGE_FILES)
+FROM_FILES = ("npz", "latents", *IMAGE_FILES)
+# Sources that need no path; `data.source_options` are their keyword arguments:
+# (path, "" if there is none; modality; number of classes, 0 if the data say it) -> source
+SOURCES: dict[str, Callable[..., Source]] = {
+    "digits": lambda path, modality, num_classes: load_digits(),
+    "synthetic": lambda path, modality, num_classes: Synthetic(modality, num_classes),
+    "moving_mnist": MovingMNIST,
+}
 
 
 def open_source(group: str, settings, data, modality, any_class: bool = False) -> Source:
@@ -43,8 +54,10 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
     """
     name, path = settings.source, settings.path
     where = f'{group}.path "{path}"' if path else f'{group}.source "{name}"'
-    if name not in SOURCES:
-        raise DataError(f'{group}.source is "{name}"; it must be one of {", ".join(SOURCES)}.')
+    if name not in (known := (*SOURCES, *FROM_FILES)):
+        raise DataError(f'{group}.source is "{name}"; it must be one of {", ".join(known)}.')
+    options = data.source_options if group == "data" else {}
+    check_options("data.source_options", options, _options_of(name), f'the source "{name}"')
     if not names_data(settings):
         raise DataError(
             f'{group}.path is empty, and {group}.source is "{name}"; name its data with '
@@ -71,7 +84,8 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
     elif name == "latents":
         source = LatentCache(local_cache(path, data.staging))
     else:
-        source = load_digits() if name == "digits" else Synthetic(modality, num_classes)
+        path = path and local_copy(path, data.staging, f"{group}.path")
+        source = SOURCES[name](path, modality, num_classes, **options)
     limit = num_classes or len(resolve(data.class_names, 0)) or ANY_CLASS
     check_labels(source.labels, limit, f"{where} holds examples")
     if is_sound or name not in IMAGE_FILES:
@@ -81,7 +95,13 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
 
 def names_data(settings) -> bool:
     """Whether `config.data` or `config.prepare` say where data lie, or take some that lie here."""
-    return bool(settings.path) or settings.source in WITHOUT_PATH
+    return bool(settings.path) or settings.source in SOURCES
+
+
+def _options_of(name: str) -> set[str]:
+    """The keyword arguments that a source has."""
+    parameters = inspect.signature(SOURCES[name]).parameters.values() if name in SOURCES else ()
+    return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
 def _open_images(name: str, path: str, where: str, data, num_classes: int, modality) -> ImageSource:

@@ -1,11 +1,11 @@
 """Editing: tokens that stay are given to the sampler, and the others are drawn anew.
 
-1. The mask says which places of a picture are to be made anew; tokens that show any of them are
-   hidden, but for a share (`keep`) that stays, drawn at random.
+1. The mask says which places of a picture or clip are to be made anew; tokens that show any of them
+   are hidden, but for a share (`keep`) that stays, drawn at random.
 2. The sampler begins with the tokens that are not hidden (`core.sampler.Known`).
 3. Places outside the mask are put back as they were, to the bit.
 
-Shape letters: n pictures, H, W, C as usual, N tokens.
+Shape letters: n pictures or clips, T frames of clips, H, W, C as usual, N tokens.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import command_line
 from djepa_jax.core import sharding
 from djepa_jax.core.sampler import Known
-from djepa_jax.data.images import BrokenImage, center_crop, decode_image
+from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
 from djepa_jax.data.records import MAX_PIXELS
+from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import as_path, check_writable, write_npz
-from djepa_jax.sampling.generator import Generator, count_of
+from djepa_jax.sampling.generator import Generator, count_of, result_of
 from djepa_jax.sampling.grids import (
     MAX_GRID,
     MEMBERS,
@@ -45,24 +46,34 @@ from djepa_jax.sampling.sample_to_npz import (
 
 GREY = 128  # where a grid shows what is hidden
 WORDS = "left, right, top, bottom, centre, all, random:SHARE"
+FRAME_WORDS = "after:K, between, frames:A-B"
+REAL = "real:"
 
 
 class EditError(UserError, ValueError):
     """A picture or a mask that cannot be edited."""
 
 
-def mask_of(word: str, shape: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """Places `[H, W]` to be made anew (True), and the share of their tokens that stays.
+def box_of(modality) -> int:
+    """Frames of a clip that a token holds; 0 for pictures."""
+    return getattr(modality, "patch_frames", 0)
+
+
+def mask_of(word: str, shape: tuple[int, ...], box: int = 0) -> tuple[np.ndarray, float]:
+    """Places `[H, W]` or `[T, H, W]` to be made anew (True), the share of their tokens that stays.
 
     Args:
         word: left, right, top, bottom, centre (halves, and the middle quarter of the area), all, or
-            random:SHARE, which makes that share of all tokens anew.
-        shape: height and width of the picture.
+            random:SHARE, which makes that share of all tokens anew; of clips also after:K (frames
+            from K on), between (all but the first and the last box), or frames:A-B (A to B),
+            counted from 0.
+        shape: of a picture `(H, W)`, or of a clip `(T, H, W)`.
+        box: frames of a clip that a token holds (`box_of`).
 
     Raises:
         EditError: another word.
     """
-    height, width = shape
+    height, width = shape[-2:]
     rows, columns = np.mgrid[:height, :width]
     words = {
         "left": columns < width / 2,
@@ -71,9 +82,14 @@ def mask_of(word: str, shape: tuple[int, int]) -> tuple[np.ndarray, float]:
         "bottom": rows >= height / 2,
         "centre": (abs(2 * rows + 1 - height) < height / 2)
         & (abs(2 * columns + 1 - width) < width / 2),
-        "all": np.ones(shape, bool),
+        "all": np.ones((height, width), bool),
     }
     name, _, number = word.partition(":")
+    if box and name in ("after", "between", "frames"):
+        frames = np.arange(shape[0])
+        first, last = _frames(word, shape[0], box)
+        anew = (frames >= first) & (frames <= last)
+        return np.broadcast_to(anew[:, None, None], shape), 0.0
     if name == "random" and number:
         try:
             share = float(number)
@@ -81,10 +97,32 @@ def mask_of(word: str, shape: tuple[int, int]) -> tuple[np.ndarray, float]:
             share = np.nan
         if not 0 <= share <= 1:
             raise EditError(f'--mask "{word}": the share must be a number from 0 to 1.')
-        return words["all"], 1 - share
+        return np.broadcast_to(words["all"], shape), 1 - share
     if word not in words:
-        raise EditError(f'--mask "{word}" is neither a picture that is there nor one of {WORDS}.')
-    return words[word], 0.0
+        known = f"{WORDS}, {FRAME_WORDS}" if box else WORDS
+        raise EditError(f'--mask "{word}" is neither a picture that is there nor one of {known}.')
+    return np.broadcast_to(words[word], shape), 0.0
+
+
+def _frames(word: str, count: int, box: int) -> tuple[int, int]:
+    """The first and the last frame that a word means; EditError unless they are of whole boxes."""
+    name, _, numbers = word.partition(":")
+    try:
+        if word == "between":
+            first, last = box, count - box - 1
+        elif name == "after":
+            first, last = int(numbers), count - 1
+        else:
+            first, last = map(int, numbers.split("-"))
+    except ValueError:
+        first = last = -1
+    if not 0 <= first <= last < count or first % box or (last + 1) % box:
+        raise EditError(
+            f'--mask "{word}": write {FRAME_WORDS} with frames from 0 to {count - 1}; tokens hold '
+            f"{box} frames, so make whole ones anew, such as after:{box} or "
+            f"frames:{box}-{2 * box - 1}."
+        )
+    return first, last
 
 
 def read_mask(path: str, size: tuple[int, int], side: int) -> np.ndarray:
@@ -104,16 +142,53 @@ def read_mask(path: str, size: tuple[int, int], side: int) -> np.ndarray:
     return center_crop(image, side, 1)[..., 0] > 127
 
 
-def _read_image(path: str, flag: str) -> Image.Image:
+def _read_image(path: str, flag: str, decode=decode_image) -> Image.Image | list[Image.Image]:
     try:
-        return decode_image(as_path(path).read_bytes(), MAX_PIXELS)
+        return decode(as_path(path).read_bytes(), MAX_PIXELS)
     except (OSError, BrokenImage) as error:
         reason = getattr(error, "strerror", None) or error
         raise EditError(f'{flag} "{path}" cannot be read: {reason}.') from error
 
 
+def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[int, int]]:
+    """What is to be edited, uint8 `[H, W, C]` or `[T, H, W, C]`, and its width and height as given.
+
+    Args:
+        source: a picture or an animation, cut and resized as training pictures are, of which the
+            first T frames are taken; or real:INDEX, that example of `config.data`.
+        experiment: the configuration.
+
+    Raises:
+        EditError: it cannot be read, or there are too few frames or examples.
+    """
+    *frames, side, _, channels = experiment.picture_shape
+    if source.startswith(REAL):
+        given = _real_example(source, experiment)
+        return given, given.shape[-2:-4:-1]
+    if not frames:
+        picture = _read_image(source, "--source")
+        return center_crop(picture, side, channels), picture.size
+    pictures = _read_image(source, "--source", decode_frames)
+    if len(pictures) < frames[0]:
+        raise EditError(
+            f'--source "{source}" has {len(pictures)} frames, and clips of this model {frames[0]}; '
+            "name a longer animation (GIF or WebP)."
+        )
+    clip = [center_crop(picture, side, channels) for picture in pictures[: frames[0]]]
+    return np.stack(clip), pictures[0].size
+
+
+def _real_example(source: str, experiment: Experiment) -> np.ndarray:
+    if experiment.modality.needs_decoder:
+        raise EditError(f'--source "{source}": these data are latents; name a picture.')
+    data, number = open_data(experiment), source.removeprefix(REAL)
+    if not (number.isascii() and number.isdigit() and int(number) < len(data)):
+        raise EditError(f'--source "{source}": the data have examples from 0 to {len(data) - 1}.')
+    return data[int(number)]["example"]
+
+
 def hidden_tokens(modality, mask: np.ndarray, keep: float, seed: int) -> np.ndarray:
-    """Which tokens `[n, N]` are drawn anew, given places `[n, H, W]`: of each row the same number.
+    """Which tokens `[n, N]` are drawn anew, given places `[n, ...]`: of each row the same number.
 
     Which of them stay depends on the seed and the number of the row alone.
 
@@ -147,21 +222,21 @@ def edit(
     keep: float = 0.0,
     autoencoder: Autoencoder | None = None,
 ) -> np.ndarray:
-    """Pictures with the places of a mask made anew; picture i depends on (seed, i) alone.
+    """Pictures or clips with the places of a mask made anew; each depends on (seed, i) alone.
 
     Args:
         experiment: the model's configuration.
         make_generator: of tokens that are given.
         params: the model's parameters, on the mesh.
-        examples: uint8 `[n, H, W, C]`.
-        mask: bool `[H, W]` or `[n, H, W]`, True where anew.
+        examples: uint8 `[n, H, W, C]` or `[n, T, H, W, C]`.
+        mask: bool, `[H, W]`, `[T, H, W]` or `[n, ...]`, True where anew.
         conditions: raw, one for each picture.
         seed: of everything random.
         keep: share of the hidden tokens that stays.
         autoencoder: for models of latents.
 
     Returns:
-        uint8 `[n, H, W, C]`; equal to `examples` outside the mask.
+        uint8, of the shape of `examples` and equal to them outside the mask.
     """
     modality = experiment.modality
     mask = np.broadcast_to(np.asarray(mask, bool), examples.shape[:-1])
@@ -171,8 +246,8 @@ def edit(
     inputs = examples if autoencoder is None else autoencoder.encode(examples)[:, 0]
     tokens = np.asarray(jax.jit(modality.tokenize)(inputs))  # [n, N, C]
     generator = make_generator(Known(tokens, ~hidden))
-    images = generator.images(params, conditions, seed)["images"]
-    return np.where(mask[..., None], images, examples)
+    drawn = result_of(modality, generator.images(params, conditions, seed))
+    return np.where(mask[..., None], drawn, examples)
 
 
 def run_edit(
@@ -184,12 +259,12 @@ def run_edit(
     keep: float = 0.0,
     overwrite: bool = False,
 ) -> list[epath.Path]:
-    """Edit a picture with the latest checkpoint, once per label that is asked for; paths written.
+    """Edit a picture or clip with the latest checkpoint, once per label asked for; paths written.
 
     Args:
         experiment: the configuration; `sample.labels` and `sample.count` say what is drawn.
         workdir: of the checkpoint.
-        source: the picture, cut and resized as training pictures are.
+        source: what is edited (`read_source`).
         mask: a picture of the same size, white where it is to change, or a word (`mask_of`).
         out: the png or npz file to write, or a folder (it ends in "/") for a file per result.
         keep: share of the tokens under the mask that stays.
@@ -200,14 +275,13 @@ def run_edit(
         ConfigError, CheckpointError, PathError: as `run_sample`.
     """
     check_pictures(experiment, out, latents_only=False)
-    picture = _read_image(source, "--source")
     model = latest_model(experiment, workdir)
     experiment = experiment.completed_by(model.config)
-    side, _, channels = experiment.picture_shape
+    given, size = read_source(source, experiment)
     if as_path(mask).exists():
-        places = read_mask(mask, picture.size, side)
+        places = read_mask(mask, size, given.shape[-2])
     else:
-        places, stays = mask_of(mask, (side, side))
+        places, stays = mask_of(mask, given.shape[:-1], box_of(experiment.modality))
         keep = 1 - (1 - stays) * (1 - keep)
     out = out or f"{workdir}/samples/edit.png"
     target = check_target(out, workdir, overwrite)
@@ -217,13 +291,12 @@ def run_edit(
     decoder = Autoencoder(experiment.autoencoder, mesh) if needs_decoder else None
     params = model.restore(placed_params(experiment, mesh))
     conditions, seed = experiment.sample_conditions, experiment.sample.seed
-    given = center_crop(picture, side, channels)  # [H, W, C]
     examples = np.repeat(given[None], count_of(conditions), axis=0)
 
     def make_generator(known: Known) -> Generator:
         return Generator(experiment, mesh, decoder, progress=True, known=known)
 
-    images = edit(
+    results = edit(
         experiment, make_generator, params, examples, places, conditions, seed, keep, decoder
     )
     settings = {
@@ -232,21 +305,24 @@ def run_edit(
         "sample": dataclasses.asdict(experiment.sample),
         "edit": {"source": source, "mask": mask, "keep": keep},
     }
-    return _write(target, out, experiment, given, places, images, conditions, settings)
+    return _write(target, out, experiment, given, places, results, conditions, settings)
 
 
-def _write(target: epath.Path, out: str, experiment, given, places, images, conditions, settings):
+def _write(target: epath.Path, out: str, experiment, given, places, results, conditions, settings):
     """Write an npz file and a grid, with a file of each result where `out` is a folder."""
-    png, npz = output_paths(target)
-    write_npz(npz, {MEMBERS["images"]: images} | npz_members(conditions, settings))
+    (png, npz), is_clip = output_paths(target), given.ndim == 4
+    member = "clips" if is_clip else MEMBERS["images"]
+    write_npz(npz, {member: results} | npz_members(conditions, settings))
     hidden = np.where(places[..., None], np.uint8(GREY), given)
     titles = experiment.titles(conditions)
-    shown = np.concatenate([given[None], hidden[None], images])[:MAX_GRID]
-    grid = label_grid(shown, ["given", "hidden", *titles][: len(shown)])
+    shown = np.concatenate([given[None], hidden[None], results])[:MAX_GRID]
+    name = "clips" if is_clip else "images"
+    pictures = experiment.modality.preview({name: shown})
+    grid = label_grid(pictures, ["given", "hidden", *titles][: len(shown)])
     save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
     if not out.endswith("/"):
         return [png, npz]
     for number, title in enumerate(titles):
         stem = target.parent / numbered(number, title)
-        experiment.modality.save({"images": images}, number, stem)
+        experiment.modality.save({name: results}, number, stem)
     return [png, npz, target.parent]

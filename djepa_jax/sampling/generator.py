@@ -12,6 +12,7 @@ import numpy as np
 from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
+from djepa_jax.core.modalities import Modality
 from djepa_jax.core.sampler import (
     Known,
     SampleInputs,
@@ -214,6 +215,12 @@ class Generator:
                     states[index], raster = step(params, states[index], inputs, number)
                     tokens.append(np.asarray(raster))
                 yield np.concatenate(tokens)[:total]
+
+
+def result_of(modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    """What people want of exported arrays: clips, sounds, or previews, `[n, ...]`."""
+    found = [arrays[name] for name in ("clips", "sound") if name in arrays]
+    return found[0] if found else modality.preview(arrays)
 
 
 def count_of(arrays) -> int:

@@ -18,8 +18,8 @@ from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
-from djepa_jax.sampling.edit import edit, mask_of
-from djepa_jax.sampling.generator import Generator, count_of
+from djepa_jax.sampling.edit import box_of, edit, mask_of
+from djepa_jax.sampling.generator import Generator, count_of, result_of
 
 Label = int | str | None
 # Settings of sampling that belong to a call and not to a model.
@@ -86,7 +86,7 @@ class Model:
     def sample(
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
     ) -> np.ndarray:
-        """Draw one picture, or sound, per label.
+        """Draw one picture, clip or sound per label.
 
         Picture i depends on the weights, the settings, its label, `seed` and i alone, not on how
         many are drawn.
@@ -102,8 +102,8 @@ class Model:
                 how many there are: `[None] * 4`.
 
         Returns:
-            uint8 images `[n, H, W, C]`, or sounds: float32 waves `[n, S]` in [-1, 1], as many
-            samples a second as `model.config.modality.rate` says.
+            uint8 images `[n, H, W, C]`, clips `[n, T, H, W, C]`, or sounds: float32 waves `[n, S]`
+            in [-1, 1], as many samples a second as `model.config.modality.rate` says.
 
         Raises:
             ValueError: an unknown label or setting, or a value that cannot work.
@@ -111,7 +111,7 @@ class Model:
         """
         self._check_pictures()
         arrays = self.sample_arrays(labels, seed, conditions, **settings)
-        return arrays["sound"] if "sound" in arrays else self.config.modality.preview(arrays)
+        return result_of(self.config.modality, arrays)
 
     def sample_arrays(
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
@@ -127,14 +127,14 @@ class Model:
         """Yield the pictures of `sample` after every autoregressive step, last the finished ones.
 
         Tokens that are not yet revealed show the middle of the value range (grey). All pictures
-        are drawn at once: uint8 `[n, H, W, C]`.
+        are drawn at once: uint8 arrays as of `sample`.
         """
         self._check_pictures()
         wanted = self._conditions(labels, conditions, settings.get("mix"))
         generator = self._generator(count_of(wanted), seed, settings)
         steps = generator.stream(self.params, wanted, generator.experiment.sample.seed)
-        preview = self.config.modality.preview
-        return (preview(generator.export(tokens)) for tokens in steps)  # errors come at once
+        modality = self.config.modality  # errors come at once
+        return (result_of(modality, generator.export(tokens)) for tokens in steps)
 
     def edit(
         self,
@@ -146,12 +146,13 @@ class Model:
         conditions=None,
         **settings,
     ) -> np.ndarray:
-        """Make places of a picture anew: inpainting, outpainting, variations.
+        """Make places of a picture or clip anew: inpainting, outpainting, continuing, variations.
 
         Args:
-            example: uint8 `[H, W, C]`, or several, `[n, H, W, C]`, one for each label.
-            mask: bool `[H, W]` or `[n, H, W]`, True where anew; or left, right, top, bottom,
-                centre, all, random:SHARE.
+            example: uint8 `[H, W, C]` or `[T, H, W, C]`, or one for each label, `[n, ...]`.
+            mask: bool `[H, W]` (of all frames), `[T, H, W]`, or `[n, ...]`, True where anew; or
+                left, right, top, bottom, centre, all, random:SHARE, and of clips after:K (frames
+                from K on), between (all but the ends), frames:A-B.
             labels: as for `sample`; one result for each.
             keep: share of the tokens under the mask that stays, drawn at random.
             seed: of everything random.
@@ -159,7 +160,7 @@ class Model:
             **settings: as for `sample`.
 
         Returns:
-            uint8 `[n, H, W, C]`, equal to the example outside the mask.
+            uint8 `[n, ...]`, equal to the example outside the mask.
 
         Raises:
             ValueError: an example or a mask of another shape, an unknown label or setting.
@@ -176,10 +177,10 @@ class Model:
                 f"{(count, *shape)}, one for each label."
             )
         if isinstance(mask, str):
-            mask, stays = mask_of(mask, shape[:2])
+            mask, stays = mask_of(mask, shape[:-1], box_of(self.config.modality))
             keep = 1 - (1 - stays) * (1 - keep)
-        if np.shape(mask) not in (shape[:2], (count, *shape[:2])):
-            raise ValueError(f"the mask has the shape {np.shape(mask)}; expected {shape[:2]}.")
+        if np.shape(mask) not in (shape[-3:-1], shape[:-1], (count, *shape[:-1])):
+            raise ValueError(f"the mask has the shape {np.shape(mask)}; expected {shape[:-1]}.")
         return edit(
             self.config,
             lambda known: self._generator(count, seed, settings, known),

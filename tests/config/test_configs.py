@@ -131,7 +131,7 @@ def test_own_pictures_of_any_size_train_and_sample(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.png")
     command = ["djepa", "--config=own_pictures", f"--workdir={tmp_path}/run"]
     command += [f"--config.data.path={tmp_path}/pictures", "--config.data.num_classes=2"]
-    command += [*TINY, "--config.sample_every=2"]
+    command += [*TINY, "--config.evaluation.kind=auto", "--config.sample_every=2"]
     assert main(command) == 0
     samples = tmp_path / "run" / "samples"
     assert {"real.png", "step_00000002.npz"} <= {path.name for path in samples.iterdir()}

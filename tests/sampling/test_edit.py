@@ -9,6 +9,7 @@ from tiny import CONFIG, TINY, tiny_config
 
 import djepa_jax
 from djepa_jax.core.modalities.image import ImagePixels
+from djepa_jax.data.arrays import load_digits
 from djepa_jax.main import main
 from djepa_jax.sampling.edit import hidden_tokens, mask_of
 
@@ -165,3 +166,16 @@ def test_bad_files_are_one_line(mask, said, workdir, tmp_path, capsys):
     assert said in capsys.readouterr().err
     assert edit(workdir, f"--source={tmp_path / 'none.png'}", "--mask=left") == 2
     assert "none.png" in capsys.readouterr().err
+
+
+def test_an_example_of_the_data_is_edited_by_its_number(workdir, tmp_path, capsys):
+    out = tmp_path / "out.npz"
+    asked = ("--mask=left", f"--out={out}", "--config.sample.count=1")
+    assert edit(workdir, "--source=real:5", *asked) == 0
+    with np.load(out) as arrays:
+        edited = arrays["arr_0"][0]
+    np.testing.assert_array_equal(edited[:, 4:], load_digits().images[5][:, 4:])
+    for number in ("1797", "-1", "x", ""):
+        capsys.readouterr()
+        assert edit(workdir, f"--source=real:{number}", *asked) == 2
+        assert "from 0 to 1796" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """Metrics by name, as `config.evaluation.kind` gives it."""
 
 from djepa_jax.evaluation.metrics.base import Metric
+from djepa_jax.evaluation.metrics.moving_digits import MovingDigits
 from djepa_jax.evaluation.metrics.small_images import SmallImages
 from djepa_jax.evaluation.metrics.spoken_digits import SpokenDigits
 
 METRICS: dict[str, type[Metric]] = {
     "small_images": SmallImages,
     "spoken_digits": SpokenDigits,
+    "moving_digits": MovingDigits,
 }
 
 __all__ = ["METRICS", "Metric"]
