@@ -39,7 +39,7 @@ def sample(values: flags.FlagValues, experiment: Experiment) -> None:
 
 def edit(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make places of a picture or clip anew, or variations of it, with the latest checkpoint."""
-    from djepa_jax.sampling.edit import run_edit
+    from djepa_jax.sampling.edit_files import run_edit
 
     what = values.source, values.mask, values.out, values.keep, values.overwrite
     for path in run_edit(experiment, values.workdir, *what):

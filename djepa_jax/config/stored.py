@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from djepa_jax.config import files
 from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.djepa import SIZES
@@ -57,6 +56,16 @@ LATER = {
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"}
     | {"trend_count": 1000},
 }
+SEARCH = {
+    "cfg_scale": (1.0, 1.5, 2.0, 3.0, 4.0),
+    "temperature": (0.94, 0.97, 1.0),
+    "num_ar_steps": (),
+    "num_denoise_steps": (),
+    "sampler": (),
+    "count": 1000,
+    "fine_count": 5000,
+    "fine_cells": 5,
+}
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`
 # What fixes the meaning of parameters: it must agree between a config and a checkpoint.
 MODEL_KEYS = {
@@ -86,7 +95,7 @@ def upgrade(values: Mapping) -> dict:
     for group, keys in LATER.items():
         if isinstance(values.get(group), dict):
             values[group] = keys | values[group]
-    values.setdefault("search", files.builtin("default").get_config().search.to_dict())
+    values.setdefault("search", dict(SEARCH))
     number = values.pop("format", 1)
     if number in (2, FORMAT):
         return values

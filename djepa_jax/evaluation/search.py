@@ -102,7 +102,10 @@ class Search:
             record, self.moved = json.loads(path.read_text()), {}
             differing = changes(flatten(record["of"]), flatten(self.of))
             self.cells, self.caveats = record["cells"], record["caveats"]
-            with (self._folder / MOVED_NAME).open("rb") as file, np.load(file) as arrays:
+            with (
+                (self._folder / MOVED_NAME).open("rb") as file,
+                np.load(file, allow_pickle=False) as arrays,
+            ):
                 figures = dict.fromkeys(key.partition("/")[2] for key in arrays)
                 for cell in self.cells:
                     name = name_of(cell["settings"], cell["count"])

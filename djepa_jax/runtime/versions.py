@@ -2,7 +2,6 @@
 
 import pathlib
 import platform
-import subprocess
 
 import flax
 import jax
@@ -18,12 +17,11 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout that runs, "-dirty" if files differ from it; empty where it is not known."""
-    words = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=12", "--dirty"]
-    if not (CHECKOUT / ".git").exists():  # installed, perhaps below another project's checkout
-        return ""
+    """Of the checkout that runs; empty where it is not known. Files may differ from it."""
+    git = CHECKOUT / ".git"
     try:
-        ended = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        head = (git / "HEAD").read_text().strip()
+        name = head.removeprefix("ref: ")
+        return ((git / name).read_text().strip() if name != head else head)[:12]
+    except OSError:  # installed, or a worktree
         return ""
-    return ended.stdout.strip()

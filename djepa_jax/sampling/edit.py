@@ -8,46 +8,19 @@
 Shape letters: n pictures or clips, T frames of clips, H, W, C as usual, N tokens.
 """
 
-import dataclasses
-import json
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from etils import epath
-from PIL import Image
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder
-from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.flags import command_line
-from djepa_jax.core import sharding
 from djepa_jax.core.sampler import Known
-from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
-from djepa_jax.data.records import MAX_PIXELS
-from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.errors import UserError
-from djepa_jax.runtime.storage import as_path, check_writable, write_npz
-from djepa_jax.sampling.generator import Generator, count_of, result_of
-from djepa_jax.sampling.grids import (
-    MAX_GRID,
-    MEMBERS,
-    label_grid,
-    npz_members,
-    output_paths,
-    save_png,
-)
-from djepa_jax.sampling.sample_to_npz import (
-    check_pictures,
-    check_target,
-    describe_network,
-    numbered,
-)
+from djepa_jax.sampling.generator import Generator, result_of
 
-GREY = 128  # where a grid shows what is hidden
 WORDS = "left, right, top, bottom, centre, all, random:SHARE"
 FRAME_WORDS = "after:K, between, frames:A-B"
-REAL = "real:"
 
 
 class EditError(UserError, ValueError):
@@ -125,68 +98,6 @@ def _frames(word: str, count: int, box: int) -> tuple[int, int]:
     return first, last
 
 
-def read_mask(path: str, size: tuple[int, int], side: int) -> np.ndarray:
-    """Places `[side, side]` that are lighter than half in a picture of `size` (width, height).
-
-    It is cut as the picture that it is the mask of.
-
-    Raises:
-        EditError: it is not of that size.
-    """
-    image = _read_image(path, "--mask")
-    if image.size != size:
-        raise EditError(
-            f'--mask "{path}" has {image.width} x {image.height} pixels, and --source '
-            f"{size[0]} x {size[1]}; make them of the same size, white where it is to change."
-        )
-    return center_crop(image, side, 1)[..., 0] > 127
-
-
-def _read_image(path: str, flag: str, decode=decode_image) -> Image.Image | list[Image.Image]:
-    try:
-        return decode(as_path(path).read_bytes(), MAX_PIXELS)
-    except (OSError, BrokenImage) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise EditError(f'{flag} "{path}" cannot be read: {reason}.') from error
-
-
-def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[int, int]]:
-    """What is to be edited, uint8 `[H, W, C]` or `[T, H, W, C]`, and its width and height as given.
-
-    Args:
-        source: a picture or an animation, cut and resized as training pictures are, of which the
-            first T frames are taken; or real:INDEX, that example of `config.data`.
-        experiment: the configuration.
-
-    Raises:
-        EditError: it cannot be read, or there are too few frames or examples.
-    """
-    *frames, side, _, channels = experiment.picture_shape
-    if source.startswith(REAL):
-        given = _real_example(source, experiment)
-        return given, given.shape[-2:-4:-1]
-    if not frames:
-        picture = _read_image(source, "--source")
-        return center_crop(picture, side, channels), picture.size
-    pictures = _read_image(source, "--source", decode_frames)
-    if len(pictures) < frames[0]:
-        raise EditError(
-            f'--source "{source}" has {len(pictures)} frames, and clips of this model {frames[0]}; '
-            "name a longer animation (GIF or WebP)."
-        )
-    clip = [center_crop(picture, side, channels) for picture in pictures[: frames[0]]]
-    return np.stack(clip), pictures[0].size
-
-
-def _real_example(source: str, experiment: Experiment) -> np.ndarray:
-    if experiment.modality.needs_decoder:
-        raise EditError(f'--source "{source}": these data are latents; name a picture.')
-    data, number = open_data(experiment), source.removeprefix(REAL)
-    if not (number.isascii() and number.isdigit() and int(number) < len(data)):
-        raise EditError(f'--source "{source}": the data have examples from 0 to {len(data) - 1}.')
-    return data[int(number)]["example"]
-
-
 def hidden_tokens(modality, mask: np.ndarray, keep: float, seed: int) -> np.ndarray:
     """Which tokens `[n, N]` are drawn anew, given places `[n, ...]`: of each row the same number.
 
@@ -248,81 +159,3 @@ def edit(
     generator = make_generator(Known(tokens, ~hidden))
     drawn = result_of(modality, generator.images(params, conditions, seed))
     return np.where(mask[..., None], drawn, examples)
-
-
-def run_edit(
-    experiment: Experiment,
-    workdir: str,
-    source: str,
-    mask: str,
-    out: str,
-    keep: float = 0.0,
-    overwrite: bool = False,
-) -> list[epath.Path]:
-    """Edit a picture or clip with the latest checkpoint, once per label asked for; paths written.
-
-    Args:
-        experiment: the configuration; `sample.labels` and `sample.count` say what is drawn.
-        workdir: of the checkpoint.
-        source: what is edited (`read_source`).
-        mask: a picture of the same size, white where it is to change, or a word (`mask_of`).
-        out: the png or npz file to write, or a folder (it ends in "/") for a file per result.
-        keep: share of the tokens under the mask that stays.
-        overwrite: replace files that were not made by sampling, too.
-
-    Raises:
-        EditError: a picture or a mask that cannot be edited.
-        ConfigError, CheckpointError, PathError: as `run_sample`.
-    """
-    check_pictures(experiment, out, latents_only=False)
-    model = latest_model(experiment, workdir)
-    experiment = experiment.completed_by(model.config)
-    given, size = read_source(source, experiment)
-    if as_path(mask).exists():
-        places = read_mask(mask, size, given.shape[-2])
-    else:
-        places, stays = mask_of(mask, given.shape[:-1], box_of(experiment.modality))
-        keep = 1 - (1 - stays) * (1 - keep)
-    out = out or f"{workdir}/samples/edit.png"
-    target = check_target(out, workdir, overwrite)
-    check_writable(target.parent, "--out")
-    mesh = sharding.make_mesh(experiment.mesh)
-    needs_decoder = experiment.modality.needs_decoder
-    decoder = Autoencoder(experiment.autoencoder, mesh) if needs_decoder else None
-    params = model.restore(placed_params(experiment, mesh))
-    conditions, seed = experiment.sample_conditions, experiment.sample.seed
-    examples = np.repeat(given[None], count_of(conditions), axis=0)
-
-    def make_generator(known: Known) -> Generator:
-        return Generator(experiment, mesh, decoder, progress=True, known=known)
-
-    results = edit(
-        experiment, make_generator, params, examples, places, conditions, seed, keep, decoder
-    )
-    settings = {
-        "step": model.step,
-        "model": describe_network(experiment),
-        "sample": dataclasses.asdict(experiment.sample),
-        "edit": {"source": source, "mask": mask, "keep": keep},
-    }
-    return _write(target, out, experiment, given, places, results, conditions, settings)
-
-
-def _write(target: epath.Path, out: str, experiment, given, places, results, conditions, settings):
-    """Write an npz file and a grid, with a file of each result where `out` is a folder."""
-    (png, npz), is_clip = output_paths(target), given.ndim == 4
-    member = "clips" if is_clip else MEMBERS["images"]
-    write_npz(npz, {member: results} | npz_members(conditions, settings))
-    hidden = np.where(places[..., None], np.uint8(GREY), given)
-    titles = experiment.titles(conditions)
-    shown = np.concatenate([given[None], hidden[None], results])[:MAX_GRID]
-    name = "clips" if is_clip else "images"
-    pictures = experiment.modality.preview({name: shown})
-    grid = label_grid(pictures, ["given", "hidden", *titles][: len(shown)])
-    save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
-    if not out.endswith("/"):
-        return [png, npz]
-    for number, title in enumerate(titles):
-        stem = target.parent / numbered(number, title)
-        experiment.modality.save({name: results}, number, stem)
-    return [png, npz, target.parent]

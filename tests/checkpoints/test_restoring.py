@@ -84,7 +84,7 @@ def test_a_workdir_goes_back_to_a_step_of_its_own(workdir, tmp_path):
     assert f"step {STEPS} was moved to {workdir / 'quarantine' / str(STEPS)}" in said
     assert steps_in(workdir) == [str(EVERY)]
     assert digest(workdir / "checkpoints" / str(EVERY)) == good
-    assert in_quarantine(workdir) == [str(STEPS), f"metrics-{STEPS}.jsonl"]
+    assert in_quarantine(workdir) == [str(STEPS), f"metrics-{STEPS}.jsonl", f"starts-{STEPS}.jsonl"]
     assert (workdir / "quarantine" / f"metrics-{STEPS}.jsonl").read_text() == metrics
     assert Checkpoints(workdir).recorded()[0] == EVERY
 
@@ -99,7 +99,7 @@ def test_a_step_of_the_same_number_and_newer_ones_give_way(workdir, other):
         other / "checkpoints" / str(STEPS)
     )
     assert digest(workdir / "quarantine" / str(STEPS)) == different
-    assert in_quarantine(workdir) == [str(STEPS), "70", "metrics-70.jsonl"]
+    assert in_quarantine(workdir) == [str(STEPS), "70", "metrics-70.jsonl", "starts-70.jsonl"]
 
 
 def test_a_good_copy_takes_the_place_of_a_damaged_step(workdir, other):

@@ -212,13 +212,14 @@ DOCS = CONFIGS.parent / "docs"
 
 
 def test_pictures_of_the_documentation_carry_their_command():
-    text = (DOCS / "benchmarks.md").read_text() + (DOCS.parent / "README.md").read_text()
+    pages = DOCS / "benchmarks.md", DOCS / "sampling.md", DOCS.parent / "README.md"
+    text = "".join(page.read_text() for page in pages)
     paths = sorted((DOCS / "images").glob("*.png"))
     assert paths
     for path in paths:
         with Image.open(path) as picture:
             command = picture.info["command"]
-        assert re.search(r"(djepa|-m djepa_jax.main) --config=\w", command)
+        assert re.search(r"(djepa|-m djepa_jax(\.main)?) --config=\w", command)
         assert {*re.findall(r"--\S+", command)} <= {*re.findall(r"--[^\s`]+", text)}, path
 
 
