@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.warmup_steps = 200
     config.optimizer.ema_decay = 0.998
+    config.sample.cfg_scale = 4.0  # the least distance of a search, docs/benchmarks.md
     config.sample.num_ar_steps = 24
     config.sample.batch_size = 100
     config.sample.num_segments = 3
