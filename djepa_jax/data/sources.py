@@ -10,6 +10,7 @@ from djepa_jax.config.class_names import resolve
 from djepa_jax.config.convert import check_options
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.conditioning import Classes, Nothing, Sum
+from djepa_jax.core.models.text import Reader
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
 from djepa_jax.data.ilsvrc import open_ilsvrc
 from djepa_jax.data.image_folder import open_folder
@@ -143,7 +144,20 @@ def open_data(experiment: Experiment) -> Source:
     if data.unconditional:
         return SingleClass(source)
     _check_pairs(source, experiment.network.conditioner, data.labels)
+    if isinstance(conditioner := experiment.network.conditioner, Reader):
+        _check_texts(source[0]["condition"], conditioner, experiment.model.condition)
     return source
+
+
+def _check_texts(found, conditioner: Reader, name: str) -> None:
+    """Raise DataError unless a condition of the data has the shape of those that a model reads."""
+    shape = conditioner.null(1).shape[1:]
+    if np.shape(found) != shape:
+        raise DataError(
+            f'model.condition "{name}" reads arrays of shape {shape}, and the data deliver '
+            f"{np.shape(found)}; name another condition, or a source that delivers them "
+            "(docs/extending.md)."
+        )
 
 
 def _check_pairs(source: Source, conditioner, labels: str) -> None:

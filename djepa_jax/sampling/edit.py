@@ -32,6 +32,16 @@ def box_of(modality) -> int:
     return getattr(modality, "patch_frames", 0)
 
 
+def check_editable(experiment: Experiment) -> None:
+    """Raise EditError for a modality that does not tell which tokens show a place."""
+    modality = experiment.modality
+    if not hasattr(modality, "tokens_at"):
+        raise EditError(
+            f'config.data.modality is "{experiment.data.modality}", which cannot be edited; '
+            "pictures and clips can."
+        )
+
+
 def mask_of(word: str, shape: tuple[int, ...], box: int = 0) -> tuple[np.ndarray, float]:
     """Places `[H, W]` or `[T, H, W]` to be made anew (True), the share of their tokens that stays.
 

@@ -17,7 +17,7 @@ from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decod
 from djepa_jax.data.records import MAX_PIXELS
 from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.storage import as_path, check_writable, write_npz
-from djepa_jax.sampling.edit import EditError, box_of, edit, mask_of
+from djepa_jax.sampling.edit import EditError, box_of, check_editable, edit, mask_of
 from djepa_jax.sampling.generator import Generator, count_of
 from djepa_jax.sampling.grids import (
     MAX_GRID,
@@ -124,6 +124,7 @@ def run_edit(
         EditError: a picture or a mask that cannot be edited.
         ConfigError, CheckpointError, PathError: as `run_sample`.
     """
+    check_editable(experiment)
     check_pictures(experiment, out, latents_only=False)
     model = latest_model(experiment, workdir)
     experiment = experiment.completed_by(model.config)

@@ -18,7 +18,7 @@ from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
-from djepa_jax.sampling.edit import box_of, edit, mask_of
+from djepa_jax.sampling.edit import box_of, check_editable, edit, mask_of
 from djepa_jax.sampling.generator import Generator, count_of, result_of
 
 Label = int | str | None
@@ -166,6 +166,7 @@ class Model:
             ValueError: an example or a mask of another shape, an unknown label or setting.
             TypeError: the model makes latents, and there is no autoencoder.
         """
+        check_editable(self.config)
         self._check_pictures()
         wanted = self._conditions(labels, conditions, settings.get("mix"))
         shape = self.config.picture_shape

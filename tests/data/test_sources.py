@@ -398,3 +398,10 @@ def test_latents_without_mirror_images_are_not_mirrored(tmp_path):
     with pytest.raises(DataError, match="data.random_flip is True.*x.npz.*random_flip=False"):
         opened("npz", tmp_path / "x.npz", 3, modality, random_flip=True)
     assert len(opened("npz", tmp_path / "x.npz", 3, modality)) == 3
+
+
+def test_a_condition_that_the_data_do_not_deliver_is_refused():
+    changes = {"model.condition": "text", "model.condition_options": {"num_prefix_tokens": 2}}
+    experiment = tiny_config("--config.model.num_prefix_tokens=2").updated(changes)
+    with pytest.raises(DataError, match='condition "text"'):
+        open_training_data(experiment)

@@ -75,3 +75,12 @@ def test_pictures_are_no_sound(tmp_path, capsys):
     flags = ["--mode=sample", "--config=digits", f"--workdir={tmp_path}"]
     assert main(["djepa", *flags, "--out=x.wav"]) == 2
     assert "makes no sound" in capsys.readouterr().err
+
+
+def test_editing_sound_is_refused_in_a_line(workdir, capsys):
+    flags = ["--mode=edit", f"--workdir={workdir}", "--source=real:0", "--mask=left"]
+    assert main(["djepa", *flags]) == 2
+    assert "cannot be edited" in capsys.readouterr().err
+    model = djepa_jax.load(workdir)
+    with pytest.raises(ValueError, match="cannot be edited"):
+        model.edit(np.zeros(model.config.modality.example_shape, np.int16), "left")

@@ -40,7 +40,10 @@ class Modality(Protocol):
         """
 
     def tokens_at(self, places: np.ndarray) -> np.ndarray:
-        """Which tokens, bool `[B, N]`, show any of some places of examples, for editing."""
+        """Which tokens, bool `[B, N]`, show any of some places of examples.
+
+        For editing; it may be absent.
+        """
 
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
         """uint8 pictures `[n, H, W, 1 or 3]` of exported arrays, for grids; None if none."""
