@@ -70,7 +70,7 @@ def test_patch_must_divide_the_image():
         MODALITIES["image_pixels"](size=8, channels=1, patch=3)
 
 
-@pytest.mark.parametrize(("size", "patch"), [(64, 8), (32, 16), (12, 2), (8, 8)])
+@pytest.mark.parametrize(("size", "patch"), [(64, 8), (32, 16), (12, 2), (8, 8), (28, 7), (9, 3)])
 def test_lapped_transform_is_orthogonal(size, patch):
     transform = lapped_transform(size, patch)
     np.testing.assert_allclose(transform @ transform.T, np.eye(size), atol=1e-12)

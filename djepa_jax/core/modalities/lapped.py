@@ -39,11 +39,11 @@ class ImageLapped(ImagePixels):
     def __post_init__(self):
         super().__post_init__()
         cutoffs = (self.cutoff, self.colour_cutoff)
-        if self.patch % 2 or self.channels not in (1, 3) or not min(cutoffs) > 0:
+        if self.patch < 2 or self.channels not in (1, 3) or not min(cutoffs) > 0:
             raise ValueError(
                 f"data.patch_size is {self.patch}, data.channels {self.channels}, and the cutoffs "
-                f"in data.options are {cutoffs}; image_lapped takes even patches, 1 or 3 channels, "
-                "and cutoffs above 0."
+                f"in data.options are {cutoffs}; image_lapped takes patches of at least 2, 1 or 3 "
+                "channels, and cutoffs above 0."
             )
 
     @property
