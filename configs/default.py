@@ -68,9 +68,10 @@ def _model() -> ConfigDict:
 def _loss() -> ConfigDict:
     """What is minimised, and what is hidden and masked for it."""
     loss = ConfigDict()
-    loss.name = "diffusion"  # diffusion or flow_matching
+    loss.name = "diffusion"  # diffusion, flow_matching or shortcut (which goes on from the latter)
     # Arguments of that loss: clip_x0 of diffusion (clip the implied clean token to +- this; 0 =
-    # off), time_shift of flow_matching (bends the time grid). Those left out have its defaults.
+    # off), time_shift of flow_matching and shortcut (bends the time grid), flow_share of shortcut
+    # (draws without a length). Those left out have its defaults.
     loss.options = ConfigDict()
     loss.token_weight = 1.0
     loss.jepa_weight = 1.0  # 0 leaves the JEPA head out
@@ -231,6 +232,9 @@ def _evaluation() -> ConfigDict:
 def _search() -> ConfigDict:
     """What --mode=search tries; `evaluation` says how it is judged."""
     search = ConfigDict()
+    search.preset = (
+        "grid"  # or acceleration, a list of ways that cost less, of `count` samples each
+    )
     # Values of the keys of `sample` that are so called, every combination; empty: the one there
     search.cfg_scale = (1.0, 1.5, 2.0, 3.0, 4.0)
     search.temperature = (0.94, 0.97, 1.0)

@@ -18,6 +18,7 @@ from djepa_jax.core.losses import TOKEN_LOSSES, feature_statistics, jepa_loss
 from djepa_jax.core.losses.base import guide
 from djepa_jax.core.losses.diffusion import Diffusion, discretised_nll, gaussian_kl, make_schedule
 from djepa_jax.core.losses.flow_matching import FlowMatching
+from djepa_jax.core.losses.shortcut import Shortcut
 
 CHANNELS = 3
 POINT = jnp.array([0.5, -1.0, 2.0])
@@ -39,6 +40,13 @@ class Field:
     def __call__(self, xt, time, condition):
         rows = jnp.broadcast_shapes(xt.shape[:-1], time.shape[:-1], condition.shape[:-1])
         return self.formula(jnp.broadcast_to(xt, (*rows, xt.shape[-1])), time, condition)
+
+
+class Stretches(Field):
+    """A field that is told start and length of a stretch as two numbers `[..., 2]`."""
+
+    def time(self, t):
+        return jnp.stack([jnp.minimum(t, 1), jnp.maximum(t - 1, 0)], axis=-1)
 
 
 def mixed_field(token_loss) -> Field:
@@ -67,7 +75,11 @@ def ideal_velocity(xt, time, condition):
     return (POINT - xt) / jnp.maximum(1 - time, 1e-6)
 
 
-IDEAL = {"diffusion": Field(ideal_noise), "flow_matching": Field(ideal_velocity)}
+IDEAL = {
+    "diffusion": Field(ideal_noise),
+    "flow_matching": Field(ideal_velocity),
+    "shortcut": Stretches(lambda xt, time, _: ideal_velocity(xt, time[..., :1], _)),
+}
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
@@ -133,6 +145,7 @@ def test_ideal_denoiser_of_a_point_has_no_error(name):
     t = jax.random.uniform(jax.random.key(0), (64, 4), maxval=0.9)
     noise = jax.random.normal(jax.random.key(1), (64, 4, CHANNELS))
     t = (1000 * t).astype(int) if name == "diffusion" else t
+    t = jnp.stack([t, (t + 0.9) / 2], axis=-1) if name == "shortcut" else t
     error = token_loss.terms if name == "diffusion" else token_loss.loss
     squared_error = jax.tree.leaves(
         jax.jit(functools.partial(error, IDEAL[name]))(x0, x0, t, noise)
@@ -185,6 +198,56 @@ def test_orders_of_the_integrators():
     assert all(3.6 < coarse / fine < 4.1 for coarse, fine in zip(heun, heun[1:], strict=False))
 
 
+def exact_mean(x, time, condition):
+    """The mean velocity on x' = x over a stretch, in closed form."""
+    length = time[..., 1:]
+    return x * jnp.where(length > 0, jnp.expm1(length) / jnp.where(length > 0, length, 1), 1)
+
+
+def test_a_stretch_agrees_with_its_halves_if_and_only_if_it_is_the_mean_velocity():
+    """The error of a stretch is 0 for the exact mean of x' = x, and not for its slope at the
+    start, which Euler would take.
+    """
+    x, cond = jnp.ones((64, CHANNELS)), jnp.zeros((64, CHANNELS))
+    shortcut = Shortcut(noise_multiplicity=4, flow_share=0.0)
+    draws = shortcut.draw(jax.random.key(0), x.shape)
+    assert (draws[0][..., 0] < draws[0][..., 1]).all()
+    mean, slope = (
+        shortcut.loss(Stretches(f), x, cond, *draws) for f in (exact_mean, lambda x, *_: x)
+    )
+    assert float(mean.max()) < 1e-10 and float(slope.min()) > 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_mean_velocities_reach_the_end_in_any_number_of_steps(steps):
+    shortcut = Shortcut(num_denoise_steps=steps + 1)
+    one, none = jnp.ones((1, 1, CHANNELS)), jnp.zeros((1, 1, CHANNELS))
+    np.testing.assert_allclose(
+        shortcut.sample(Stretches(exact_mean), none, one, 1.0, 1.0)[0], math.e, rtol=1e-5
+    )
+
+
+def test_a_stretch_of_no_length_is_flow_matching_and_its_target_has_no_gradient():
+    """With the same draws and a network that cannot tell lengths, the losses are the same."""
+    flow, shortcut = FlowMatching(), Shortcut(flow_share=0.999999)
+    x0, cond = (jax.random.normal(jax.random.key(i), (16, CHANNELS)) for i in range(2))
+    ends, noise = shortcut.draw(jax.random.key(3), x0.shape)
+    same = [
+        loss.loss(mixed_field(loss), x0, cond, t, noise)
+        for loss, t in ((flow, ends[..., 0]), (shortcut, ends))
+    ]
+    np.testing.assert_allclose(*same, rtol=1e-6)
+
+    def total(weight, ends):
+        field = Stretches(lambda x, time, _: weight * x)
+        return shortcut.loss(field, x0, cond, ends, noise).sum()
+
+    # At weight 1: d/dw of (w x - target)^2 with the target 1 + length / 4 times x held fixed
+    ends = jnp.stack([jnp.zeros(ends.shape[:-1]), jnp.full(ends.shape[:-1], 0.8)], axis=-1)
+    expected = (2 * (1 - 1.2) * jnp.square(noise)).mean((-1, -2)).sum()
+    np.testing.assert_allclose(jax.grad(total)(1.0, ends), expected, rtol=1e-4)
+
+
 def test_temperature_scales_the_added_noise_alone():
     """Without temperature only the start is left of the noise; DDIM and flow matching never use
     it.
@@ -199,6 +262,7 @@ def test_temperature_scales_the_added_noise_alone():
     for still in (
         Diffusion(num_denoise_steps=3, sampler="ddim"),
         FlowMatching(num_denoise_steps=3),
+        Shortcut(num_denoise_steps=3),
     ):
         assert still.noises_per_token == 1
         runs = [still.sample(mixed_field(still), cond, noise[:, :1], 1.0, t) for t in (0.0, 1.0)]

@@ -4,7 +4,12 @@ from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.losses.diffusion import Diffusion
 from djepa_jax.core.losses.flow_matching import FlowMatching
 from djepa_jax.core.losses.jepa import feature_statistics, jepa_loss
+from djepa_jax.core.losses.shortcut import Shortcut
 
-TOKEN_LOSSES: dict[str, type[TokenLoss]] = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+TOKEN_LOSSES: dict[str, type[TokenLoss]] = {
+    "diffusion": Diffusion,
+    "flow_matching": FlowMatching,
+    "shortcut": Shortcut,
+}
 
 __all__ = ["TOKEN_LOSSES", "TokenLoss", "feature_statistics", "jepa_loss"]
