@@ -61,12 +61,18 @@ def evaluate(values: flags.FlagValues, experiment: Experiment) -> None:
 
 
 def search(values: flags.FlagValues, experiment: Experiment) -> None:
-    """Find the settings of sampling whose samples are best."""
+    """Find the settings of sampling whose samples are best, or cost least."""
+    from djepa_jax.evaluation import acceleration
     from djepa_jax.evaluation.search import run_search, words_of
 
-    record, paths = run_search(experiment, values.workdir, values.overwrite)
-    for best in record["best"].values():
-        print("\n".join(words_of(best)))
+    what = experiment, values.workdir, values.overwrite
+    if experiment.search.preset == "acceleration":
+        record, paths = acceleration.run_acceleration(*what)
+        print("\n".join(acceleration.words_of(record)))
+    else:
+        record, paths = run_search(*what)
+        for best in record["best"].values():
+            print("\n".join(words_of(best)))
     print("\n".join(f"note: {text}" for text in record["caveats"]))
     print("\n".join(f"wrote {path}" for path in paths))
 

@@ -237,6 +237,7 @@ class EvaluationSettings(Settings):
 class SearchSettings(Settings):
     """The grid of --mode=search: values of keys of `SampleSettings`, which has their bounds."""
 
+    preset: Annotated[str, OneOf(("grid", "acceleration"))]
     cfg_scale: tuple[float, ...]
     temperature: tuple[float, ...]
     num_ar_steps: tuple[int, ...]

@@ -55,16 +55,9 @@ LATER = {
     | {"final_denoise_steps": 0, "mix": ""},
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"}
     | {"trend_count": 1000},
-}
-SEARCH = {
-    "cfg_scale": (1.0, 1.5, 2.0, 3.0, 4.0),
-    "temperature": (0.94, 0.97, 1.0),
-    "num_ar_steps": (),
-    "num_denoise_steps": (),
-    "sampler": (),
-    "count": 1000,
-    "fine_count": 5000,
-    "fine_cells": 5,
+    "search": {"cfg_scale": (1.0, 1.5, 2.0, 3.0, 4.0), "temperature": (0.94, 0.97, 1.0)}
+    | {"num_ar_steps": (), "num_denoise_steps": (), "sampler": (), "preset": "grid"}
+    | {"count": 1000, "fine_count": 5000, "fine_cells": 5},
 }
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`
 # What fixes the meaning of parameters: it must agree between a config and a checkpoint.
@@ -92,10 +85,10 @@ def from_stored(values: Mapping) -> Experiment:
 def upgrade(values: Mapping) -> dict:
     """Stored values, whatever their format, as `Experiment.from_dict` takes them."""
     values = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
+    values.setdefault("search", {})
     for group, keys in LATER.items():
         if isinstance(values.get(group), dict):
             values[group] = keys | values[group]
-    values.setdefault("search", dict(SEARCH))
     number = values.pop("format", 1)
     if number in (2, FORMAT):
         return values

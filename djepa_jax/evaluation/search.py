@@ -32,12 +32,11 @@ from djepa_jax.runtime.progress import Progress
 from djepa_jax.runtime.storage import PathError, as_path
 from djepa_jax.sampling.generator import Generator, count_of
 
-FILE_NAME, MOVED_NAME, TABLE_NAME = "search.json", "search.npz", "search.csv"
 AXES = ("cfg_scale", "temperature", "num_ar_steps", "num_denoise_steps", "sampler")
 MAX_CELLS = 2_000
 MAX_LISTED = 4  # differences that an error names
 # Of what an evaluation is of: what cells differ by, and what does not change them
-NOT_COMMON = [f"sample.{key}" for key in (*AXES, "labels", "count", "seed", "batch_size")]
+NOT_COMMON = [f"sample.{key}" for key in ("labels", "count", "seed", "batch_size")]
 NOT_COMMON += ["loss.num_denoise_steps", "loss.sampler", "evaluation.count", "evaluation.preset"]
 CAVEAT = "the best of many cells was lucky, too: its interval does not count the choice"
 
@@ -79,20 +78,27 @@ def name_of(settings: dict, count: int) -> str:
 class Search:
     """Draws and judges the samples of cells, and keeps what was found in a workdir."""
 
+    axes, stem = AXES, "search"  # what cells differ by, and the name of the files
+
     def __init__(self, experiment: Experiment, source, workdir: str):
         mesh, model = sharding.make_mesh(experiment.mesh), latest_model(experiment, workdir)
         self._params = model.restore(placed_params(experiment, mesh))
         self._experiment, self._source, self._folder = experiment, source, as_path(workdir)
         self._generator, self._program = Generator(experiment, mesh), None
         of = subject(experiment, self._generator, self._params, source, model.step)
-        for group, key in (name.split(".") for name in NOT_COMMON):
+        own = (f"sample.{axis}" for axis in self.axes)
+        for group, key in (name.split(".") for name in (*NOT_COMMON, *own)):
             of[group].pop(key, None)
         self.of, self.cells, self.caveats = json.loads(json.dumps(of)), [], [CAVEAT]
         self.moved: dict[str, dict[str, np.ndarray]] = {}  # of each cell, as `Metric` has it
 
+    def path(self, suffix: str) -> epath.Path:
+        """Where a file of it lies."""
+        return self._folder / f"{self.stem}.{suffix}"
+
     def restore(self, overwrite: bool) -> None:
         """Go on from what an earlier one wrote; PathError if that was of anything else."""
-        path, remedy = self._folder / FILE_NAME, "--overwrite begins anew"
+        path, remedy = self.path("json"), "--overwrite begins anew"
         if overwrite:
             path.unlink(missing_ok=True)
         storage.check_ours(path, "cells", remedy)
@@ -103,7 +109,7 @@ class Search:
             differing = changes(flatten(record["of"]), flatten(self.of))
             self.cells, self.caveats = record["cells"], record["caveats"]
             with (
-                (self._folder / MOVED_NAME).open("rb") as file,
+                self.path("npz").open("rb") as file,
                 np.load(file, allow_pickle=False) as arrays,
             ):
                 figures = dict.fromkeys(key.partition("/")[2] for key in arrays)
@@ -111,14 +117,14 @@ class Search:
                     name = name_of(cell["settings"], cell["count"])
                     self.moved[name] = {figure: arrays[f"{name}/{figure}"] for figure in figures}
         except Exception as error:  # damaged files fail in ways that nobody has listed
-            raise PathError(f"{path} or {MOVED_NAME} is damaged ({error!r}); {remedy}.") from error
+            raise PathError(f"{path} or its .npz is damaged ({error!r}); {remedy}.") from error
         if differing:
             differing = "; ".join(differing[:MAX_LISTED])
             raise PathError(f"{path} is of something else ({differing}); {remedy}.")
 
     def run(self, stage: str, grid: list[dict], count: int) -> list[dict]:
         """Measure the cells that are missing, those of one program in turn; all cells of a grid."""
-        varied = [axis for axis in AXES if len({settings[axis] for settings in grid}) > 1]
+        varied = [axis for axis in self.axes if len({settings[axis] for settings in grid}) > 1]
         left = [settings for settings in grid if name_of(settings, count) not in self.moved]
         # With a guidance of 1 nothing is guided, by another program
         left.sort(key=lambda own: (*map(own.get, AXES[2:]), own["cfg_scale"] != 1))
@@ -152,7 +158,8 @@ class Search:
             metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
             done, start = rows.stop, time.perf_counter()
         cell = {"pass": stage, "settings": settings, "count": count, "seconds": seconds}
-        cell |= {"ms_per_sample": 1000 * seconds / count, "metrics": metric.result()}
+        cell |= {"ms_per_sample": 1000 * seconds / count, **self.also(experiment)}
+        cell["metrics"] = metric.result()
         moved = {name: np.float32(rows) for name, rows in getattr(metric, "moved", {}).items()}
         self.moved[name_of(settings, count)] = moved
         self.cells.append(cell)
@@ -161,15 +168,19 @@ class Search:
         self.write(count)
         return cell["metrics"]
 
+    def also(self, experiment: Experiment) -> dict:
+        """What else is measured of a cell."""
+        return {}
+
     def write(self, count: int) -> dict:
         """Write all that there is, with the best of the cells of so many samples; the record."""
         cells = [cell for cell in self.cells if cell["count"] == count]
         best = {what: self._best(ranked(cells, what, f), f) for what, f in self.figures().items()}
         record = {"of": self.of, "cells": self.cells, "best": best, "caveats": self.caveats}
         moved = {f"{cell}/{key}": own[key] for cell, own in self.moved.items() for key in own}
-        storage.write_npz(self._folder / MOVED_NAME, moved)
-        storage.write_json(self._folder / FILE_NAME, record)
-        storage.write_bytes(self._folder / TABLE_NAME, table(self.cells).encode())
+        storage.write_npz(self.path("npz"), moved)
+        storage.write_json(self.path("json"), record)
+        storage.write_bytes(self.path("csv"), table(self.cells).encode())
         return record
 
     def figures(self) -> dict[str, str]:
@@ -196,16 +207,23 @@ class Search:
                 chosen.append({**best, axis: round((best[axis] + value) / 2, 6)})
         return list({name_of(settings, 0): settings for settings in chosen}.values())
 
+    def difference(self, one: dict, other: dict, figure: str) -> tuple[float, float]:
+        """The 95 % interval of one cell's figure less another's, of the same seeds."""
+        first, second = (self._moved(cell, figure) for cell in (one, other))
+        centre = one["metrics"][figure] - other["metrics"][figure]
+        return intervals.first_order(centre, first - second, one["count"])
+
+    def _moved(self, cell: dict, figure: str) -> np.ndarray:
+        return np.float64(self.moved[name_of(cell["settings"], cell["count"])][figure])
+
     def _best(self, cells: list[dict], figure: str) -> dict:
         """The first of some cells, and whether the second one differs."""
-        names = [name_of(cell["settings"], cell["count"]) for cell in cells[:2]]
-        values = [cell["metrics"][figure] for cell in cells[:2]]
-        moved, count = [np.float64(self.moved[name][figure]) for name in names], cells[0]["count"]
-        low, high = intervals.first_order(values[0], moved[0], count)
+        values, count = [cell["metrics"][figure] for cell in cells[:2]], cells[0]["count"]
+        low, high = intervals.first_order(values[0], self._moved(cells[0], figure), count)
         found = {"metric": figure, "settings": cells[0]["settings"], "value": values[0]}
         found |= {"low": low, "high": high, "count": count, "runner_up": None, "differs": False}
         if len(cells) > 1:
-            low, high = intervals.first_order(values[0] - values[1], moved[0] - moved[1], count)
+            low, high = self.difference(*cells[:2], figure)
             found["runner_up"] = {"settings": cells[1]["settings"], "value": values[1]}
             found |= {"difference_low": low, "difference_high": high}
             found["differs"] = low > 0 or high < 0
@@ -265,4 +283,4 @@ def run_search(
     record, folder = search.write(count), as_path(workdir)
     what, figure = next(iter(search.figures().items()))
     pictures = write_plots(folder, ranked(coarse, what, figure), record["best"])
-    return record, [folder / FILE_NAME, folder / TABLE_NAME, *pictures]
+    return record, [search.path("json"), search.path("csv"), *pictures]

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import run, tiny_config
 
 from djepa_jax.config.convert import ConfigError
+from djepa_jax.evaluation import acceleration
 from djepa_jax.evaluation import search as searching
 from djepa_jax.evaluation.metrics import intervals, scores
 from djepa_jax.evaluation.search import Search, grid_of
@@ -51,7 +52,8 @@ def search(trained, monkeypatch, tmp_path):
 
     def command(*flags, stop_at: int = -1):
         sampler = Recorder(stop_at)
-        monkeypatch.setattr(searching, "Generator", functools.partial(Generator, sampler=sampler))
+        for module in (searching, acceleration):
+            monkeypatch.setattr(module, "Generator", functools.partial(Generator, sampler=sampler))
         status = run("--mode=search", f"--workdir={workdir}", *COUNTS, *flags)
         path = workdir / "search.json"
         return status, json.loads(path.read_text()) if path.exists() else None, sampler
@@ -142,6 +144,57 @@ def test_a_search_of_something_else_is_refused_until_it_may_be_replaced(search, 
     assert search(*one)[0] == 2 and "something else" in capsys.readouterr().err
     status, again, _ = search(*one, "--overwrite")
     assert status == 0 and again["cells"][0]["metrics"] == record["cells"][0]["metrics"]
+
+
+PRESET = ("--config.search.preset=acceleration", "--config.sample.num_ar_steps=4")
+PRESET += ("--config.sample.cfg_scale=3", "--config.sample.cfg_schedule=constant")
+
+
+def test_ways_that_cost_less_stand_beside_the_papers(search, capsys):
+    """The dummy's samples depend on the scales of guidance, one for each step, alone."""
+    status, _, sampler = search(*PRESET)
+    assert status == 0
+    said = capsys.readouterr().out
+    path = search.workdir / "acceleration.json"
+    record = json.loads(path.read_text())
+    first, *rows = record["table"]
+    assert first["changed"] == {} and first["ms_alone_ratio"] == first["ms_per_sample_ratio"] == 1
+    assert record["cells"][0]["settings"]["num_denoise_steps"] == 100
+    assert {"order": "halton"} in [row["changed"] for row in rows if row["exact"]]
+    for row in rows:
+        same = not row["changed"].keys() & {"num_ar_steps", "cfg_start"}
+        assert not same or (row["no_worse"] and row["frechet_distance_difference"] == [0, 0])
+        assert row["exact"] or row["changed"].keys() - {"order", "reveal", "num_ar_steps"}
+        assert row["ms_per_sample"] * row["ms_per_sample_ratio"] == pytest.approx(
+            first["ms_per_sample"]
+        )
+    fit = [row for row in record["table"] if row["no_worse"]]
+    fastest = min(fit, key=lambda row: row["ms_per_sample"])
+    assert record["recommended"] == fastest and "recommended: " in said
+    assert not (search.workdir / "search.json").exists()
+    drawn = len(sampler.drawn)
+    _, _, sampler = search(*PRESET)
+    assert drawn and not sampler.drawn, "nothing is measured twice"
+    assert json.loads(path.read_text()) == record
+
+
+def test_a_way_that_is_worse_is_not_recommended(search):
+    experiment = tiny_config(*PRESET)
+    settings = [dict(row) for row in acceleration.ways(experiment)[:3]]
+    rng = np.random.default_rng(0)
+    measured = object.__new__(acceleration.Acceleration)
+    cells = [
+        {"settings": own, "count": 400, "ms_per_sample": 9.0 - i, "ms_alone": 9.0}
+        | {"metrics": {"frechet_distance": distance, "accuracy": 0.9}}
+        for i, (own, distance) in enumerate(zip(settings, (1.0, 1.01, 3.0), strict=True))
+    ]
+    noise = rng.normal(0, 0.5, (3, 400))
+    names = [searching.name_of(own, 400) for own in settings]
+    measured.moved = {
+        name: {"frechet_distance": row, "accuracy": np.zeros(400)}
+        for name, row in zip(names, noise, strict=True)
+    }
+    assert [row["no_worse"] for row in measured.compared(cells)] == [True, True, False]
 
 
 def test_pictures_of_a_search_show_something(search, monkeypatch, capsys):
