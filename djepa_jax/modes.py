@@ -38,7 +38,7 @@ def sample(values: flags.FlagValues, experiment: Experiment) -> None:
 
 
 def edit(values: flags.FlagValues, experiment: Experiment) -> None:
-    """Make places of a picture or clip anew, or variations of it, with the latest checkpoint."""
+    """Make places of an example anew, or variations of it, with the latest checkpoint."""
     from djepa_jax.sampling.edit_files import run_edit
 
     what = values.source, values.mask, values.out, values.keep, values.overwrite
@@ -245,7 +245,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "workdir": "Folder of checkpoints, metrics and samples; report: several, with commas.",
         "mask": "edit: a picture, white where it is to change, or left, random:0.5, after:4, ...",
         "out": "sample, edit, reference, report, export, benchmark: what to write.",
-        "source": "import: a file of tensors, an export; edit: a picture, a clip, or real:INDEX.",
+        "source": "import: a file of tensors, an export; edit: an example, or real:INDEX.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
         "restore_from": "train: PATH@STEP, go on from that step.",

@@ -131,18 +131,33 @@ def _fitted(recordings: Iterable, labels: list[np.ndarray], where: str, modality
     """Recordings, (rate, values) each, as waves of the length that a modality has."""
     done, (length,) = Counter(), modality.example_shape
     waves = np.zeros((len(labels[0]), length), np.int16)
-    for row, (rate, values) in zip(waves, recordings, strict=True):
+    for row, (rate, values) in enumerate(recordings):
         wave = fit(rate, values, modality.rate, done)
         done["cut at their end"] += len(wave) > length
         done["filled up with silence"] += len(wave) < length
-        row[: len(wave)] = np.clip(np.round(wave[:length]), -(2**15), 2**15 - 1)
+        waves[row] = of_length(wave, length)
     seconds = f"{length / modality.rate:.3g} s at {modality.rate:,} Hz"
     note = f"{where}: {len(waves):,} sounds of {seconds}; {counted(+done) or 'as they were'}"
     return Sounds(waves, labels, modality, [note])
 
 
+def of_length(wave: np.ndarray, length: int) -> np.ndarray:
+    """int16 `[length]`, cut at its end or filled up with silence."""
+    wave = np.pad(wave[:length], (0, max(length - len(wave), 0)))
+    return np.clip(np.round(wave), -(2**15), 2**15 - 1).astype(np.int16)
+
+
 def fit(rate: int, values: np.ndarray, wanted: int, done: Counter) -> np.ndarray:
     """One channel at a wanted rate, without silence at its ends; what is done is counted."""
+    values = resampled(rate, values, wanted, done)
+    size = np.abs(values.astype(np.float32))
+    heard = np.flatnonzero(size >= QUIET * size.max())
+    done["rid of silence at the ends"] += heard[-1] + 1 - heard[0] < len(values)
+    return values[heard[0] : heard[-1] + 1]
+
+
+def resampled(rate: int, values: np.ndarray, wanted: int, done: Counter) -> np.ndarray:
+    """One channel `[S]` at a wanted rate; what is done is counted."""
     if values.ndim > 1:
         done["averaged over channels"] += values.shape[1] > 1
         values = values.mean(axis=1)
@@ -152,7 +167,4 @@ def fit(rate: int, values: np.ndarray, wanted: int, done: Counter) -> np.ndarray
         done["resampled"] += 1
         common = math.gcd(rate, wanted)
         values = resample_poly(values.astype(np.float64), wanted // common, rate // common)
-    size = np.abs(values.astype(np.float32))
-    heard = np.flatnonzero(size >= QUIET * size.max())
-    done["rid of silence at the ends"] += heard[-1] + 1 - heard[0] < len(values)
-    return values[heard[0] : heard[-1] + 1]
+    return values

@@ -1,11 +1,11 @@
 """Editing: tokens that stay are given to the sampler, and the others are drawn anew.
 
-1. The mask says which places of a picture or clip are to be made anew; tokens that show any of them
-   are hidden, but for a share (`keep`) that stays, drawn at random.
+1. The mask says which places of a picture, clip or sound are to be made anew; tokens that show any
+   of them are hidden, but for a share (`keep`) that stays, drawn at random.
 2. The sampler begins with the tokens that are not hidden (`core.sampler.Known`).
 3. Places outside the mask are put back as they were, to the bit.
 
-Shape letters: n pictures or clips, T frames of clips, H, W, C as usual, N tokens.
+Shape letters: n examples, T frames of clips, S samples of sounds, H, W, C as usual, N tokens.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from djepa_jax.sampling.generator import Generator, result_of
 
 WORDS = "left, right, top, bottom, centre, all, random:SHARE"
 FRAME_WORDS = "after:K, between, frames:A-B"
+SOUND_WORDS = "left, right, centre, middle:SHARE, seconds:A-B, all, random:SHARE"
 
 
 class EditError(UserError, ValueError):
@@ -32,30 +33,57 @@ def box_of(modality) -> int:
     return getattr(modality, "patch_frames", 0)
 
 
+def given_shape(experiment: Experiment) -> tuple[int, ...]:
+    """Of an example that is edited; of models of latents it is the picture's."""
+    modality = experiment.modality
+    return experiment.picture_shape if modality.needs_decoder else modality.example_shape
+
+
+def places_shape(experiment: Experiment) -> tuple[int, ...]:
+    """Of a mask: `(H, W)`, `(T, H, W)` or `(S,)`."""
+    shape = given_shape(experiment)
+    return shape[:-1] or shape
+
+
 def check_editable(experiment: Experiment) -> None:
     """Raise EditError for a modality that does not tell which tokens show a place."""
     modality = experiment.modality
     if not hasattr(modality, "tokens_at"):
         raise EditError(
             f'config.data.modality is "{experiment.data.modality}", which cannot be edited; '
-            "pictures and clips can."
+            "pictures, clips and sounds can."
         )
 
 
-def mask_of(word: str, shape: tuple[int, ...], box: int = 0) -> tuple[np.ndarray, float]:
-    """Places `[H, W]` or `[T, H, W]` to be made anew (True), the share of their tokens that stays.
+def mask_of(
+    word: str, shape: tuple[int, ...], box: int = 0, rate: int = 0
+) -> tuple[np.ndarray, float]:
+    """Places of a `shape` to be made anew (True), and the share of their tokens that stays.
 
     Args:
         word: left, right, top, bottom, centre (halves, and the middle quarter of the area), all, or
             random:SHARE, which makes that share of all tokens anew; of clips also after:K (frames
             from K on), between (all but the first and the last box), or frames:A-B (A to B),
-            counted from 0.
-        shape: of a picture `(H, W)`, or of a clip `(T, H, W)`.
+            counted from 0. Of sounds left, right and centre are halves along time; there are also
+            middle:SHARE and seconds:A-B.
+        shape: of a picture `(H, W)`, a clip `(T, H, W)` or a sound `(S,)`.
         box: frames of a clip that a token holds (`box_of`).
+        rate: samples a second of a sound.
 
     Raises:
         EditError: another word.
     """
+    name, _, number = word.partition(":")
+    if name == "random" and number:
+        try:
+            share = float(number)
+        except ValueError:
+            share = np.nan
+        if not 0 <= share <= 1:
+            raise EditError(f'--mask "{word}": the share must be a number from 0 to 1.')
+        return np.ones(shape, bool), 1 - share
+    if rate:
+        return _samples(word, shape[0], rate), 0.0
     height, width = shape[-2:]
     rows, columns = np.mgrid[:height, :width]
     words = {
@@ -67,24 +95,37 @@ def mask_of(word: str, shape: tuple[int, ...], box: int = 0) -> tuple[np.ndarray
         & (abs(2 * columns + 1 - width) < width / 2),
         "all": np.ones((height, width), bool),
     }
-    name, _, number = word.partition(":")
     if box and name in ("after", "between", "frames"):
         frames = np.arange(shape[0])
         first, last = _frames(word, shape[0], box)
         anew = (frames >= first) & (frames <= last)
         return np.broadcast_to(anew[:, None, None], shape), 0.0
-    if name == "random" and number:
-        try:
-            share = float(number)
-        except ValueError:
-            share = np.nan
-        if not 0 <= share <= 1:
-            raise EditError(f'--mask "{word}": the share must be a number from 0 to 1.')
-        return np.broadcast_to(words["all"], shape), 1 - share
     if word not in words:
         known = f"{WORDS}, {FRAME_WORDS}" if box else WORDS
         raise EditError(f'--mask "{word}" is neither a picture that is there nor one of {known}.')
     return np.broadcast_to(words[word], shape), 0.0
+
+
+def _samples(word: str, count: int, rate: int) -> np.ndarray:
+    """Which of the samples of a sound a word means: bool `[S]`."""
+    name, _, numbers = word.partition(":")
+    spans = {"left": (0, 1), "right": (1, 2), "centre": (0.5, 1.5), "all": (0, 2)}
+    try:
+        if name == "seconds":
+            first, last = (float(number) * rate for number in numbers.split("-"))
+        elif name == "middle":
+            first, last = ((1 + side * float(numbers)) * count / 2 for side in (-1, 1))
+        else:
+            first, last = (end * count / 2 for end in spans[word])
+    except (ValueError, KeyError):
+        first = last = np.nan
+    if not 0 <= first <= last <= count:
+        raise EditError(
+            f'--mask "{word}" is not one of {SOUND_WORDS}, with seconds from 0 to {count / rate:g} '
+            "and shares from 0 to 1."
+        )
+    samples = np.arange(count)
+    return (samples >= round(first)) & (samples < round(last))
 
 
 def _frames(word: str, count: int, box: int) -> tuple[int, int]:
@@ -143,29 +184,31 @@ def edit(
     keep: float = 0.0,
     autoencoder: Autoencoder | None = None,
 ) -> np.ndarray:
-    """Pictures or clips with the places of a mask made anew; each depends on (seed, i) alone.
+    """Examples with the places of a mask made anew; each depends on (seed, i) alone.
 
     Args:
         experiment: the model's configuration.
         make_generator: of tokens that are given.
         params: the model's parameters, on the mesh.
-        examples: uint8 `[n, H, W, C]` or `[n, T, H, W, C]`.
-        mask: bool, `[H, W]`, `[T, H, W]` or `[n, ...]`, True where anew.
-        conditions: raw, one for each picture.
+        examples: uint8 `[n, H, W, C]` or `[n, T, H, W, C]`, or int16 `[n, S]`.
+        mask: bool, `[H, W]`, `[T, H, W]`, `[S]` or `[n, ...]`, True where anew.
+        conditions: raw, one for each example.
         seed: of everything random.
         keep: share of the hidden tokens that stays.
         autoencoder: for models of latents.
 
     Returns:
-        uint8, of the shape of `examples` and equal to them outside the mask.
+        of the shape and type of `examples`, and equal to them outside the mask.
     """
     modality = experiment.modality
-    mask = np.broadcast_to(np.asarray(mask, bool), examples.shape[:-1])
+    mask = np.broadcast_to(np.asarray(mask, bool), (len(examples), *places_shape(experiment)))
     hidden = hidden_tokens(modality, mask, keep, seed)
     if not hidden[0].any():
         return examples.copy()
     inputs = examples if autoencoder is None else autoencoder.encode(examples)[:, 0]
     tokens = np.asarray(jax.jit(modality.tokenize)(inputs))  # [n, N, C]
     generator = make_generator(Known(tokens, ~hidden))
-    drawn = result_of(modality, generator.images(params, conditions, seed))
-    return np.where(mask[..., None], drawn, examples)
+    arrays = generator.images(params, conditions, seed)
+    if hasattr(modality, "put_back"):
+        return modality.put_back(examples, arrays, mask)
+    return np.where(mask[..., None], result_of(modality, arrays), examples)

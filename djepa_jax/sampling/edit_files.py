@@ -1,7 +1,8 @@
-"""The `--mode=edit` command: pictures, clips and masks from files, and the results into files."""
+"""The `--mode=edit` command: examples and masks from files, and the results into files."""
 
 import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 from etils import epath
@@ -15,13 +16,22 @@ from djepa_jax.core import sharding
 from djepa_jax.core.sampler import Known
 from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
 from djepa_jax.data.records import MAX_PIXELS
+from djepa_jax.data.sounds import of_length, read_wav, resampled
 from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.storage import as_path, check_writable, write_npz
-from djepa_jax.sampling.edit import EditError, box_of, check_editable, edit, mask_of
+from djepa_jax.sampling.edit import (
+    EditError,
+    box_of,
+    check_editable,
+    edit,
+    mask_of,
+    places_shape,
+)
 from djepa_jax.sampling.generator import Generator, count_of
 from djepa_jax.sampling.grids import (
     MAX_GRID,
     MEMBERS,
+    SOUND,
     label_grid,
     npz_members,
     output_paths,
@@ -36,6 +46,7 @@ from djepa_jax.sampling.sample_to_npz import (
 
 GREY = 128  # where a grid shows what is hidden
 REAL = "real:"
+NAMES = {4: "images", 5: "clips", 2: "sound"}  # of arrays by their axes
 
 
 def read_mask(path: str, size: tuple[int, int], side: int) -> np.ndarray:
@@ -64,11 +75,12 @@ def _read_image(path: str, flag: str, decode=decode_image) -> Image.Image | list
 
 
 def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[int, int]]:
-    """What is to be edited, uint8 `[H, W, C]` or `[T, H, W, C]`, and its width and height as given.
+    """What is to be edited, as `Model.edit` takes it, and a picture's width and height as given.
 
     Args:
         source: a picture or an animation, cut and resized as training pictures are, of which the
-            first T frames are taken; or real:INDEX, that example of `config.data`.
+            first T frames are taken; a wav file, of which the first S samples are; or real:INDEX,
+            that example of `config.data`.
         experiment: the configuration.
 
     Raises:
@@ -78,6 +90,8 @@ def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[
     if source.startswith(REAL):
         given = _real_example(source, experiment)
         return given, given.shape[-2:-4:-1]
+    if hasattr(experiment.modality, "rate"):
+        return _read_sound(source, experiment.modality), (0, 0)
     if not frames:
         picture = _read_image(source, "--source")
         return center_crop(picture, side, channels), picture.size
@@ -89,6 +103,12 @@ def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[
         )
     clip = [center_crop(picture, side, channels) for picture in pictures[: frames[0]]]
     return np.stack(clip), pictures[0].size
+
+
+def _read_sound(source: str, modality) -> np.ndarray:
+    rate, values = read_wav(as_path(source))
+    wave = resampled(rate, values, modality.rate, Counter())  # silence stays, and so do times
+    return of_length(wave, *modality.example_shape)
 
 
 def _real_example(source: str, experiment: Experiment) -> np.ndarray:
@@ -109,14 +129,15 @@ def run_edit(
     keep: float = 0.0,
     overwrite: bool = False,
 ) -> list[epath.Path]:
-    """Edit a picture or clip with the latest checkpoint, once per label asked for; paths written.
+    """Edit an example with the latest checkpoint, once per label asked for; paths written.
 
     Args:
         experiment: the configuration; `sample.labels` and `sample.count` say what is drawn.
         workdir: of the checkpoint.
         source: what is edited (`read_source`).
         mask: a picture of the same size, white where it is to change, or a word (`mask_of`).
-        out: the png or npz file to write, or a folder (it ends in "/") for a file per result.
+        out: the png or npz file to write (of sounds also wav, one after the other), or a folder (it
+            ends in "/") for a file per result.
         keep: share of the tokens under the mask that stays.
         overwrite: replace files that were not made by sampling, too.
 
@@ -129,10 +150,12 @@ def run_edit(
     model = latest_model(experiment, workdir)
     experiment = experiment.completed_by(model.config)
     given, size = read_source(source, experiment)
-    if as_path(mask).exists():
+    rate = getattr(experiment.modality, "rate", 0)
+    if as_path(mask).exists() and not rate:
         places = read_mask(mask, size, given.shape[-2])
     else:
-        places, stays = mask_of(mask, given.shape[:-1], box_of(experiment.modality))
+        places = places_shape(experiment)
+        places, stays = mask_of(mask, places, box_of(experiment.modality), rate)
         keep = 1 - (1 - stays) * (1 - keep)
     out = out or f"{workdir}/samples/edit.png"
     target = check_target(out, workdir, overwrite)
@@ -161,19 +184,21 @@ def run_edit(
 
 def _write(target: epath.Path, out: str, experiment, given, places, results, conditions, settings):
     """Write an npz file and a grid, with a file of each result where `out` is a folder."""
-    (png, npz), is_clip = output_paths(target), given.ndim == 4
-    member = "clips" if is_clip else MEMBERS["images"]
-    write_npz(npz, {member: results} | npz_members(conditions, settings))
-    hidden = np.where(places[..., None], np.uint8(GREY), given)
+    (png, npz), name, modality = output_paths(target), NAMES[results.ndim], experiment.modality
+    write_npz(npz, {MEMBERS.get(name, name): results} | npz_members(conditions, settings))
+    silent = name == "sound"
+    hidden = np.where(places, 0, given) if silent else np.where(places[..., None], GREY, given)
     titles = experiment.titles(conditions)
-    shown = np.concatenate([given[None], hidden[None], results])[:MAX_GRID]
-    name = "clips" if is_clip else "images"
-    pictures = experiment.modality.preview({name: shown})
+    shown = np.concatenate([given[None], hidden[None].astype(given.dtype), results])[:MAX_GRID]
+    pictures = modality.preview({name: shown})
     grid = label_grid(pictures, ["given", "hidden", *titles][: len(shown)])
     save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
+    if target.suffix.lower() == SOUND:
+        modality.save({name: results.reshape(1, -1)}, 0, target.with_suffix(""))
+        return [png, npz, target]
     if not out.endswith("/"):
         return [png, npz]
     for number, title in enumerate(titles):
         stem = target.parent / numbered(number, title)
-        experiment.modality.save({name: results}, number, stem)
+        modality.save({name: results}, number, stem)
     return [png, npz, target.parent]

@@ -18,7 +18,14 @@ from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
-from djepa_jax.sampling.edit import box_of, check_editable, edit, mask_of
+from djepa_jax.sampling.edit import (
+    box_of,
+    check_editable,
+    edit,
+    given_shape,
+    mask_of,
+    places_shape,
+)
 from djepa_jax.sampling.generator import Generator, count_of, result_of
 
 Label = int | str | None
@@ -146,13 +153,15 @@ class Model:
         conditions=None,
         **settings,
     ) -> np.ndarray:
-        """Make places of a picture or clip anew: inpainting, outpainting, continuing, variations.
+        """Make places of an example anew: inpainting, outpainting, continuing, variations.
 
         Args:
-            example: uint8 `[H, W, C]` or `[T, H, W, C]`, or one for each label, `[n, ...]`.
-            mask: bool `[H, W]` (of all frames), `[T, H, W]`, or `[n, ...]`, True where anew; or
-                left, right, top, bottom, centre, all, random:SHARE, and of clips after:K (frames
-                from K on), between (all but the ends), frames:A-B.
+            example: uint8 `[H, W, C]` or `[T, H, W, C]`, int16 `[S]`, or one for each label,
+                `[n, ...]`.
+            mask: bool `[H, W]` (of all frames), `[T, H, W]`, `[S]`, or `[n, ...]`, True where anew;
+                or left, right, top, bottom, centre, all, random:SHARE; of clips after:K (frames
+                from K on), between (all but the ends), frames:A-B; of sounds middle:SHARE,
+                seconds:A-B.
             labels: as for `sample`; one result for each.
             keep: share of the tokens under the mask that stays, drawn at random.
             seed: of everything random.
@@ -160,7 +169,7 @@ class Model:
             **settings: as for `sample`.
 
         Returns:
-            uint8 `[n, ...]`, equal to the example outside the mask.
+            uint8 or int16 `[n, ...]`, equal to the example outside the mask.
 
         Raises:
             ValueError: an example or a mask of another shape, an unknown label or setting.
@@ -169,19 +178,21 @@ class Model:
         check_editable(self.config)
         self._check_pictures()
         wanted = self._conditions(labels, conditions, settings.get("mix"))
-        shape = self.config.picture_shape
+        modality = self.config.modality
+        shape, places = given_shape(self.config), places_shape(self.config)
         count = count_of(wanted)
         example = np.asarray(example)
-        if example.shape not in (shape, (count, *shape)) or example.dtype != np.uint8:
+        dtype = np.dtype(np.uint8) if modality.needs_decoder else modality.example_dtype
+        if example.shape not in (shape, (count, *shape)) or example.dtype != dtype:
             raise ValueError(
-                f"the example is {example.dtype} {example.shape}; expected uint8 {shape}, or "
+                f"the example is {example.dtype} {example.shape}; expected {dtype} {shape}, or "
                 f"{(count, *shape)}, one for each label."
             )
         if isinstance(mask, str):
-            mask, stays = mask_of(mask, shape[:-1], box_of(self.config.modality))
+            mask, stays = mask_of(mask, places, box_of(modality), getattr(modality, "rate", 0))
             keep = 1 - (1 - stays) * (1 - keep)
-        if np.shape(mask) not in (shape[-3:-1], shape[:-1], (count, *shape[:-1])):
-            raise ValueError(f"the mask has the shape {np.shape(mask)}; expected {shape[:-1]}.")
+        if np.shape(mask) not in (places[-2:], places, (count, *places)):
+            raise ValueError(f"the mask has the shape {np.shape(mask)}; expected {places}.")
         return edit(
             self.config,
             lambda known: self._generator(count, seed, settings, known),

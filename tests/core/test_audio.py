@@ -129,3 +129,23 @@ def test_other_waves_are_refused():
         with pytest.raises(ValueError, match="expects int16 waves"):
             SMALL.check_example(wrong)
     assert MODALITIES["audio_mel"] is AudioMel
+
+
+def test_a_token_shows_the_samples_of_its_frames_in_all_bands():
+    places = np.zeros((2, 2048), bool)
+    places[0, [512, 1023]] = places[1, 511:513] = True  # windows are of 512 samples
+    shown = SMALL.tokens_at(places).reshape(2, 5, 4)
+    assert shown[:, 0].tolist() == [[False, True, False, False], [True, True, False, False]]
+    assert (shown == shown[:, :1]).all()
+
+
+def test_no_click_is_heard_where_kept_sound_meets_new():
+    wave, mask = np.full((1, 2048), 8000, np.int16), np.zeros((1, 2048), bool)
+    mask[0, 500:900] = mask[0, 1000:1010] = mask[0, 1900:] = True
+    given = np.where(mask, np.int16(-32000), wave)  # what is hidden is not heard
+    for level in (0, -0.25):
+        joined = SMALL.put_back(given, {"sound": np.full((1, 2048), level)}, mask)
+        np.testing.assert_array_equal(joined[~mask], wave[~mask])
+        steps = np.abs(np.diff(joined[0].astype(int)))
+        assert steps[np.r_[480:920, 1880:2047]].max() < 300, "over a hop of 64"
+        assert (joined[0, 564:836] == round(level * 32767)).all()

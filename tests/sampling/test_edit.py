@@ -45,6 +45,30 @@ def test_other_words_are_refused(word):
         mask_of(word, (8, 8))
 
 
+@pytest.mark.parametrize(
+    ("word", "first", "last"),
+    [
+        ("left", 0, 50),
+        ("right", 50, 100),
+        ("centre", 25, 75),
+        ("middle:0.3", 35, 65),
+        ("middle:0", 50, 50),
+        ("seconds:0.3-0.6", 30, 60),
+        ("all", 0, 100),
+    ],
+)
+def test_words_mean_times_of_sounds(word, first, last):
+    mask, stays = mask_of(word, (100,), rate=100)
+    assert mask.shape == (100,) and stays == 0
+    assert list(np.flatnonzero(mask)) == list(range(first, last))
+
+
+@pytest.mark.parametrize("word", ["top", "seconds:0.5", "seconds:0.6-0.3", "seconds:0-2", "middle"])
+def test_times_that_are_none_are_refused(word):
+    with pytest.raises(ValueError, match="seconds from 0 to 1 "):
+        mask_of(word, (100,), rate=100)
+
+
 def test_a_token_is_hidden_if_any_of_its_pixels_is():
     mask = np.zeros((2, 8, 8), bool)
     mask[0, 3, 4] = mask[1, 0, 0] = True

@@ -5,6 +5,7 @@ import wave
 
 import numpy as np
 import pytest
+from scipy.io import wavfile
 from tiny import TINY, arrays_of
 
 import djepa_jax
@@ -28,6 +29,7 @@ def workdir(tmp_path_factory):
         "data.source": "npz",
         "data.path": folder / "x.npz",
         "data.options.frames": 16,
+        "data.options.patch_frames": 4,  # 4 windows of 256 samples along time
         "model.condition_options.second_classes": 2,
         "sample.count": 4,
         "sample.batch_size": 4,
@@ -77,10 +79,49 @@ def test_pictures_are_no_sound(tmp_path, capsys):
     assert "makes no sound" in capsys.readouterr().err
 
 
-def test_editing_sound_is_refused_in_a_line(workdir, capsys):
-    flags = ["--mode=edit", f"--workdir={workdir}", "--source=real:0", "--mask=left"]
-    assert main(["djepa", *flags]) == 2
-    assert "cannot be edited" in capsys.readouterr().err
-    model = djepa_jax.load(workdir)
-    with pytest.raises(ValueError, match="cannot be edited"):
-        model.edit(np.zeros(model.config.modality.example_shape, np.int16), "left")
+@pytest.fixture(scope="module")
+def model(workdir):
+    return djepa_jax.load(workdir)
+
+
+WAVE = np.random.default_rng(1).integers(-9000, 9000, 1024).astype(np.int16)
+GAP = np.zeros(1024, bool)
+GAP[300:400] = True  # in the second window
+
+
+def test_samples_outside_a_gap_stay_to_the_bit(model):
+    for mask in (GAP, ~GAP):
+        edited = model.edit(WAVE, mask, [3, 3, 7], seed=1)
+        assert edited.shape == (3, 1024) and edited.dtype == np.int16
+        np.testing.assert_array_equal(edited[:, ~mask], np.stack([WAVE[~mask]] * 3))
+        assert (edited[0] != edited[1]).any(), "two of one class differ"
+    np.testing.assert_array_equal(model.edit(WAVE, "middle:0", 3), WAVE[None])
+    everything = model.edit(WAVE, "all", [3, 4, 3], seed=5)
+    expected = model.sample([3, 4, 3], seed=5) * 32767
+    np.testing.assert_allclose(everything, expected, atol=1)
+
+
+def test_a_filled_gap_depends_on_its_seed_and_number_alone(model):
+    many = model.edit(WAVE, GAP, [1, 2, 3, 4], seed=2)
+    np.testing.assert_array_equal(model.edit(WAVE, GAP, [1, 2, 3], seed=2), many[:3])
+    assert (model.edit(WAVE, GAP, [1, 2, 3], seed=3)[0] != many[0]).any()
+    for wrong in (WAVE[:512], WAVE / 32768):
+        with pytest.raises(ValueError, match="expected int16"):
+            model.edit(wrong, GAP, 3)
+
+
+def test_the_command_fills_a_gap_of_a_recording(workdir, model, tmp_path, capsys):
+    source, out = tmp_path / "in.wav", tmp_path / "out.wav"
+    wavfile.write(source, 8000, np.concatenate([WAVE, WAVE]))  # longer than the model's
+    flags = ["djepa", "--mode=edit", f"--workdir={workdir}", f"--out={out}"]
+    flags += ["--config.sample.labels=3", "--config.sample.count=3"]
+    mask = "--mask=seconds:0.0375-0.05"  # from sample 300 to 400
+    assert main([*flags, f"--source={source}", mask]) == 0
+    expected = model.edit(WAVE, GAP, conditions=(np.full(3, 3), np.array([0, 1, 0])))
+    assert arrays_of(tmp_path / "out.npz")["sound"].dtype == np.int16
+    np.testing.assert_array_equal(arrays_of(tmp_path / "out.npz")["sound"], expected)
+    np.testing.assert_array_equal(wavfile.read(out)[1], expected.ravel())
+    assert (tmp_path / "out.png").exists()
+    for words in (["--source=none.wav", mask], [f"--source={source}", "--mask=seconds:0.1-0.2"]):
+        assert main([*flags, *words]) == 2
+        assert "none.wav" in (said := capsys.readouterr().err) or "0 to 0.128" in said

@@ -20,7 +20,7 @@ import wave
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 
 from djepa_jax.core.bounds import AboveZero, Finite, Positive, check_bounds
 
@@ -137,15 +137,47 @@ class AudioMel:
         sound = find_wave(mel, self.filters, self.n_fft, self.hop) / FULL_SCALE
         return {"log_mel": log_mel, "sound": jnp.clip(sound, -1, 1)}
 
+    def tokens_at(self, places: np.ndarray) -> np.ndarray:
+        """Which tokens `[B, N]` show any of some samples `[B, S]`, each those of its own frames."""
+        bands, spans = self.grid
+        return np.tile(reduce(places, "b (t s) -> b t", "max", t=spans), (1, bands))
+
+    def put_back(self, examples: np.ndarray, arrays: dict, mask: np.ndarray) -> np.ndarray:
+        """int16 waves `[B, S]` as they were but for samples `[B, S]` of a mask, made of `sound`.
+
+        At its borders the kept sound, mirrored, fades out inside the mask, over a hop at most, so
+        that there is no click; what was hidden is not heard.
+        """
+        drawn = np.asarray(arrays["sound"], np.float64) * (FULL_SCALE - 1)
+        joined = np.where(mask, drawn, examples)
+        forwards = zip(joined, mask, strict=True)
+        backwards = zip(joined[:, ::-1], mask[:, ::-1], strict=True)
+        for values, hidden in (*forwards, *backwards):
+            for start in np.flatnonzero(hidden[1:] & ~hidden[:-1]) + 1:
+                room = np.argmin(np.append(hidden[start:], False))
+                size = min(self.hop, start, room // 2)
+                fade = np.arange(size, 0, -1) / (size + 1)
+                kept, new = values[start - size : start][::-1], values[start : start + size]
+                new += fade * (kept - new)
+        return np.round(joined).astype(np.int16)
+
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """The spectrograms in grey, low frequencies at the bottom: uint8 `[n, M, T, 1]`."""
+        """Spectrograms in grey, low frequencies at the bottom: uint8 `[n, M, T, 1]`.
+
+        Without `log_mel`, those of int16 waves `sound`.
+        """
+        if "log_mel" not in arrays:
+            arrays = {"log_mel": self.detokenize(self.tokenize(arrays["sound"]))}
         black, white = math.log(self.floor), self.mean + WHITE * self.deviation
         shade = (np.asarray(arrays["log_mel"]) - black) / (white - black)
         return np.clip(np.round(shade * 255), 0, 255).astype(np.uint8)[:, ::-1, :, None]
 
     def save(self, arrays: dict[str, np.ndarray], index: int, stem: os.PathLike) -> None:
-        """Write a wave as a 16-bit wav file."""
-        values = np.round(arrays["sound"][index] * (FULL_SCALE - 1)).astype("<i2")
+        """Write a wave as a 16-bit wav file; int16 as it is."""
+        values = arrays["sound"][index]
+        if values.dtype != np.int16:
+            values = np.round(values * (FULL_SCALE - 1))
+        values = values.astype("<i2")
         with wave.open(f"{os.fspath(stem)}.wav", "wb") as file:
             file.setparams((1, 2, self.rate, len(values), "NONE", ""))
             file.writeframes(values.tobytes())

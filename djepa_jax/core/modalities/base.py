@@ -45,6 +45,14 @@ class Modality(Protocol):
         For editing; it may be absent.
         """
 
+    def put_back(
+        self, examples: np.ndarray, arrays: dict[str, np.ndarray], mask: np.ndarray
+    ) -> np.ndarray:
+        """Examples whose places of a mask `[B, ...]` are those of exported arrays.
+
+        For editing; it may be absent where pixels are put beside pixels.
+        """
+
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
         """uint8 pictures `[n, H, W, 1 or 3]` of exported arrays, for grids; None if none."""
 
