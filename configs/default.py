@@ -59,9 +59,12 @@ def _model() -> ConfigDict:
     model.attention = "auto"
     model.remat = "dots"  # none, dots (keep matrix products), full (keep nothing)
     model.scan_unroll = 1  # layers per iteration of the scans; more compile longer, may be faster
-    # classes; class_pair: two labels (data.labels); or nothing: no labels at all
+    # classes; class_pair: two labels (data.labels); text: captions (data.captions); embeddings:
+    # outputs of a text encoder; or nothing: no labels at all
     model.condition = "classes"
-    model.condition_options = ConfigDict()  # of class_pair: second_classes, a number
+    # second_classes of class_pair, a number; length (of a text, in bytes or outputs), width, depth
+    # and num_heads of text and embeddings; channels of embeddings
+    model.condition_options = ConfigDict()
     return model
 
 
@@ -131,6 +134,11 @@ def _data() -> ConfigDict:
     # wav files, what the parts of their names are: "digit,speaker" for 7_jackson_32.wav. "": the
     # array "labels", folders
     data.labels = ""
+    # where captions are. npz: the name of an array of texts ("": captions), or of outputs of a text
+    # encoder [n, L, channels] (embeddings); folder: a JSON file {"FILE": "CAPTION"} in it
+    # (captions.json); tar: the ending of the files that hold them (.txt)
+    data.captions = ""
+    data.held_out = 0.0  # share of the captions that are kept from training, by a hash of each
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1
@@ -176,7 +184,8 @@ def _sample() -> ConfigDict:
     """What sampling makes, and how."""
     sample = ConfigDict()
     sample.labels = "all"  # "all" in turn, or a list such as 3,3,7
-    sample.mix = ""  # in place of labels, several at once with weights: 3:0.5,8:0.5
+    sample.prompt = ""  # of models of texts, in place of labels: "a red circle", several with |
+    sample.mix = ""  # in place of these, several at once with weights: 3:0.5,8:0.5
     sample.count = 64  # pictures
     sample.seed = 0
     # in which tokens are revealed: random, raster, halton, checkerboard, blue_noise or frame_causal

@@ -105,15 +105,18 @@ def settings(source: str, path="", num_classes: int = 2, **others) -> types.Simp
     """What `config.data` is for a source."""
     defaults = {"class_names": "", "unconditional": False, "random_flip": False}
     defaults |= {"staging": "", "max_broken": 100, "labels": "", "source_options": {}}
+    defaults |= {"captions": "", "held_out": 0.0}
     values = {"source": source, "path": str(path), "num_classes": num_classes}
     return types.SimpleNamespace(**defaults | values | others)
 
 
-def opened(source: str, path="", num_classes: int = 2, modality=PIXELS, **others):
+def opened(source: str, path="", num_classes: int = 2, modality=PIXELS, conditioner=None, **others):
     """A source, as training opens it."""
     data = settings(source, path, num_classes, **others)
-    network = types.SimpleNamespace(conditioner=None)
-    return open_data(types.SimpleNamespace(data=data, modality=modality, network=network))
+    network = types.SimpleNamespace(conditioner=conditioner)
+    model = types.SimpleNamespace(condition=type(conditioner).__name__)
+    of = {"data": data, "modality": modality, "network": network, "model": model}
+    return open_data(types.SimpleNamespace(**of))
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -16,6 +16,7 @@ from djepa_jax.checkpoints.restore import StoredModel, is_export, read_record
 from djepa_jax.checkpoints.stablehlo import ARRAYS_NAME, SAMPLER_NAME, STABLEHLO, arguments
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.djepa import split_model
+from djepa_jax.core.models.text import Reader
 
 FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
 MAX_NAMES = 12  # of classes
@@ -150,11 +151,12 @@ def _commands(trained: Experiment, push: str) -> dict:
     """What the ways of using an export are filled with."""
     place, decoder = "PATH OF THIS FOLDER", "WEIGHTS OF ITS AUTOENCODER"
     latents = trained.modality.needs_decoder
+    reads = isinstance(trained.network.conditioner, Reader)
     return {
         "address": f"hf://{push}" if push else place,
         "download": f"hf download {push} --local-dir export\n" if push else "",
         "folder": "export" if push else f'"{place}"',
-        "labels": list(trained.class_names[:2]),
+        "asked": 'prompts=["a red circle"]' if reads else f"labels={list(trained.class_names[:2])}",
         "decoded": f', autoencoder="{decoder}"' if latents else "",
         "decoder": f' --config.autoencoder.path="{decoder}"' if latents else "",
     }

@@ -5,7 +5,8 @@ import functools
 import importlib.resources
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,13 +91,14 @@ def misplaced(names: Sequence[str], others: Sequence[str]) -> str | None:
     return next((name for name, other in pairs if _normal(name) in {*known} - {other}), None)
 
 
-def find_mixture(text: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Classes and their weights, which sum to one, of a text such as "cat:0.5,dog:0.5": `[K]`.
+def find_mixture(text: str, find: Callable[[str], Any]) -> tuple[np.ndarray, np.ndarray]:
+    """What `find` makes of each part of a text such as "cat:0.5,dog:0.5" and their weights, which
+    sum to one: `[K, ...]`, `[K]`.
 
     Raises:
-        ValueError: no such class, or a weight that is not above 0.
+        ValueError: there is no such class, or a weight that is not above 0.
     """
-    labels, weights = [], []
+    found, weights = [], []
     for part in text.split(","):
         name, _, number = part.rpartition(":")
         try:
@@ -105,9 +107,9 @@ def find_mixture(text: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarra
             weight = math.nan
         if not (name and 0 < weight < math.inf):
             raise ValueError(f'"{part}" is not CLASS:WEIGHT with a weight above 0, such as 3:0.5.')
-        labels.append(find_class(name, names))
+        found.append(find(name))
         weights.append(weight)
-    return np.asarray(labels, np.int32), np.asarray(weights, np.float32) / sum(weights)
+    return np.stack(found), np.asarray(weights, np.float32) / sum(weights)
 
 
 def find_class(wanted: int | str, names: Sequence[str]) -> int:

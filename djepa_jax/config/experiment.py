@@ -43,6 +43,7 @@ from djepa_jax.core.models.attention import obstacle
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.core.models.conditioning import CONDITIONERS, Mixture
 from djepa_jax.core.models.djepa import ModelConfig
+from djepa_jax.core.models.text import Reader
 from djepa_jax.core.optimizer import OptimizerConfig
 from djepa_jax.core.sampler import SamplerConfig
 from djepa_jax.core.train_step import TrainStepConfig
@@ -165,7 +166,9 @@ class Experiment(Settings):
 
     @property
     def classes_are_known(self) -> bool:
-        """Whether their number and names do not wait for what the data say."""
+        """Whether their number and names do not wait for what the data say, or there are none."""
+        if isinstance(self.network.conditioner, Reader):
+            return True
         return self.data.num_classes > 0 and bool(self.data.class_names or not self.data.path)
 
     def with_classes(self, count: int, names: Sequence[str] | None) -> "Experiment":
@@ -231,6 +234,9 @@ class Experiment(Settings):
             conditioner = CONDITIONERS[model.condition](self.data.num_classes, **options)
         except TypeError as error:  # of its signature, which says the option
             raise ConfigError(f"config.model.condition_options is {options}: {error}.") from error
+        if isinstance(conditioner, Reader) and not conditioner.num_prefix_tokens:
+            size = model.num_prefix_tokens
+            conditioner = dataclasses.replace(conditioner, num_prefix_tokens=size)
         return ModelConfig(
             grid=modality.grid,
             token_dim=modality.token_dim,
@@ -317,7 +323,7 @@ class Experiment(Settings):
 
     @functools.cached_property
     def sample_conditions(self) -> Any:
-        """The condition of each sample, `[count]`: the labels that are asked for in turn."""
+        """The condition of each sample, `[count]`: what is asked for, in turn."""
         return conditions.wanted(self.sample, self.network.conditioner, self.class_names)
 
     def conditions_of(self, labels: np.ndarray, period: int = 1) -> Any:
@@ -326,7 +332,8 @@ class Experiment(Settings):
 
     def titles(self, asked: Any) -> list[str]:
         """What to write above samples of some conditions: class names, or their numbers."""
-        return conditions.titles(self.sample, self.class_names, asked)
+        conditioner = self.network.conditioner
+        return conditions.titles(self.sample, conditioner, self.class_names, asked)
 
 
 GROUPS = {name: kind for name, kind in field_types(Experiment).items() if is_group(kind)}

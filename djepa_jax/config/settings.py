@@ -145,6 +145,8 @@ class DataSettings(Settings):
     modality: Annotated[str, OneOf(MODALITIES)]
     options: Options
     labels: str
+    captions: str
+    held_out: Share
     image_size: Positive
     channels: Positive
     patch_size: Positive
@@ -191,6 +193,7 @@ class SampleSettings(Settings):
     """What sampling makes, and how."""
 
     labels: str
+    prompt: str
     mix: str
     count: Positive
     seed: Seed

@@ -48,11 +48,11 @@ ADDED = {
 }
 # The same for configurations of any format.
 LATER = {
-    "data": {"source_options": {}, "labels": ""},
+    "data": {"source_options": {}, "labels": "", "captions": "", "held_out": 0.0},
     "loss": {"mask_modes": "random"},
     "model": {"attention": "auto"},
     "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}
-    | {"final_denoise_steps": 0, "mix": ""},
+    | {"final_denoise_steps": 0, "mix": "", "prompt": ""},
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"}
     | {"trend_count": 1000},
     "search": {"cfg_scale": (1.0, 1.5, 2.0, 3.0, 4.0), "temperature": (0.94, 0.97, 1.0)}

@@ -41,14 +41,17 @@ def load_npz(path: str, where: str, names: Sequence[str] = ("labels",)) -> Array
     labels, by their names.
 
     A channel axis of images and latents may be absent. What is found as second labels is counted
-    from 0.
+    from 0. Without names, labels are those called "labels", or 0 where there are none.
     """
     told, kinds = " and ".join(f'"{name}"' for name in names), ("latents", "clips", "images")
     try:
         with np.load(path, allow_pickle=False) as file:
             kind = next((kind for kind in kinds if kind in file), "images")
             images = file[kind]
-            labels, *further = (file[name] for name in names)
+            if not names:
+                names = ["labels"] * ("labels" in file)
+            found = [file[name] for name in names]
+            labels, *further = found or [np.zeros(len(images), np.int64)]
     except Exception as error:  # damaged files make numpy fail in ways that nobody has listed
         raise DataError(
             f'{where} is no npz file with arrays "images" (or "latents", or "clips") and {told}: '

@@ -44,10 +44,12 @@ class Shard:
     skipped: dict[str, str]  # key of every image that could not be read, and why
     sum: float
     sum_of_squares: float
+    captions: list[str] = dataclasses.field(default_factory=list)  # of all examples, or none
 
     def __post_init__(self):
         numbers = all(map(str.isdecimal, self.class_counts))
-        if self.count != sum(self.class_counts.values()) or not numbers:
+        counts = {self.count, sum(self.class_counts.values()), len(self.captions) or self.count}
+        if len(counts) > 1 or not numbers:
             raise ValueError(f"the counts of {self.file} do not agree")
         if pathlib.PurePath(self.file).name != self.file:
             raise ValueError(f"{self.file} is not the name of a file")
@@ -195,6 +197,7 @@ class LatentCache(Source):
         self.folder = pathlib.Path(path)
         self.metadata = read_metadata(self.folder)
         shards, self.class_names = self.metadata.shards, self.metadata.class_names
+        self.captions = [text for shard in shards for text in shard.captions]
         self.labels = np.array(sorted({int(label) for s in shards for label in s.class_counts}))
         verify = sum(shard.bytes for shard in shards) <= VERIFIED_BYTES
         for shard in shards:

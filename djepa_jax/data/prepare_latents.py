@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -25,11 +25,12 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities.image import ImagePixels
 from djepa_jax.core.models.autoencoder_kl import LOG_VARIANCE_RANGE
+from djepa_jax.core.models.text import Embeddings
 from djepa_jax.data import latent_cache
 from djepa_jax.data.images import BrokenImage
 from djepa_jax.data.latent_cache import DTYPES, SHARDS_NAME, Metadata, find_shard, write_shard
-from djepa_jax.data.records import DataError, Source, check_broken
-from djepa_jax.data.sources import SingleClass, open_source, with_classes_of
+from djepa_jax.data.records import DataError, Source, check_broken, digest_of, unwrapped
+from djepa_jax.data.sources import SingleClass, open_source, reader_of, with_classes_of
 from djepa_jax.data.summary import describe_data
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
 from djepa_jax.runtime.progress import Progress, say
@@ -51,12 +52,20 @@ def run_prepare(
     check_local(folder, "--workdir", PUBLISH)
     own = parse_share(shard)
     images = ImagePixels(experiment.prepare.image_size, 3, 1)
-    source = open_source("prepare", experiment.prepare, experiment.data, images)
+    reader = reader_of(experiment)
+    if isinstance(reader, Embeddings):
+        raise ConfigError(
+            'model.condition is "embeddings", and latent caches keep captions as texts; make it '
+            "with --config.model.condition=text."
+        )
+    source = open_source("prepare", experiment.prepare, experiment.data, images, reader=reader)
+    captions, contents = getattr(source, "captions", ()), digest_of(source)
+    source = unwrapped(source)
     labelled = SingleClass(source) if experiment.data.unconditional else source
     experiment = with_classes_of(labelled, experiment)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(experiment.autoencoder, mesh, experiment.data.staging)
-    plan = make_plan(experiment, source, autoencoder)
+    plan = make_plan(experiment, len(source), contents, autoencoder)
     for line in describe_data(experiment, source):
         say(line)
     source = labelled
@@ -73,7 +82,8 @@ def run_prepare(
             say(f"{len(names) - len(missing)} of {len(names)} shards are finished already")
         wanted = {name: parts[name] for name in missing}
         num_threads = experiment.data.num_threads
-        make_shards(path, wanted, source, autoencoder, experiment.prepare, num_threads, say)
+        what = wanted, source, captions, autoencoder
+        make_shards(path, *what, experiment.prepare, num_threads, say)
         shards = [find_shard(path, name) for name in parts]
         if None in shards:
             say(
@@ -110,7 +120,7 @@ def finish(folder: pathlib.Path, metadata: Metadata) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def make_plan(experiment: Experiment, source: Source, autoencoder: Autoencoder) -> dict:
+def make_plan(experiment: Experiment, count: int, contents: str, autoencoder: Autoencoder) -> dict:
     """What the cache will be made of; image size, autoencoder and latent size must agree."""
     size, data = experiment.prepare.image_size, experiment.data
     stride, channels = autoencoder.config.stride, autoencoder.config.latent_channels
@@ -123,8 +133,8 @@ def make_plan(experiment: Experiment, source: Source, autoencoder: Autoencoder) 
         )
     return {
         "source": experiment.prepare.source,
-        "contents": source.digest(),  # of what it holds; where it lies does not matter
-        "examples": len(source),
+        "contents": contents,  # a checksum; where they lie does not matter
+        "examples": count,
         "shard_size": experiment.prepare.shard_size,
         "image_size": size,
         "num_classes": data.num_classes,
@@ -164,15 +174,23 @@ def claim(folder: pathlib.Path, plan: dict, source_path: str) -> None:
 
 
 def make_shards(
-    folder: pathlib.Path, parts: dict, source: Source, autoencoder, prepare, num_threads: int, say
+    folder: pathlib.Path,
+    parts: dict,
+    source: Source,
+    captions: Sequence[str],
+    autoencoder,
+    prepare,
+    num_threads: int,
+    say,
 ) -> None:
-    """Make some shards; threads read images ahead, in order."""
+    """Make some shards, with captions if there are some; threads read images ahead, in order."""
     numbers = [number for part in parts.values() for number in part]
 
     def read(number: int) -> tuple[str, dict | None, str]:
         """The key of an image and its example, or why there is none."""
         try:
-            return source.key(number), source[number], ""
+            caption = {"caption": captions[number]} if captions else {}
+            return source.key(number), source[number] | caption, ""
         except BrokenImage as error:
             return source.key(number), None, str(error)
 
@@ -195,7 +213,7 @@ def _encode(
     images: Iterator[tuple], autoencoder: Autoencoder, dtype: str
 ) -> tuple[list[bytes], dict]:
     """The records of a shard, and what its JSON file tells of them."""
-    records, labels, sums, squares, skipped = [], [], [], [], {}
+    records, labels, captions, sums, squares, skipped = [], [], [], [], [], {}
     while batch := list(itertools.islice(images, autoencoder.batch_size)):
         skipped |= {key: reason for key, example, reason in batch if example is None}
         whole = [(key, example) for key, example, _ in batch if example is not None]
@@ -209,6 +227,7 @@ def _encode(
             )
         for (key, example), both in zip(whole, moments.astype(DTYPES[dtype]), strict=True):
             labels.append(int(example["condition"]))
+            captions += [example["caption"]] if "caption" in example else []
             records.append(latent_cache.pack(labels[-1], key, both))
         # Of x and of x squared, as samples of the posteriors have them on average.
         mean, log_variance = np.split(moments.astype(np.float64), 2, axis=-1)
@@ -221,6 +240,7 @@ def _encode(
         "skipped": skipped,
         "sum": math.fsum(sums),
         "sum_of_squares": math.fsum(squares),
+        "captions": captions,
     }
 
 

@@ -52,7 +52,8 @@ def counted(numbers: Counter) -> str:
 
 def digest_of(source) -> str:
     """A checksum of what a source holds, whatever wraps it; the length of one that has none."""
-    source = unwrapped(source)
+    while hasattr(source, "source") and not hasattr(source, "digest"):
+        source = source.source
     return source.digest() if hasattr(source, "digest") else str(len(source))
 
 

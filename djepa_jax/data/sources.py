@@ -12,6 +12,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.conditioning import Classes, Nothing, Sum
 from djepa_jax.core.models.text import Reader
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
+from djepa_jax.data.captions import CAPTIONS, open_captions
 from djepa_jax.data.ilsvrc import open_ilsvrc
 from djepa_jax.data.image_folder import open_folder
 from djepa_jax.data.latent_cache import (
@@ -29,6 +30,7 @@ from djepa_jax.data.records import (
     SkipBroken,
     Source,
     check_labels,
+    unwrapped,
 )
 from djepa_jax.data.sounds import load_sounds, open_wavs
 from djepa_jax.data.tfds import open_tfds
@@ -47,11 +49,19 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def open_source(group: str, settings, data, modality, any_class: bool = False) -> Source:
+def open_source(
+    group: str,
+    settings,
+    data,
+    modality,
+    any_class: bool = False,
+    reader: Reader | None = None,
+) -> Source:
     """The source that `settings` name, which are `config.data` or `config.prepare` as `group` says.
 
     Its classes must be those of `data`, unless there may be `any_class`, and its examples those of
     the modality, to which images in files are cropped; a broken one of these raises BrokenImage.
+    For a `reader`, examples have captions, and need no labels.
     """
     name, path = settings.source, settings.path
     where = f'{group}.path "{path}"' if path else f'{group}.source "{name}"'
@@ -78,10 +88,10 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
         path = local_copy(path, data.staging, f"{group}.path")
         source = load_sounds(path, where, names or ["labels"], modality)
     elif name in IMAGE_FILES:
-        source = _open_images(name, path, where, data, num_classes, modality)
+        source = _open_images(name, path, where, data, num_classes, modality, reader)
     elif name == "npz":
         path = local_copy(path, data.staging, f"{group}.path")
-        source = load_npz(path, where, names or ["labels"])
+        source = load_npz(path, where, names if names or reader else ["labels"])
     elif name == "latents":
         source = LatentCache(local_cache(path, data.staging))
     else:
@@ -91,7 +101,7 @@ def open_source(group: str, settings, data, modality, any_class: bool = False) -
     check_labels(source.labels, limit, f"{where} holds examples")
     if is_sound or name not in IMAGE_FILES:
         modality.check_example(source[0]["example"])
-    return source
+    return open_captions(source, path, where, settings, data, reader) if reader else source
 
 
 def names_data(settings) -> bool:
@@ -105,7 +115,9 @@ def _options_of(name: str) -> set[str]:
     return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
-def _open_images(name: str, path: str, where: str, data, num_classes: int, modality) -> ImageSource:
+def _open_images(
+    name: str, path: str, where: str, data, num_classes: int, modality, reader
+) -> ImageSource:
     if is_remote(path):
         raise PathError(
             f'{where} lies in a bucket, which the source "{name}" does not read; copy it to a '
@@ -119,7 +131,10 @@ def _open_images(name: str, path: str, where: str, data, num_classes: int, modal
             f"expects {modality.example_dtype} examples of shape {shape}; choose another "
             'data.modality or data.channels, or data.source "npz".'
         )
-    records = IMAGE_FILES[name](path, where)
+    if reader and name == "tar":
+        records = open_tars(path, where, f".{(data.captions or CAPTIONS[name]).lstrip('.')}")
+    else:
+        records = IMAGE_FILES[name](path, where)
     return ImageSource(records, shape, num_classes, data.class_names, where)
 
 
@@ -128,9 +143,10 @@ def open_data(experiment: Experiment) -> Source:
     data, modality = experiment.data, experiment.modality
     if data.source == "latents" and data.path:
         check_cache(read_metadata(as_path(data.path)), data)  # before a copy, which may take long
-    any_class = isinstance(experiment.network.conditioner, Nothing)
-    source = open_source("data", data, data, modality, any_class)
-    if isinstance(source, ImageSource):
+    reader = reader_of(experiment)
+    any_class = reader is not None or isinstance(experiment.network.conditioner, Nothing)
+    source = open_source("data", data, data, modality, any_class, reader)
+    if isinstance(unwrapped(source), ImageSource):
         source = SkipBroken(source, data.max_broken)
     pixels = modality.example_dtype == np.uint8
     if data.random_flip and modality.example_dtype == np.int16:
@@ -144,9 +160,27 @@ def open_data(experiment: Experiment) -> Source:
     if data.unconditional:
         return SingleClass(source)
     _check_pairs(source, experiment.network.conditioner, data.labels)
-    if isinstance(conditioner := experiment.network.conditioner, Reader):
-        _check_texts(source[0]["condition"], conditioner, experiment.model.condition)
+    if reader is not None:
+        _check_texts(source[0]["condition"], reader, experiment.model.condition)
     return source
+
+
+def reader_of(experiment: Experiment) -> Reader | None:
+    """What reads the captions of the data; None for a model of classes or of nothing."""
+    conditioner, data = experiment.network.conditioner, experiment.data
+    reads = isinstance(conditioner, Reader)
+    if (data.captions or data.held_out) and not reads:
+        raise DataError(
+            f'data.captions is "{data.captions}" and data.held_out {data.held_out}, which are for '
+            f'models of texts, and model.condition is "{experiment.model.condition}"; set '
+            "--config.model.condition=text, or leave them out."
+        )
+    if data.unconditional and reads:
+        raise DataError(
+            f'data.unconditional is True, and model.condition "{experiment.model.condition}" reads '
+            "captions; leave one of them out."
+        )
+    return conditioner if reads else None
 
 
 def _check_texts(found, conditioner: Reader, name: str) -> None:
@@ -156,7 +190,7 @@ def _check_texts(found, conditioner: Reader, name: str) -> None:
         raise DataError(
             f'model.condition "{name}" reads arrays of shape {shape}, and the data deliver '
             f"{np.shape(found)}; name another condition, or a source that delivers them "
-            "(docs/extending.md)."
+            "(docs/text.md)."
         )
 
 
@@ -191,7 +225,8 @@ def open_training_data(experiment: Experiment) -> tuple[Source, Experiment]:
 def with_classes_of(source: Source, experiment: Experiment) -> Experiment:
     """The configuration with the number and the names of the classes that a source has."""
     names, labels = source.class_names, source.labels
-    if names is None and labels is None and not experiment.data.num_classes:
+    told = experiment.data.num_classes or isinstance(experiment.network.conditioner, Reader)
+    if names is None and labels is None and not told:
         raise DataError(
             "config.data.num_classes is 0, and the data do not say how many classes they have; "
             "set it."

@@ -6,6 +6,7 @@ import numpy as np
 
 from djepa_jax.config.class_names import called_by_numbers, listed
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.data.captions import captioned
 from djepa_jax.data.images import FORMATS, open_image
 from djepa_jax.data.records import ImageSource, Source, counted, unwrapped
 
@@ -17,10 +18,12 @@ MANY_TIMES = 8  # smaller, where detail is lost that somebody may have wanted
 
 def describe_data(experiment: Experiment, source: Source) -> list[str]:
     """What is trained on: the images, what becomes of them, and the classes by index and name."""
-    source = unwrapped(source)
+    captions, source = captioned(source), unwrapped(source)
     lines = list(getattr(source, "notes", []))  # of sounds
     if isinstance(source, ImageSource):
         lines = describe_images(source)
+    if captions:
+        lines.append(captions.note)
     names = experiment.class_names
     if experiment.data.class_names:
         hint = "; a number in sample.labels means such a name" if called_by_numbers(names) else ""

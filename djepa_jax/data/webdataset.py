@@ -1,8 +1,12 @@
-"""Images in tar files, as webdataset writes them: `KEY.jpg` with `KEY.cls` or `KEY.json`."""
+"""Images in tar files, as webdataset writes them: `KEY.jpg` with `KEY.cls` or `KEY.json`.
+
+A caption of it may be `KEY.txt`.
+"""
 
 import errno
 import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -124,8 +128,11 @@ def tar_members(file: str, inner: Member | None = None, limit=MAX_FILE_BYTES) ->
     return members
 
 
-def open_tars(path: str, where: str) -> TarRecords:
-    """All images of the tar files of a folder, of one file, of `train-{000..127}.tar` or a glob."""
+def open_tars(path: str, where: str, captions: str = "") -> TarRecords:
+    """All images of the tar files of a folder, of one file, of `train-{000..127}.tar` or a glob.
+
+    With the ending of the files of `captions`, records have those, and labels may be absent.
+    """
     folder, name = os.path.split(path)
     if os.path.isdir(path):
         folder, name = path, "*.tar"
@@ -141,8 +148,9 @@ def open_tars(path: str, where: str) -> TarRecords:
         )
     left_out = [Counter() for _ in files]
     with ThreadPoolExecutor(THREADS) as pool:
-        images = list(pool.map(_labelled_images, files, left_out))
-    records = TarRecords(files, images)
+        found = list(pool.map(_labelled_images, files, left_out, itertools.repeat(captions)))
+    records = TarRecords(files, [images for images, _ in found])
+    records.captions = [text for _, texts in found for text in texts]
     records.left_out = sum(left_out, Counter())
     if not len(records):
         there = counted(records.left_out) or "nothing"
@@ -174,12 +182,14 @@ def expand_braces(pattern: str, where: str) -> list[str]:
     return [name for choice in choices for name in expand_braces(head + choice + tail, where)]
 
 
-def _labelled_images(file: str, left_out: Counter) -> list[tuple[Member, int]]:
-    """The images of a tar file, in their order, with their labels; other files are counted.
+def _labelled_images(
+    file: str, left_out: Counter, captions: str
+) -> tuple[list[tuple[Member, int]], list[bytes | None]]:
+    """The images of a tar file, in their order, with their labels, and the captions of each.
 
-    Files of a sample with an image are its own matter, such as a caption.
+    Other files are counted; those of a sample with an image are its own matter.
     """
-    images, labels, others = {}, {}, {}
+    images, labels, texts, others = {}, {}, {}, {}
     with open(file, "rb", buffering=0) as stream:
 
         def read(member: Member) -> bytes:
@@ -197,8 +207,14 @@ def _labelled_images(file: str, left_out: Counter) -> list[tuple[Member, int]]:
                 label = _read_label(read(member), f'"{member.name}" in "{file}"')
                 if label is not None and (ending == ".cls" or key not in labels):
                     labels[key] = label
+            elif captions and ending == captions:
+                texts[key] = read(member)
             else:
                 others.setdefault(key, []).append((member, ending))
+        if captions:
+            left_out[captions] += len(texts.keys() - images.keys() - others.keys())
+            for key in images.keys() | (others.keys() & texts.keys()):
+                labels.setdefault(key, 0)
         for key in [key for key in others if key not in images]:
             found = [
                 member
@@ -218,7 +234,8 @@ def _labelled_images(file: str, left_out: Counter) -> list[tuple[Member, int]]:
                 f'"{key}" in "{file}" needs one image ({", ".join(FORMATS)}) and a label (.cls, or '
                 '.json with "label"); add what is missing, or take it out.'
             )
-    return [(member, labels[key]) for key, (member,) in images.items()]
+    found = [(member, labels[key]) for key, (member,) in images.items()]
+    return found, [texts.get(key) for key in images]
 
 
 def _read_label(text: bytes, where: str) -> int | None:

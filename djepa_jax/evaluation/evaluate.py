@@ -17,6 +17,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.presets import CFG_SCALES, PUBLISHED_SHAPE, preset_values
 from djepa_jax.config.stored import LATER
 from djepa_jax.core import sharding
+from djepa_jax.data.captions import conditions_to_judge
 from djepa_jax.data.records import digest_of
 from djepa_jax.evaluation.features import FROM_FILE
 from djepa_jax.evaluation.judges import open_metric, open_to_judge
@@ -98,7 +99,8 @@ def evaluate(
     """
     metric = open_metric(experiment, source, workdir)
     of = subject(experiment, generator, params, source, step)
-    _take_in_all(metric, experiment, generator, params, of, workdir, should_stop, kept)
+    conditions = conditions_to_judge(experiment, source, experiment.evaluation.count)
+    _take_in_all(metric, experiment, generator, params, conditions, of, workdir, should_stop, kept)
     if not distributed.is_main_process():
         return {}
     record = {"metrics": metric.result()} | of
@@ -127,16 +129,17 @@ def trend(
     settings = experiment.evaluation
     metric = open_metric(experiment, source, workdir)
     count = min(settings.count, settings.trend_count)
-    for _ in _take_in(metric, experiment, generator, params, count, 0, should_stop):
+    conditions = conditions_to_judge(experiment, source, count)
+    for _ in _take_in(metric, experiment, generator, params, conditions, 0, should_stop):
         pass
     return trend_of(metric) if distributed.is_main_process() else {}
 
 
 def _take_in(
-    metric, experiment, generator, params, count: int, start: int, should_stop
+    metric, experiment, generator, params, conditions, start: int, should_stop
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Give a metric samples from number `start` on: the first's number, and a batch of them."""
-    conditions, seed = experiment.network.conditioner.in_turn(count), experiment.evaluation.seed
+    seed = experiment.evaluation.seed
     for arrays in generator.batches(params, conditions, seed, start, should_stop):
         rows = slice(start, start + count_of(arrays))
         if len(bad := generator.not_finite):
@@ -158,10 +161,10 @@ def as_pictures(experiment: Experiment, arrays: dict) -> dict:
 
 
 def _take_in_all(
-    metric, experiment, generator, params, of: dict, workdir, should_stop, kept
+    metric, experiment, generator, params, conditions, of: dict, workdir, should_stop, kept
 ) -> None:
     """Give a metric all samples, from where one that was killed had come to."""
-    count, is_main = experiment.evaluation.count, distributed.is_main_process()
+    is_main = distributed.is_main_process()
     partial, keeps = as_path(workdir) / PARTIAL_NAME, keeps_state(metric)
     state = _read_partial(partial, of) if keeps and is_main else {}
     if kept is not None and kept.missing_below(int(state.get("count", 0))):
@@ -170,7 +173,7 @@ def _take_in_all(
     if start:
         metric.restore(state)
     saved = time.monotonic()
-    batches = _take_in(metric, experiment, generator, params, count, start, should_stop)
+    batches = _take_in(metric, experiment, generator, params, conditions, start, should_stop)
     for first, arrays in batches:
         if kept is not None and is_main:
             kept.write(first, arrays["images"])
@@ -271,7 +274,8 @@ def run_evaluate(
     arguments = (experiment, generator, params, source, model.step, workdir)
     record, kept = None if overwrite else read_evaluation(*arguments), None
     if keep_images:
-        kept = KeptImages(generator, workdir, subject(*arguments[:-1]))
+        asked = conditions_to_judge(experiment, source, experiment.evaluation.count)
+        kept = KeptImages(generator, workdir, subject(*arguments[:-1]), asked)
         if distributed.run_on_main(lambda: kept.open(overwrite)) < experiment.evaluation.count:
             record = None
     is_new = not distributed.run_on_main(lambda: int(record is not None))

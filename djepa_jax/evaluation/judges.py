@@ -93,7 +93,7 @@ def _open_one(kind: str, experiment: Experiment, source, workdir) -> Metric:
             "pictures to judge; name it."
         )
     turn = jax.tree.leaves(experiment.network.conditioner.in_turn(2))[0]
-    labelled = bool(turn[0] != turn[1])
+    labelled = bool(np.any(turn[0] != turn[1]))
     reference = (settings.reference, experiment.picture_shape)
     modality = experiment.modality
     if source is not None and not modality.needs_decoder and modality.example_dtype != np.uint8:

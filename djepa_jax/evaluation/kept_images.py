@@ -21,12 +21,13 @@ class KeptImages:
         generator: of the samples.
         workdir: of the folder.
         of: what the evaluation is of.
+        conditions: of the samples.
 
     Raises:
         ConfigError: no pictures are made.
     """
 
-    def __init__(self, generator: Generator, workdir, of: dict):
+    def __init__(self, generator: Generator, workdir, of: dict, conditions):
         experiment, network = generator.experiment, generator.experiment.network
         tokens = jax.ShapeDtypeStruct((1, network.num_tokens, network.token_dim), np.float32)
         made = jax.eval_shape(experiment.modality.export, tokens)
@@ -35,7 +36,6 @@ class KeptImages:
                 f"--keep_images is for models of pictures, and this one makes {', '.join(made)}; "
                 "leave it out."
             )
-        conditions = network.conditioner.in_turn(experiment.evaluation.count)
         titles = enumerate(experiment.titles(conditions))
         self._names = [f"{numbered(index, title)}.png" for index, title in titles]
         self._folder, self._of = as_path(workdir) / FOLDER_NAME, json.loads(json.dumps(of))

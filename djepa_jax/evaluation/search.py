@@ -22,6 +22,7 @@ from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import changes
 from djepa_jax.core import sharding
+from djepa_jax.data.captions import conditions_to_judge
 from djepa_jax.evaluation.evaluate import as_pictures, describe, subject
 from djepa_jax.evaluation.judges import open_metric, open_to_judge
 from djepa_jax.evaluation.metrics import intervals
@@ -145,7 +146,7 @@ class Search:
         autoencoder = generator.autoencoder if generator.decodes else None
         generator = Generator(experiment, generator.mesh, autoencoder)
         metric = open_metric(experiment, self._source, self._folder)
-        conditions = experiment.network.conditioner.in_turn(count)
+        conditions = conditions_to_judge(experiment, self._source, count)
         what = (self._params, conditions, experiment.evaluation.seed)
         if experiment.sampler != self._program:
             next(generator.batches(*what))

@@ -13,10 +13,12 @@ from flax import nnx
 from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
 from djepa_jax.checkpoints.restore import find_model, placed_params
 from djepa_jax.config.class_names import find_class
+from djepa_jax.config.conditions import of_prompts
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
+from djepa_jax.core.models.text import Reader
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
 from djepa_jax.sampling.edit import (
     box_of,
@@ -30,7 +32,7 @@ from djepa_jax.sampling.generator import Generator, count_of, result_of
 
 Label = int | str | None
 # Settings of sampling that belong to a call and not to a model.
-OF_A_CALL = {"labels", "count", "seed", "batch_size", "noise_multiplicity"}
+OF_A_CALL = {"labels", "prompt", "count", "seed", "batch_size", "noise_multiplicity"}
 
 
 def load(
@@ -102,8 +104,9 @@ class Model:
             labels: classes by index, name or part of a name; None asks for no class.
             seed: of everything random.
             conditions: in place of labels, raw conditions `[n, ...]` as the data source gives them.
-            **settings: `cfg_scale`, `cfg_schedule`, `temperature` (of diffusion models), `order`,
-                `num_ar_steps`, `num_denoise_steps`, `sampler` and the others of `config.sample`,
+            **settings: `prompts`, of models of texts in place of labels; `cfg_scale`,
+                `cfg_schedule`, `temperature` (of diffusion models), `order`, `num_ar_steps`,
+                `num_denoise_steps`, `sampler` and the others of `config.sample`,
                 and the options of the loss, in place of the stored ones. With `mix`
                 ("cat:0.5,dog:0.5") all pictures are of several classes at once, and `labels` says
                 how many there are: `[None] * 4`.
@@ -124,7 +127,7 @@ class Model:
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
     ) -> dict[str, np.ndarray]:
         """As `sample`, but everything that the modality makes (`images`, `latents`...)."""
-        wanted = self._conditions(labels, conditions, settings.get("mix"))
+        wanted = self._conditions(labels, conditions, settings)
         generator = self._generator(count_of(wanted), seed, settings)
         return generator.images(self.params, wanted, generator.experiment.sample.seed)
 
@@ -137,7 +140,7 @@ class Model:
         are drawn at once: uint8 arrays as of `sample`.
         """
         self._check_pictures()
-        wanted = self._conditions(labels, conditions, settings.get("mix"))
+        wanted = self._conditions(labels, conditions, settings)
         generator = self._generator(count_of(wanted), seed, settings)
         steps = generator.stream(self.params, wanted, generator.experiment.sample.seed)
         modality = self.config.modality  # errors come at once
@@ -177,7 +180,7 @@ class Model:
         """
         check_editable(self.config)
         self._check_pictures()
-        wanted = self._conditions(labels, conditions, settings.get("mix"))
+        wanted = self._conditions(labels, conditions, settings)
         modality = self.config.modality
         shape, places = given_shape(self.config), places_shape(self.config)
         count = count_of(wanted)
@@ -226,7 +229,7 @@ class Model:
             expected = ", ".join(map(str, modality.example_shape))
             raise ValueError(f"examples have shape {examples.shape}; expected [n, {expected}].")
         modality.check_example(examples[0])
-        wanted = self._conditions(labels, conditions)
+        wanted = self._conditions(labels, conditions, {})
         if count_of(wanted) not in (1, len(examples)):
             raise ValueError(
                 f"there are {len(examples)} examples and {count_of(wanted)} labels; give one "
@@ -249,14 +252,25 @@ class Model:
         Raises:
             ValueError: no such class, or several; the candidates are listed.
         """
+        if isinstance(self.config.network.conditioner, Reader):
+            raise ValueError('this model has no classes; it is told by prompts=["a red circle"].')
         if label is None:
             return int(jax.tree.leaves(self.config.network.conditioner.null(1))[0][0])
         return find_class(label, self.labels)
 
-    def _conditions(self, labels: Label | Sequence[Label], conditions, mix: str | None = None):
-        """Raw conditions `[n, ...]` of labels, or those that were given, or a mixture."""
+    def _conditions(self, labels: Label | Sequence[Label], conditions, settings: dict):
+        """Raw conditions `[n, ...]` of labels, or those that were given, or prompts, or a mixture.
+
+        Prompts are taken out of the settings.
+        """
+        prompts, mix = settings.pop("prompts", None), settings.get("mix")
         if conditions is not None:
             return conditions
+        if prompts is not None:
+            prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+            if labels is not None or mix or not prompts:
+                raise ValueError("prompts are in place of labels; name one or more, and no label.")
+            return of_prompts(self.config.network.conditioner, prompts)
         one = isinstance(labels, str | bytes) or not isinstance(labels, Iterable)
         one = one or getattr(labels, "ndim", 1) == 0
         labels = [labels] if one else list(labels)

@@ -51,6 +51,7 @@ from djepa_jax.sampling.grids import (
     stored_settings,
 )
 
+MAX_TITLE = 60  # letters in the name of a file, which may take four bytes each
 IDENTITY_NAME = "identity.json"  # what the parts are samples of
 
 
@@ -286,4 +287,5 @@ def save_each(experiment: Experiment, parts, conditions, folder: epath.Path) -> 
 
 def numbered(index: int, title: str) -> str:
     """The name of a sample's own file, without its ending."""
+    title = title[:MAX_TITLE]
     return f"{index:06d}_{''.join(c if c.isalnum() else '_' for c in title)}"

@@ -17,7 +17,9 @@ from etils import epath
 from djepa_jax import __version__
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
+from djepa_jax.core.models.text import Text
 from djepa_jax.core.train_step import TrainState
+from djepa_jax.data.captions import any_rows, conditions_to_show
 from djepa_jax.data.summary import describe_data
 from djepa_jax.evaluation.evaluate import (
     FILE_NAME,
@@ -212,7 +214,8 @@ class Reporter:
 
     def sample_grid(self, step: int, state: TrainState) -> None:
         """Sample the moving average and write a labelled grid, unless asked to stop meanwhile."""
-        experiment, conditions = self.experiment, self.experiment.sample_conditions
+        experiment = self.experiment
+        conditions = conditions_to_show(experiment, self.source)
         stop = functools.partial(self._stop_requested, step)
         try:
             arrays = self.generator.images(
@@ -239,7 +242,8 @@ class Reporter:
         experiment, path = self.experiment, self._grid_path(step).with_name("real.png")
         if experiment.lacks_decoder or distributed.run_on_main(lambda: int(path.exists())):
             return
-        wanted = jax.tree.map(lambda leaf: leaf[:MAX_GRID], experiment.sample_conditions)
+        wanted = conditions_to_show(experiment, self.source)
+        wanted = jax.tree.map(lambda leaf: leaf[:MAX_GRID], wanted)
         examples = [self.source[index] for index in real_examples(self.source, wanted)]
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
         tokens = experiment.modality.tokenize(batch["example"])
@@ -249,6 +253,9 @@ class Reporter:
         grid = save_grid(path, experiment, arrays, batch["condition"], {})
         if grid is not None:
             self.writer.write_images(step, {"real": grid})
+        if grid is not None and isinstance(experiment.network.conditioner, Text):
+            lines = "".join(f"{title}\n" for title in experiment.titles(wanted))
+            write_bytes(path.with_name("captions.txt"), lines.encode())  # grids cut long ones
 
     def evaluate(self, step: int, state: TrainState) -> dict | None:
         """Judge samples of the moving average; the record, in process 0, unless asked to stop."""
@@ -284,7 +291,7 @@ class Reporter:
 def real_examples(source, conditions) -> np.ndarray:
     """Indices of examples with some conditions, one for each; any where labels are not known."""
     count = count_of(conditions)
-    indices = np.resize(np.random.default_rng(0).permutation(len(source)), count)
+    indices = any_rows(source, count)
     labels, wanted = getattr(source, "all_labels", [source.labels]), jax.tree.leaves(conditions)
     if len(labels) != len(wanted) or any(x is None or len(x) != len(source) for x in labels):
         return indices
@@ -322,15 +329,17 @@ def summarise(result, experiment: Experiment, workdir: str) -> None:
 
 def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
     """What to do with a finished run, as flags beside its workdir."""
-    some_class = experiment.class_names[:4][-1]
+    names = experiment.class_names[:4]
+    asked = (
+        {"one_class": f"sample.labels={names[-1]}"} if names else {"prompt": "sample.prompt=cat"}
+    )
     few = max(1, experiment.sample.num_ar_steps // 2)
     sample, ending = ("--mode=sample",), "png"
     if experiment.lacks_decoder:
         sample, ending = ("--mode=sample", "--latents_only"), "npz"
     elif hasattr(experiment.modality, "rate"):
         ending = "wav"
-    changes = {
-        "one_class": f"sample.labels={some_class}",
+    changes = asked | {
         "fast": f"sample.num_ar_steps={few}",
         "guided": "sample.cfg_scale=4.0",
     }

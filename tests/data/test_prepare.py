@@ -140,6 +140,33 @@ def test_labels_and_names_are_those_of_the_config(config, cache, tmp_path):
     assert metadata.num_classes == 1000 and metadata.class_names[207] == "golden retriever"
 
 
+def test_captions_are_kept(config, cache, tmp_path):
+    keys, folder = [f"{key}.jpg" for key, _, _ in labelled()], str(tmp_path / "new")
+    file = pathlib.Path(config.prepare.path, "captions.json")
+    file.write_text(json.dumps({key: f"this is {key}" for key in keys}))
+    (file.parent / keys[2]).write_bytes(b"no picture")
+    text = config.updated({"model.condition": "text"})
+    metadata = run_prepare(text, folder)
+    shown = [f"this is {key}" for key in keys if key != keys[2]]
+    assert [caption for shard in metadata.shards for caption in shard.captions] == shown
+    assert read(folder)[2] == [*keys[:2], *keys[3:]] and metadata.class_names == NAMES
+    data = {"data.path": folder, "data.num_classes": 0, "data.class_names": ""}
+    source = open_data(text.updated(data | {"data.held_out": 0.3}))
+    decode = text.network.conditioner.decode
+    for index in range(len(source)):
+        assert decode(source[index]["condition"]) == f"this is {source.key(index)}"
+    assert len(source) + len(source.held_out) == COUNT - 1
+    plain = config.updated(data)
+    assert [int(open_data(plain)[i]["condition"]) for i in (0, COUNT - 2)] == [0, 1]
+    with pytest.raises(DataError, match="no captions that can be read"):
+        open_data(text.updated(data | {"data.path": str(cache)}))
+    file.write_text(json.dumps({key: "other" for key in keys}))
+    with pytest.raises(DataError, match="contents"):
+        run_prepare(text, folder)
+    with pytest.raises(ConfigError, match="condition=text"):
+        run_prepare(config.updated({"model.condition": "embeddings"}), folder)
+
+
 def test_an_unconditional_recipe_makes_a_cache_of_one_class(config, cache, tmp_path):
     flags = f"""
         --config.data.image_size=8 --config.data.channels=4 --config.prepare.image_size={PIXELS}

@@ -96,7 +96,7 @@ def killed(network, tmp_path, monkeypatch):
 
 def keeping(generator, folder, overwrite=False, step=3) -> KeptImages:
     of = evaluating.identity(PARAMS, generator.experiment, step)
-    kept = KeptImages(generator, folder, of)
+    kept = KeptImages(generator, folder, of, np.arange(70) % 10)
     kept.open(overwrite)
     return kept
 

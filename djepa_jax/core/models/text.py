@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from djepa_jax.core.bounds import Positive, check_bounds
+from djepa_jax.core.bounds import Natural, Positive, check_bounds
 from djepa_jax.core.models import vit
 from djepa_jax.core.models.embedding import Condition
 
@@ -23,7 +23,7 @@ from djepa_jax.core.models.embedding import Condition
 class Reader:
     """What both kinds share: the shape of the transformer, as `vit.Stack` asks for it."""
 
-    num_prefix_tokens: Positive  # as `model.num_prefix_tokens`
+    num_prefix_tokens: Natural = 0  # 0: those of the model
     length: Positive = 80  # L; what is longer is cut
     width: Positive = 128  # W
     depth: Positive = 2
@@ -64,6 +64,10 @@ class Text(Reader):
 
     param_name: ClassVar[str] = "text_embedding"
 
+    def size(self, text: str) -> int:
+        """Places that a caption takes: its bytes."""
+        return len(text.encode("utf-8"))
+
     def encode(self, text: str) -> np.ndarray:
         """A caption as `[L]` uint8, cut at the last whole character that fits."""
         data = text.encode("utf-8")[: self.length].decode("utf-8", "ignore").encode("utf-8")
@@ -90,6 +94,15 @@ class Embeddings(Reader):
     channels: Positive = 768
 
     param_name: ClassVar[str] = "text_embedding"
+
+    def size(self, outputs: np.ndarray) -> int:
+        """Places that outputs `[L', channels]` take."""
+        return len(outputs)
+
+    def encode(self, outputs: np.ndarray) -> np.ndarray:
+        """Outputs `[L', channels]` as `[L, channels]` float32, cut or filled up with zeros."""
+        outputs = np.asarray(outputs[: self.length], np.float32)
+        return np.pad(outputs, [(0, self.length - len(outputs)), (0, 0)])
 
     def null(self, batch_size: int) -> jax.Array:
         """Nothing to read `[B, L, channels]`."""
