@@ -90,6 +90,13 @@ def report(values: flags.FlagValues, experiment: Experiment | None) -> None:
     print(f"wrote {run_report(values.workdir, values.out, values.overwrite)}")
 
 
+def serve(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Play with the latest checkpoint on a page in the browser, on this machine alone."""
+    from djepa_jax.serving.server import run_serve
+
+    run_serve(experiment, values.workdir, values.host, values.port)
+
+
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make a checkpoint of weights from elsewhere."""
     from djepa_jax.checkpoints.convert.import_weights import run_import
@@ -203,6 +210,13 @@ MODES = {
         own=("out", "overwrite"),
         one_process=True,
     ),
+    "serve": Mode(
+        serve,
+        ("config", "workdir"),
+        "--workdir=runs/digits",
+        own=("host", "port"),
+        one_process=True,
+    ),
     "export": Mode(
         export,
         ("workdir", "out"),
@@ -246,11 +260,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "wandb": "train: a project of Weights & Biases, for scalars and grids.",
         "init_from": "train: a workdir, PATH@STEP or export, to begin with its weights.",
         "compare": "benchmark: FILE of an earlier --out, to be put beside this one.",
+        "host": "serve: another address, for other machines; whoever reaches it can use this one.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",
     }
-    defaults = {"distributed": os.environ.get(distributed.VARIABLE, "none")}
+    defaults = {"distributed": os.environ.get(distributed.VARIABLE, "none"), "host": "127.0.0.1"}
     for name, words in text.items():
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
@@ -268,6 +283,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "process_id": (-1, -1, "Which one this is, from 0."),
         "rendezvous_timeout": (distributed.TIMEOUT, 1, "Seconds to wait for the others."),
         "heartbeat_timeout": (distributed.HEARTBEAT, 1, "Seconds until a silent one is dead."),
+        "port": (8080, 0, "serve: where the page is; 0 = one that is free."),
         "steps": (10, None, "benchmark: training steps in one repeat."),
         "repeats": (10, None, "benchmark: timed repeats."),
         "warmup": (2, None, "benchmark: calls before the clock starts."),
