@@ -97,6 +97,13 @@ def serve(values: flags.FlagValues, experiment: Experiment) -> None:
     run_serve(experiment, values.workdir, values.host, values.port)
 
 
+def gallery(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Put samples as they grow into one HTML file, for people who have no Python."""
+    from djepa_jax.serving.gallery import run_gallery
+
+    print(f"wrote {run_gallery(experiment, values.workdir, values.out, values.overwrite)}")
+
+
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make a checkpoint of weights from elsewhere."""
     from djepa_jax.checkpoints.convert.import_weights import run_import
@@ -217,6 +224,13 @@ MODES = {
         own=("host", "port"),
         one_process=True,
     ),
+    "gallery": Mode(
+        gallery,
+        ("config", "workdir"),
+        "--workdir=runs/digits --config.sample.count=40",
+        own=("out", "overwrite"),
+        one_process=True,
+    ),
     "export": Mode(
         export,
         ("workdir", "out"),
@@ -252,7 +266,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = {
         "workdir": "Folder of checkpoints, metrics and samples; report: several, with commas.",
         "mask": "edit: a picture, white where it is to change, or left, random:0.5, after:4, ...",
-        "out": "sample, edit, reference, report, export, benchmark: what to write.",
+        "out": "sample, edit, reference, report, gallery, export, benchmark: what to write.",
         "source": "import: a file of tensors, an export; edit: a picture, a clip, or real:INDEX.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",

@@ -199,7 +199,7 @@ class Studio:
             self._send({"compiling": round(self._seconds)})
         for number, tokens in enumerate(steps, 1):
             event = {"step": number, "of": total}
-            if number < total and number * SHOWN // total > (number - 1) * SHOWN // total:
+            if is_shown(number, total):
                 pictures = self._model.preview(tokens)
                 addresses = [png_address(p) for p in ([] if pictures is None else pictures)]
                 event |= {"first": first, "pictures": addresses}
@@ -244,6 +244,11 @@ class Studio:
         call = "sample(" if job.picture is None else "edit(picture, mask, "
         lines = ["import djepa_jax", f"model = djepa_jax.load({load})"]
         return "\n".join([*lines, f"pictures = model.{call}{', '.join(words)})"])
+
+
+def is_shown(number: int, total: int) -> bool:
+    """Whether a step, from 1, is among those that are seen; the last is seen when all is done."""
+    return number < total and number * SHOWN // total > (number - 1) * SHOWN // total
 
 
 def arrays_of(examples: np.ndarray) -> dict[str, np.ndarray]:
