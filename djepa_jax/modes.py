@@ -96,6 +96,20 @@ def report(values: flags.FlagValues, experiment: Experiment | None) -> None:
     print(f"wrote {run_report(values.workdir, values.out, values.overwrite)}")
 
 
+def serve(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Play with the latest checkpoint on a page in the browser, on this machine alone."""
+    from djepa_jax.serving.server import run_serve
+
+    run_serve(experiment, values.workdir, values.host, values.port)
+
+
+def gallery(values: flags.FlagValues, experiment: Experiment) -> None:
+    """Put samples as they grow into one HTML file, for people who have no Python."""
+    from djepa_jax.serving.gallery import run_gallery
+
+    print(f"wrote {run_gallery(experiment, values.workdir, values.out, values.overwrite)}")
+
+
 def import_weights(values: flags.FlagValues, experiment: Experiment) -> None:
     """Make a checkpoint of weights from elsewhere."""
     from djepa_jax.checkpoints.convert.import_weights import run_import
@@ -209,6 +223,20 @@ MODES = {
         own=("out", "overwrite"),
         one_process=True,
     ),
+    "serve": Mode(
+        serve,
+        ("config", "workdir"),
+        "--workdir=runs/digits",
+        own=("host", "port"),
+        one_process=True,
+    ),
+    "gallery": Mode(
+        gallery,
+        ("config", "workdir"),
+        "--workdir=runs/digits --config.sample.count=40",
+        own=("out", "overwrite"),
+        one_process=True,
+    ),
     "export": Mode(
         export,
         ("workdir", "out"),
@@ -244,7 +272,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = {
         "workdir": "Folder of checkpoints, metrics and samples; report: several, with commas.",
         "mask": "edit: a picture, white where it is to change, or left, random:0.5, after:4, ...",
-        "out": "sample, edit, reference, report, export, benchmark: what to write.",
+        "out": "sample, edit, reference, report, gallery, export, benchmark: what to write.",
         "source": "import: a file of tensors, an export; edit: an example, or real:INDEX.",
         "license": "export: licence of the weights, for the model card.",
         "push": "export: USER/NAME, where to put it on the Hugging Face Hub, too.",
@@ -252,11 +280,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "wandb": "train: a project of Weights & Biases, for scalars and grids.",
         "init_from": "train: a workdir, PATH@STEP or export, to begin with its weights.",
         "compare": "benchmark: FILE of an earlier --out, to be put beside this one.",
+        "host": "serve: another address, for other machines; whoever reaches it can use this one.",
         "shard": "prepare: i/n, only every n-th shard from the i-th on, for several machines.",
         "coordinator": "HOST:PORT of process 0.",
         "distributed": "none, auto (tpu and slurm are found so), or explicit.",
     }
-    defaults = {"distributed": os.environ.get(distributed.VARIABLE, "none")}
+    defaults = {"distributed": os.environ.get(distributed.VARIABLE, "none"), "host": "127.0.0.1"}
     for name, words in text.items():
         flags.DEFINE_string(name, defaults.get(name, ""), words, flag_values=values)
     switches = {
@@ -274,6 +303,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "process_id": (-1, -1, "Which one this is, from 0."),
         "rendezvous_timeout": (distributed.TIMEOUT, 1, "Seconds to wait for the others."),
         "heartbeat_timeout": (distributed.HEARTBEAT, 1, "Seconds until a silent one is dead."),
+        "port": (8080, 0, "serve: where the page is; 0 = one that is free."),
         "steps": (10, None, "benchmark: training steps in one repeat."),
         "repeats": (10, None, "benchmark: timed repeats."),
         "warmup": (2, None, "benchmark: calls before the clock starts."),

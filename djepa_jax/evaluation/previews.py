@@ -9,6 +9,7 @@ import numpy as np
 
 from djepa_jax.core.modalities import Modality
 from djepa_jax.data.records import Source
+from djepa_jax.sampling.generator import export_unheard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,5 +39,4 @@ def preview(modality: Modality, examples: np.ndarray) -> np.ndarray | None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _exported(modality: Modality, examples: jax.Array) -> dict[str, jax.Array]:
-    arrays = modality.export(modality.tokenize(examples))
-    return {name: array for name, array in arrays.items() if name != "sound"}  # which takes long
+    return export_unheard(modality, modality.tokenize(examples))

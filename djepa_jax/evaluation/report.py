@@ -232,11 +232,11 @@ def run_report(workdirs: str, out: str = "", overwrite: bool = False) -> epath.P
     return path
 
 
-def check_out(path: epath.Path, overwrite: bool) -> epath.Path:
-    """The path to write; PathError unless it is free, or holds a report."""
+def check_out(path: epath.Path, overwrite: bool, mark: str = MARK) -> epath.Path:
+    """The path to write; PathError unless it is free, or holds a file with the mark."""
     if path.suffix != ".html" or path.is_dir():
         raise PathError(f'--out "{path}" is to be a file that ends in .html; name one.')
     check_writable(path.parent, "--out")
-    if path.exists() and not overwrite and MARK.encode() not in path.read_bytes()[:1000]:
-        raise PathError(f'"{path}" is no report; name another --out, or add --overwrite.')
+    if path.exists() and not overwrite and mark.encode() not in path.read_bytes()[:1000]:
+        raise PathError(f'"{path}" is a file of others; name another --out, or add --overwrite.')
     return path

@@ -56,6 +56,16 @@ def jitted_start(config: SamplerConfig) -> Callable:
     return jax.jit(make_start(config))
 
 
+def grow(config: SamplerConfig, params, inputs: SampleInputs) -> Iterator[np.ndarray]:
+    """The tokens `[B, N, C]` after each autoregressive step, zero where not yet revealed."""
+    state = jitted_start(config)(inputs)
+    for segment in plan_segments(config):
+        step = jitted_step(config, segment)
+        for number in range(segment.start, segment.stop):
+            state, raster = step(params, state, inputs, number)
+            yield np.asarray(raster)
+
+
 class Generator:
     """The jitted sampler on a mesh; one compilation serves every call, whatever the count.
 
@@ -203,18 +213,18 @@ class Generator:
 
         The last ones are those of `tokens`. All samples are held at once.
         """
-        config, total = self.config, count_of(conditions)
+        total = count_of(conditions)
         starts = range(0, total, self.batch_size)
         batches = [self._inputs(conditions, start, seed) for start in starts]
-        states = [jitted_start(config)(inputs) for inputs in batches]
-        for segment in plan_segments(config):
-            step = jitted_step(config, segment)
-            for number in range(segment.start, segment.stop):
-                tokens = []
-                for index, inputs in enumerate(batches):
-                    states[index], raster = step(params, states[index], inputs, number)
-                    tokens.append(np.asarray(raster))
-                yield np.concatenate(tokens)[:total]
+        growing = [grow(self.config, params, inputs) for inputs in batches]
+        for tokens in zip(*growing, strict=True):
+            yield np.concatenate(tokens)[:total]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def export_unheard(modality: Modality, tokens: jax.Array) -> dict[str, jax.Array]:
+    """What the modality exports of tokens `[n, N, C]`, but for sound, which takes long."""
+    return {name: x for name, x in modality.export(tokens).items() if name != "sound"}
 
 
 def result_of(modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -1,9 +1,10 @@
 """The Python interface: load a trained model, sample, watch samples grow, encode examples."""
 
+import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
 from djepa_jax.core.models.text import Reader
+from djepa_jax.core.sampler import SampleInputs, SamplerConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
 from djepa_jax.sampling.edit import (
     box_of,
@@ -28,9 +30,18 @@ from djepa_jax.sampling.edit import (
     mask_of,
     places_shape,
 )
-from djepa_jax.sampling.generator import Generator, count_of, result_of
+from djepa_jax.sampling.generator import (
+    Generator,
+    count_of,
+    export_unheard,
+    grow,
+    jitted_sampler,
+    result_of,
+)
 
 Label = int | str | None
+# Is given a batch and its tokens `[B, N, C]` after each autoregressive step; returns the last ones.
+Watch = Callable[[SamplerConfig, SampleInputs, Iterator[np.ndarray]], np.ndarray]
 # Settings of sampling that belong to a call and not to a model.
 OF_A_CALL = {"labels", "prompt", "count", "seed", "batch_size", "noise_multiplicity"}
 
@@ -82,6 +93,7 @@ class Model:
             if self.config.has_decoder:
                 weights_sha256(self.config)  # compared now; reading it can wait for pictures
         self._mesh = sharding.make_mesh(mesh)
+        self._sampler = jitted_sampler
         self.labels = self.config.class_names
         self.params = stored.restore(placed_params(self.config, self._mesh))
 
@@ -145,6 +157,24 @@ class Model:
         steps = generator.stream(self.params, wanted, generator.experiment.sample.seed)
         modality = self.config.modality  # errors come at once
         return (result_of(modality, generator.export(tokens)) for tokens in steps)
+
+    def watched(self, watch: Watch) -> "Model":
+        """The same model, which samples and edits step by step, under the eyes of `watch`.
+
+        An exception that it raises ends the call.
+        """
+        model = copy.copy(self)
+        model._sampler = lambda config, mesh: (
+            lambda params, inputs: watch(config, inputs, grow(config, params, inputs))
+        )
+        return model
+
+    def preview(self, tokens: np.ndarray) -> np.ndarray | None:
+        """Pictures `[n, H, W, 1 or 3]` of tokens `[n, N, C]`; None if there is nothing to see."""
+        arrays = jax.device_get(export_unheard(self.config.modality, tokens))
+        if self.config.has_decoder:
+            arrays["images"] = self._autoencoder.decode(arrays["latents"])
+        return self.config.modality.preview(arrays)
 
     def edit(
         self,
@@ -299,7 +329,7 @@ class Model:
             changes[f"{group}.{name}"] = value.item() if isinstance(value, np.generic) else value
         config = self.config.updated(changes)
         decoder = self._autoencoder if config.has_decoder else None
-        return Generator(config, self._mesh, decoder, known=known)
+        return Generator(config, self._mesh, decoder, sampler=self._sampler, known=known)
 
     @functools.cached_property
     def _autoencoder(self) -> Autoencoder:

@@ -1,0 +1,1 @@
+"""Pages for people: one to play with a trained model, and one to give away."""
