@@ -34,7 +34,7 @@ from djepa_jax.evaluation.metrics.intervals import bootstrap
 from djepa_jax.evaluation.metrics.pictures import read_pictures
 from djepa_jax.runtime.progress import Progress, say
 from djepa_jax.runtime.storage import as_path, check_writable, write_json
-from djepa_jax.sampling.model import make_encoder
+from djepa_jax.sampling.encoder import make_encoder
 
 FILE_NAME = "probe.json"
 MAX_PICTURES = 20_000  # of more, a seeded subset

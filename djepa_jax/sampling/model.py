@@ -7,9 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
 from djepa_jax.checkpoints.restore import find_model, placed_params
@@ -17,8 +15,6 @@ from djepa_jax.config.class_names import find_class
 from djepa_jax.config.conditions import of_prompts
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core import sharding
-from djepa_jax.core.modalities import Modality
-from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
 from djepa_jax.core.models.text import Reader
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
@@ -30,6 +26,7 @@ from djepa_jax.sampling.edit import (
     mask_of,
     places_shape,
 )
+from djepa_jax.sampling.encoder import make_encoder
 from djepa_jax.sampling.generator import (
     Generator,
     count_of,
@@ -347,20 +344,3 @@ class Model:
                 "this model makes latents, not pictures; name its autoencoder in "
                 "load(..., autoencoder=PATH), or use sample_arrays."
             )
-
-
-@functools.lru_cache(maxsize=8)
-def make_encoder(network: ModelConfig, modality: Modality):
-    """The jitted encoder: (params of a context encoder, examples, conditions `[B]`) -> the prefix
-    and the features `[B, P + N, D]` float32.
-    """
-    graph, _ = nnx.split(nnx.eval_shape(lambda: ContextEncoder(network, rngs=nnx.Rngs(0))))
-
-    def encode(params, examples, conditions):
-        encoder = nnx.merge(graph, params)
-        tokens = modality.tokenize(examples)  # [B, N, C]
-        order = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
-        condition = encoder.embed_condition(conditions)
-        return encoder(tokens, order, condition).astype(jnp.float32)
-
-    return jax.jit(encode)
