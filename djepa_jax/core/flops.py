@@ -136,7 +136,7 @@ def sample_image(model: ModelConfig, num_ar_steps: int, denoiser_calls: int, gui
 
 
 def padded_sample_image(model: ModelConfig, segments) -> float:
-    """One sampled image with the padded shapes of `segments` (`sampler.plan_segments`)."""
+    """One sampled image with the padded shapes of `segments` (`segments.plan_segments`)."""
     total = 0.0
     for s in segments:
         halves = 2 if s.guided else 1

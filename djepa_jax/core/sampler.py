@@ -19,7 +19,6 @@ S noises per token, G halves of guidance, T autoregressive steps.
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +29,6 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
-from djepa_jax.core import flops
 from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.masking import to_order, to_raster
 from djepa_jax.core.models.conditioning import Condition
@@ -44,6 +42,7 @@ from djepa_jax.core.schedules import (
     known_first,
     reveal_counts,
 )
+from djepa_jax.core.segments import Segment, plan_segments
 from djepa_jax.core.sharding import path_name
 
 CAST = re.compile(r"/(kernel|bias)$")
@@ -59,6 +58,7 @@ class SamplerConfig:
         order: a key of `schedules.ORDERS`.
         reveal: a key of `schedules.REVEALS`.
         num_known: tokens of every sample that are given; the steps reveal the others.
+        num_regions: conditions of every sample (R), each for the places of its own region.
         final_denoise_steps: of the last step, to which those of the loss fall; 0 = all the same.
         cfg_interval: shares of the steps between which there is guidance.
     """
@@ -71,6 +71,7 @@ class SamplerConfig:
     order: str = "random"
     reveal: str = "cosine"
     num_known: int = 0
+    num_regions: int = 1
     final_denoise_steps: int = 0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
 
@@ -122,12 +123,13 @@ class Known:
 class SampleInputs:
     """What the sampler is given beside the parameters."""
 
-    conditions: Any  # as the conditioner takes them, leading axis B; labels [B] of class models
+    conditions: Any  # as the conditioner takes them, leading axis B, or B, R; labels [B]
     sample_ids: jax.Array  # [B]
     seed: jax.Array
     cfg_scales: jax.Array  # [T]
     temperature: jax.Array
     known: Known | None = None
+    regions: jax.Array | None = None  # [B, N] in raster order, 0..R-1
 
 
 @jax.tree_util.register_dataclass
@@ -147,53 +149,14 @@ class Draws:
     noise_of: Callable[[jax.Array], jax.Array]  # places [K] -> noise [B, K, S, C]
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """Steps [start, stop) that share padded shapes: V visible places, K new ones.
-
-    They have the token loss of the first of them, and guidance if one of them has.
-    """
-
-    start: int
-    stop: int
-    visible: int
-    new: int
-    guided: bool
-    denoiser_calls: int
-
-
-def plan_segments(config: SamplerConfig) -> list[Segment]:
-    """Cut the steps into at most `num_segments` runs of least work, by dynamic programming."""
-    counts, known = config.counts, config.num_known
-    before = [known + sum(counts[:s]) for s in range(len(counts))]  # visible when step s starts
-
-    @functools.cache
-    def priced(start: int, stop: int) -> tuple[float, Segment]:
-        shapes = before[stop - 1], max(counts[start:stop])
-        calls, guided = config.loss_at(start).denoiser_calls, config.guided_at(range(start, stop))
-        segment = Segment(start, stop, *shapes, guided, calls)
-        return flops.padded_sample_image(config.model, [segment]), segment
-
-    @functools.cache
-    def best(stop: int, num_runs: int) -> tuple[float, tuple[Segment, ...]]:
-        """The cheapest cutting of the first `stop` steps into at most `num_runs` runs."""
-        if stop == 0 or num_runs == 0:
-            return (0.0 if stop == 0 else math.inf), ()
-        options = []
-        for start in range(stop):
-            total, runs = best(start, num_runs - 1)
-            cost, segment = priced(start, stop)
-            options.append((total + cost, (*runs, segment)))
-        return min(options, key=lambda option: option[0])
-
-    return list(best(len(counts), config.num_segments)[1])
-
-
 def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
     """Conditions `[B, ...]` as prefix tokens `[B G, P, D]`; with guidance each beside the null one.
 
-    Pairs stay together, so that a batch split over devices needs no exchange.
+    Of regions, `[B, R, ...]` and `[B R G, P, D]`. What belongs to a sample stays together, so that
+    a batch split over devices needs no exchange.
     """
+    if config.num_regions > 1:
+        conditions = jax.tree.map(lambda c: rearrange(c, "b r ... -> (b r) ..."), conditions)
     if config.guided:
         null = config.model.conditioner.null(len(jax.tree.leaves(conditions)[0]))
         pairs = "g b ... -> (b g) ..."
@@ -202,7 +165,7 @@ def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
 
 
 def ar_step(
-    config: SamplerConfig, model, denoiser, draws: Draws, condition: Condition, segment: Segment
+    config: SamplerConfig, model, denoiser, draws, condition: Condition, segment, regions=None
 ) -> Callable:
     """A function `(state, num_new, cfg_scale, temperature) -> state` that reveals the next tokens.
 
@@ -217,7 +180,8 @@ def ar_step(
         """Reveal the next `num_new` tokens."""
         places = state.num_visible + jnp.arange(segment.new)  # [K]
         query_ids = jnp.minimum(places, num_tokens - 1)
-        cond = predict(config, model, state, draws.order, condition, query_ids, segment.visible)
+        what = draws.order, condition, query_ids, segment.visible, regions
+        cond = predict(config, model, state, *what)
         noise = draws.noise_of(query_ids)[:, :, : loss.noises_per_token]  # [B, K, S, C]
         new = loss.sample(denoiser, cond, noise, cfg_scale, temperature)
         is_new = jnp.arange(segment.new) < num_new
@@ -228,16 +192,23 @@ def ar_step(
     return step
 
 
-def predict(config: SamplerConfig, model, state, order, condition, query_ids, max_visible: int):
+def predict(
+    config: SamplerConfig, model, state, order, condition, query_ids, max_visible, regions=None
+) -> jax.Array:
     """Predictor features at `query_ids` `[K]`: `[G, B, K, D]`; with guidance conditional first."""
     guidance = 2 if config.guided else 1
-    order = repeat(order, "b n -> (b g) n", g=guidance)
-    tokens = repeat(state.tokens[:, :max_visible], "b v c -> (b g) v c", g=guidance)
-    num_visible = jnp.full(len(order), state.num_visible)
-    seen = tokens, order[:, :max_visible]
+    copies = guidance * config.num_regions
+    orders = repeat(order, "b n -> (b c) n", c=copies)
+    tokens = repeat(state.tokens[:, :max_visible], "b v c -> (b r) v c", r=copies)
+    num_visible = jnp.full(len(orders), state.num_visible)
+    seen = tokens, orders[:, :max_visible]
     encoded = model.context_encoder(*seen, condition, num_visible=num_visible)
-    cond = model.predictor(encoded, order, num_visible, condition.mask, query_ids=query_ids)
-    return rearrange(cond, "(b g) k d -> g b k d", g=guidance)
+    cond = model.predictor(encoded, orders, num_visible, condition.mask, query_ids=query_ids)
+    cond = rearrange(cond, "(b r g) k d -> r g b k d", g=guidance, r=config.num_regions)
+    if config.num_regions == 1:
+        return cond[0]
+    own = jnp.take_along_axis(regions, order[:, query_ids], axis=1)  # [B, K]
+    return sum(jnp.where((own == r)[..., None], each, 0) for r, each in enumerate(cond))
 
 
 def first_state(config: SamplerConfig, draws: Draws, known: Known | None) -> SampleState:
@@ -249,14 +220,21 @@ def first_state(config: SamplerConfig, draws: Draws, known: Known | None) -> Sam
 
 
 def run_steps(
-    config: SamplerConfig, model, draws: Draws, conditions, cfg_scales, temperature, known=None
+    config: SamplerConfig,
+    model,
+    draws: Draws,
+    conditions,
+    cfg_scales,
+    temperature,
+    known=None,
+    regions=None,
 ) -> jax.Array:
     """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order."""
     counts = jnp.asarray(config.counts)
     condition = embed_guided(config, model, conditions)
     state, denoiser = first_state(config, draws, known), LoopDenoiser(model.denoiser)
     for segment in plan_segments(config):
-        step = ar_step(config, model, denoiser, draws, condition, segment)
+        step = ar_step(config, model, denoiser, draws, condition, segment, regions)
 
         def body(state, inputs, step=step):
             return step(state, *inputs, temperature), None
@@ -302,7 +280,7 @@ def make_sampler(config: SamplerConfig) -> Callable:
     def generate(params, inputs: SampleInputs) -> jax.Array:
         draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
         model = nnx.merge(graph, cast_linear(params, config.model.dtype))
-        how = inputs.cfg_scales, inputs.temperature, inputs.known
+        how = inputs.cfg_scales, inputs.temperature, inputs.known, inputs.regions
         return run_steps(config, model, draws, inputs.conditions, *how)
 
     return generate
@@ -332,7 +310,8 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
         draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
         model = nnx.merge(graph, cast_linear(params, config.model.dtype))
         condition = embed_guided(config, model, inputs.conditions)
-        reveal = ar_step(config, model, LoopDenoiser(model.denoiser), draws, condition, segment)
+        what = LoopDenoiser(model.denoiser), draws, condition, segment, inputs.regions
+        reveal = ar_step(config, model, *what)
         num_new, scale = jnp.asarray(counts)[number], inputs.cfg_scales[number]
         state = reveal(state, num_new, scale, inputs.temperature)
         return state, to_raster(state.tokens, draws.order)

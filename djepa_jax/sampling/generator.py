@@ -17,12 +17,11 @@ from djepa_jax.core.sampler import (
     Known,
     SampleInputs,
     SamplerConfig,
-    Segment,
     make_sampler,
     make_start,
     make_step,
-    plan_segments,
 )
+from djepa_jax.core.segments import Segment, plan_segments
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY

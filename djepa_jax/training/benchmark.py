@@ -26,7 +26,7 @@ from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import flops, sharding
 from djepa_jax.core.bounds import Natural, Positive, check_bounds
-from djepa_jax.core.sampler import plan_segments
+from djepa_jax.core.segments import plan_segments
 from djepa_jax.runtime.profiling import largest_kernels
 from djepa_jax.runtime.storage import as_path, check_ours, check_writable, write_json
 from djepa_jax.runtime.versions import versions

@@ -18,8 +18,8 @@ from djepa_jax.core.sampler import (
     SamplerConfig,
     cast_linear,
     make_sampler,
-    plan_segments,
 )
+from djepa_jax.core.segments import plan_segments
 from djepa_jax.core.train_step import TrainStepConfig, init_state
 from djepa_jax.training.compile_step import StepProgram
 from djepa_jax.training.initial_state import abstract_state

@@ -15,7 +15,8 @@ from djepa_jax.core.losses import TOKEN_LOSSES, Diffusion, FlowMatching
 from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params
-from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler, plan_segments
+from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler
+from djepa_jax.core.segments import plan_segments
 from djepa_jax.core.train_step import init_state, make_train_step
 
 # Worked out apart from this code (closed forms over the exact distribution of masks); they leave

@@ -24,11 +24,11 @@ from djepa_jax.core.sampler import (
     SamplerConfig,
     SampleState,
     embed_guided,
-    plan_segments,
     predict,
     run_steps,
 )
 from djepa_jax.core.schedules import guidance_scales, reveal_counts
+from djepa_jax.core.segments import plan_segments
 
 TOLERANCE = {"gauss": 1e-4, "gauss_p2": 1e-4, "flow": 1e-5}
 RUNS = [(variant, cfg) for variant in VARIANTS for cfg in (1, 3)]

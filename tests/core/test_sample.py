@@ -18,10 +18,10 @@ from djepa_jax.core.sampler import (
     SampleInputs,
     make_draws,
     make_sampler,
-    plan_segments,
     run_steps,
 )
 from djepa_jax.core.schedules import reveal_counts
+from djepa_jax.core.segments import plan_segments
 from djepa_jax.sampling.generator import Generator
 
 LABELS = np.arange(10) % 10
@@ -139,6 +139,31 @@ def test_known_tokens_stay_and_all_others_are_drawn(num_known):
     np.testing.assert_array_equal(tokens[mask], np.asarray(given)[mask])
     drawn = np.sort(tokens[..., 0][~mask].reshape(5, -1), axis=1)
     np.testing.assert_array_equal(drawn, np.tile(np.arange(num_known, 16) + 100, (5, 1)))
+
+
+def test_every_region_has_a_condition_of_its_own(setup):
+    """In a single step tokens do not see each other: the two halves are those of two whole samples.
+    Over several steps they do; with one condition everywhere regions change nothing.
+    """
+    experiment, params = setup
+    left = jnp.arange(16) % 4 < 2
+    regions = jnp.broadcast_to(jnp.where(left, 0, 1), (3, 16))
+    ids, seed = jnp.arange(3), jnp.int32(5)
+
+    def tokens(steps, labels, regions=None):
+        config = experiment.updated({"sample.num_ar_steps": steps}).sampler
+        config = dataclasses.replace(config, num_regions=1 if regions is None else 2)
+        scales, labels = jnp.full(steps, 2.0), jnp.asarray(labels)
+        inputs = SampleInputs(labels, ids, seed, scales, jnp.float32(1), regions=regions)
+        return np.asarray(jax.jit(make_sampler(config))(params, inputs))
+
+    both = tokens(1, [[3, 7]] * 3, regions)
+    three, seven = tokens(1, [3] * 3), tokens(1, [7] * 3)
+    assert np.abs(three - seven).max() > 1e-3
+    expected = np.where(np.asarray(left)[:, None], three, seven)
+    np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-4)
+    same = tokens(3, [[3, 3]] * 3, regions)
+    np.testing.assert_allclose(same, tokens(3, [3] * 3), rtol=1e-4, atol=1e-4)
 
 
 def test_segments_cover_every_step_with_room_enough():

@@ -1,0 +1,53 @@
+"""Cutting the steps of sampling into segments: programs with static shapes, of least work."""
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING
+
+from djepa_jax.core import flops
+
+if TYPE_CHECKING:
+    from djepa_jax.core.sampler import SamplerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Steps [start, stop) that share padded shapes: V visible places, K new ones.
+
+    They have the token loss of the first of them, and guidance if one of them has.
+    """
+
+    start: int
+    stop: int
+    visible: int
+    new: int
+    guided: bool
+    denoiser_calls: int
+
+
+def plan_segments(config: "SamplerConfig") -> list[Segment]:
+    """Cut the steps into at most `num_segments` runs of least work, by dynamic programming."""
+    counts, known = config.counts, config.num_known
+    before = [known + sum(counts[:s]) for s in range(len(counts))]  # visible when step s starts
+
+    @functools.cache
+    def priced(start: int, stop: int) -> tuple[float, Segment]:
+        shapes = before[stop - 1], max(counts[start:stop])
+        calls, guided = config.loss_at(start).denoiser_calls, config.guided_at(range(start, stop))
+        segment = Segment(start, stop, *shapes, guided, calls)
+        return flops.padded_sample_image(config.model, [segment]), segment
+
+    @functools.cache
+    def best(stop: int, num_runs: int) -> tuple[float, tuple[Segment, ...]]:
+        """The cheapest cutting of the first `stop` steps into at most `num_runs` runs."""
+        if stop == 0 or num_runs == 0:
+            return (0.0 if stop == 0 else math.inf), ()
+        options = []
+        for start in range(stop):
+            total, runs = best(start, num_runs - 1)
+            cost, segment = priced(start, stop)
+            options.append((total + cost, (*runs, segment)))
+        return min(options, key=lambda option: option[0])
+
+    return list(best(len(counts), config.num_segments)[1])
