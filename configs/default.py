@@ -220,10 +220,11 @@ def _evaluation() -> ConfigDict:
     evaluation = ConfigDict()
     # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
     # pixels); spoken_digits (a speech recogniser; pip install djepa_jax[evaluation]); moving_digits
-    # (of clips: the digit, and how it moves); or a network whose features of pictures or
-    # spectrograms are compared: classifier (learns the data's own classes), efficientnet_lite0 (of
-    # ImageNet; the same extra), inception (FID), dinov2. Several are joined by +. auto: classifier
-    # for pictures of two classes or more, else none
+    # (of clips: the digit, and how it moves); captions (are pictures told by theirs: docs/text.md);
+    # or a network whose features of pictures or spectrograms are compared: classifier (learns the
+    # data's own classes), efficientnet_lite0 (of ImageNet; the same extra), inception (FID),
+    # dinov2. Several are joined by +. auto: classifier for pictures of two classes or more, else
+    # none
     evaluation.kind = "none"
     # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
     # how samples are drawn (config/presets.py); keys beside it on the command line win
@@ -232,6 +233,8 @@ def _evaluation() -> ConfigDict:
     # statistics to judge by in place of those of the data: what --mode=reference or ADM wrote (npz)
     evaluation.reference = ""
     evaluation.reference_count = 0  # class-balanced pictures of --mode=reference; 0 = all
+    # npz file of other pictures with captions, from which the judge captions learns; "": the data
+    evaluation.captions = ""
     evaluation.count = 1000  # class-balanced samples
     evaluation.trend_count = 1000  # of them every evaluate_every steps, if those are fewer
     evaluation.seed = 1  # other noise than the sample grids

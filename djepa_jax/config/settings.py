@@ -34,7 +34,7 @@ from djepa_jax.core.schedules import GUIDANCE, ORDERS, REVEALS
 Options = dict[str, Any]  # keyword arguments of what a table names
 # Keys that name files and folders; data.class_names may also be the names themselves.
 PATHS = ("data.path", "data.staging", "data.class_names", "prepare.path", "autoencoder.path")
-PATHS += ("evaluation.weights", "evaluation.reference")
+PATHS += ("evaluation.weights", "evaluation.reference", "evaluation.captions")
 Several = Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
 Dtype = Annotated[str, OneOf(("float32", "bfloat16"))]
 Sha256 = Annotated[
@@ -233,6 +233,7 @@ class EvaluationSettings(Settings):
     weights: str
     reference: str
     reference_count: Natural
+    captions: str
     preset: Annotated[str, OneOf(("none", *PRESETS))]
 
 

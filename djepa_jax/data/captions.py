@@ -127,7 +127,7 @@ def open_captions(source, path, where: str, settings, data, reader: Reader) -> S
     kind, name = settings.source, data.captions or CAPTIONS.get(settings.source, "")
     from_files = kind == "tar" or (kind == "folder" and isinstance(source, ImageSource))
     if kind == "npz":
-        found = _of_arrays(path, where, data.captions, len(source), reader)
+        found = of_arrays(path, where, data.captions, len(source), reader)
     elif isinstance(reader, Text) and from_files:
         texts = source.records.captions if kind == "tar" else _of_json(path, name, source)
         found = check_texts(texts, source.key, f'{where} (data.captions "{name}")')
@@ -180,7 +180,7 @@ def _of_json(folder: str, name: str, source: ImageSource) -> list:
     return [texts.get(source.key(index)) for index in range(len(source))]
 
 
-def _of_arrays(path, where: str, name: str, count: int, reader: Reader) -> Sequence:
+def of_arrays(path, where: str, name: str, count: int, reader: Reader) -> Sequence:
     """Texts of an array in an npz file, or outputs of a text encoder `[n, L, channels]`."""
     is_text = isinstance(reader, Text)
     name = name or (CAPTIONS["npz"] if is_text else "embeddings")

@@ -54,10 +54,7 @@ def run_prepare(
     images = ImagePixels(experiment.prepare.image_size, 3, 1)
     reader = reader_of(experiment)
     if isinstance(reader, Embeddings):
-        raise ConfigError(
-            'model.condition is "embeddings", and latent caches keep captions as texts; make it '
-            "with --config.model.condition=text."
-        )
+        raise ConfigError("latent caches keep captions as texts; set model.condition=text.")
     source = open_source("prepare", experiment.prepare, experiment.data, images, reader=reader)
     captions, contents = getattr(source, "captions", ()), digest_of(source)
     source = unwrapped(source)

@@ -73,6 +73,8 @@ def subject(experiment: Experiment, generator: Generator, params, source, step: 
     }
     if not {*own.kind.split("+")}.isdisjoint(FROM_FILE):
         settings["network"] = file_sha256(own.weights)
+    if own.captions:
+        settings["captions"] = file_sha256(own.captions)
     if own.reference:
         settings["reference"] = file_sha256(own.reference)
     return identity(params, experiment, step, generator.autoencoder_sha256) | settings

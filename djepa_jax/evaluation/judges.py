@@ -80,6 +80,8 @@ def _open_one(kind: str, experiment: Experiment, source, workdir) -> Metric:
             f'config.evaluation.kind is "{settings.kind}", and config.evaluation.reference is of a '
             f"network whose weights stay as they are; use {', '.join((*INSTALLED, *FROM_FILE))}."
         )
+    if kind in METRICS and hasattr(METRICS[kind], "from_settings"):
+        return METRICS[kind].from_settings(source, settings, workdir)
     if kind in METRICS:
         return METRICS[kind].from_data(source)
     if kind in TRAINED and experiment.data.num_classes < 2:

@@ -163,7 +163,7 @@ def test_captions_are_kept(config, cache, tmp_path):
     file.write_text(json.dumps({key: "other" for key in keys}))
     with pytest.raises(DataError, match="contents"):
         run_prepare(text, folder)
-    with pytest.raises(ConfigError, match="condition=text"):
+    with pytest.raises(ConfigError, match="captions as texts"):
         run_prepare(config.updated({"model.condition": "embeddings"}), folder)
 
 

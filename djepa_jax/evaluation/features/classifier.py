@@ -43,7 +43,7 @@ class Recipe:
     max_steps: int = 4000
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    held_out_every: int = 10
+    held_out_every: int = 10  # 0: none
 
     def optimizer(self, count: int) -> OptimizerConfig:
         """AdamW for so many pictures: a tenth of the steps warms up, then cosine to 0."""
@@ -55,6 +55,13 @@ class Recipe:
             learning_rate_schedule="cosine",
             weight_decay=self.weight_decay,
         )
+
+
+def recipe_of(seed: int, flip: bool, vectors: np.ndarray | None) -> Recipe:
+    """The recipe for classes, or for classes of few pictures that vectors tell."""
+    if vectors is None:
+        return Recipe(seed=seed, flip=flip)
+    return Recipe(seed=seed, flip=flip, steps_per_root=64, held_out_every=0)
 
 
 class ConvNet(nnx.Module):
@@ -112,12 +119,15 @@ def _augment(images: jax.Array, key: jax.Array, flip: bool) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _step(graph, config: OptimizerConfig, flip: bool, params, opt_state, key, images, labels):
+def _step(
+    graph, config: OptimizerConfig, flip: bool, params, opt_state, key, images, labels, vectors
+):
     """One update of AdamW on the cross entropy: parameters and state of the optimiser."""
     images = _augment(images, key, flip)
 
     def loss_of(params):
-        logits = nnx.merge(graph, params)(images)["logits"]  # [B, K]
+        logits = nnx.merge(graph, params)(images)["logits"]  # [B, K or D]
+        logits = logits if vectors is None else logits @ vectors.T  # [B, K]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     grads = jax.grad(loss_of)(params)
@@ -143,7 +153,9 @@ def _check(images: np.ndarray, channels: int) -> None:
         )
 
 
-def _define(images: np.ndarray, labels: np.ndarray, recipe: Recipe) -> tuple[tuple, Any, dict]:
+def _define(
+    images: np.ndarray, labels: np.ndarray, recipe: Recipe, vectors: np.ndarray | None
+) -> tuple[tuple, Any, dict]:
     """What `_init` takes but for the key, the network's definition, and its parameters' shapes."""
     _check(images, images.shape[-1])
     classes = np.unique(labels)
@@ -153,7 +165,8 @@ def _define(images: np.ndarray, labels: np.ndarray, recipe: Recipe) -> tuple[tup
             f"{classes[:5].tolist()}; without classes, judge them by features of a "
             "network of ImageNet (efficientnet_lite0)."
         )
-    described = images.shape[1:], recipe.widths, int(classes[-1]) + 1
+    values = int(classes[-1]) + 1 if vectors is None else vectors.shape[1]
+    described = images.shape[1:], recipe.widths, values
     graph, state = nnx.split(nnx.eval_shape(lambda: ConvNet(*described, rngs=nnx.Rngs(0))))
     return described, graph, nnx.to_pure_dict(state)
 
@@ -162,11 +175,14 @@ def split_rows(labels: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, np.ndarr
     """Rows to learn from, and those held out: the same share of every class, drawn by the seed."""
     shuffled = np.random.default_rng(recipe.seed).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    held_out = np.arange(len(labels)) % recipe.held_out_every == 0
+    every = recipe.held_out_every
+    held_out = np.arange(len(labels)) % every == 0 if every else np.zeros(len(labels), bool)
     return by_class[~held_out], by_class[held_out]
 
 
-def _fit(graph, params: dict, images: np.ndarray, labels: np.ndarray, rows, recipe: Recipe) -> dict:
+def _fit(
+    graph, params: dict, images: np.ndarray, labels: np.ndarray, rows, recipe: Recipe, vectors
+) -> dict:
     """Parameters that have learnt the given rows, every epoch in another order."""
     config, rng = recipe.optimizer(len(rows)), np.random.default_rng(recipe.seed)
     needed = config.num_steps * recipe.batch_size
@@ -174,12 +190,13 @@ def _fit(graph, params: dict, images: np.ndarray, labels: np.ndarray, rows, reci
     batches = np.concatenate(epochs)[:needed].reshape(config.num_steps, recipe.batch_size)
     opt_state = _optimizer(config).init(params)
     keys = jax.random.split(jax.random.key(recipe.seed), config.num_steps)
-    first = params, opt_state, keys[0], images[batches[0]], labels[batches[0]]
+    first = params, opt_state, keys[0], images[batches[0]], labels[batches[0]], vectors
     # Compiled before the clock starts that tells how long the rest takes.
     step = _step.lower(graph, config, recipe.flip, *first).compile()
     what = f"training a classifier of {len(rows):,} pictures:"
     for number, batch in enumerate(Progress(what, "step", config.num_steps).over(batches)):
-        params, opt_state = step(params, opt_state, keys[number], images[batch], labels[batch])
+        told = images[batch], labels[batch], vectors
+        params, opt_state = step(params, opt_state, keys[number], *told)
     return params
 
 
@@ -203,26 +220,31 @@ class Classifier:
 
     @classmethod
     def train(
-        cls, images: np.ndarray, labels: np.ndarray, *, seed: int = 0, flip: bool = False
+        cls, images: np.ndarray, labels: np.ndarray, *, seed=0, flip=False, vectors=None
     ) -> "Classifier":
         """Learn the labels `[n]` of uint8 pictures `[n, H, W, C]`; column k of the logits is label
         k. `flip` mirrors half of the pictures.
 
+        With `vectors` `[K, D]` of the classes, which may have few pictures, the logits are D values
+        whose products with these are greatest for the right class; then all pictures are learnt.
+
         Raises:
             ValueError: there are fewer than two classes.
         """
-        recipe, labels = Recipe(seed=seed, flip=flip), np.asarray(labels, np.int32)
-        described, graph, _ = _define(images, labels, recipe)
+        recipe, labels = recipe_of(seed, flip, vectors), np.asarray(labels, np.int32)
+        described, graph, _ = _define(images, labels, recipe, vectors)
         rows, held_out = split_rows(labels, recipe)
         params = _init(*described, jax.random.key(seed))
-        classifier = cls(graph, _fit(graph, params, images, labels, rows, recipe))
+        classifier = cls(graph, _fit(graph, params, images, labels, rows, recipe, vectors))
+        if not len(held_out):
+            return classifier
         found = classifier(images[held_out])["logits"].argmax(-1)
         classifier.held_out_accuracy = float((found == labels[held_out]).mean())
         return classifier
 
     @classmethod
     def for_data(
-        cls, images: np.ndarray, labels: np.ndarray, folder, *, seed: int = 0, flip: bool = False
+        cls, images: np.ndarray, labels: np.ndarray, folder, *, seed=0, flip=False, vectors=None
     ) -> "Classifier":
         """The classifier that `train` gives, kept in `folder` under a hash of all that decides it.
 
@@ -233,9 +255,10 @@ class Classifier:
             PathError: the folder cannot be written.
             CheckpointError: storage does not answer.
         """
-        recipe, labels = Recipe(seed=seed, flip=flip), np.asarray(labels, np.int32)
-        _, *network = _define(images, labels, recipe)
-        of = {"data": checksum(images, labels, repr(recipe)), "recipe": repr(recipe)}
+        recipe, labels = recipe_of(seed, flip, vectors), np.asarray(labels, np.int32)
+        _, *network = _define(images, labels, recipe, vectors)
+        learnt = (images, labels, repr(recipe), *([] if vectors is None else [vectors]))
+        of = {"data": checksum(*learnt), "recipe": repr(recipe)}
         path = as_path(folder) / f"classifier-{of['data'][:16]}.safetensors"
 
         def prepare() -> None:
@@ -247,7 +270,7 @@ class Classifier:
                 except DamagedError:
                     say(f"{path} is damaged or not of these pictures; training it anew")
             check_writable(folder, "the folder of the classifier")
-            trained = cls.train(images, labels, seed=seed, flip=flip)
+            trained = cls.train(images, labels, seed=seed, flip=flip, vectors=vectors)
             write_bytes(path, trained._to_bytes(of))
 
         distributed.run_on_main(prepare)

@@ -1,6 +1,7 @@
 """Metrics by name, as `config.evaluation.kind` gives it."""
 
 from djepa_jax.evaluation.metrics.base import Metric
+from djepa_jax.evaluation.metrics.captions import Captions
 from djepa_jax.evaluation.metrics.moving_digits import MovingDigits
 from djepa_jax.evaluation.metrics.small_images import SmallImages
 from djepa_jax.evaluation.metrics.spoken_digits import SpokenDigits
@@ -9,6 +10,7 @@ METRICS: dict[str, type[Metric]] = {
     "small_images": SmallImages,
     "spoken_digits": SpokenDigits,
     "moving_digits": MovingDigits,
+    "captions": Captions,
 }
 
 __all__ = ["METRICS", "Metric"]

@@ -40,5 +40,6 @@ class Metric(Protocol):
         that an evaluation that was killed can go on; `trend()`, those of the figures that take
         little time, for evaluations in the midst of a training; and, after `result`, `moved`,
         arrays `[n]` by the names of figures that tell how far each sample moved them, of which a
-        search compares two in pairs.
+        search compares two in pairs. One that learns has `from_settings(source, evaluation,
+        folder)` in place of `from_data`.
         """
