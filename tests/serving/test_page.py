@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 
 import pytest
 from growing import make_studio, serving
+from waiting import LIMIT
 
 from djepa_jax.serving import server as server_module
 
@@ -18,7 +20,7 @@ FLAGS += ("--hide-scrollbars", "--enable-logging=stderr", "--v=0", "--remote-deb
 PLAY = """
 (async () => {
   const until = async (what, still = () => !what()) => {
-    for (let i = 0; still() && i < 3000; i++) await new Promise((go) => setTimeout(go, 20));
+    for (let i = 0; still() && i < 15000; i++) await new Promise((go) => setTimeout(go, 20));
     if (!what()) throw new Error(`waited for ${what}: ${$("state").textContent}`);
   };
   const shown = new Set(), said = [];
@@ -76,7 +78,10 @@ def test_a_browser_draws_and_paints(tmp_path, monkeypatch):
         own = [f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()]
         command = [CHROMIUM, *FLAGS, "--blink-settings=preferredColorScheme=0", *own]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as browser:
+            watchdog = threading.Timer(LIMIT, browser.kill)
+            watchdog.start()
             said = next((line for line in browser.stderr if "CONSOLE" in line), "it has ended")
+            watchdog.cancel()
             browser.kill()
     found = re.search(r'"found (.*?)", source', said)
     assert found and "error" not in found[1], said
