@@ -41,7 +41,7 @@ from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.modalities import MODALITIES, Modality
 from djepa_jax.core.models.attention import obstacle
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
-from djepa_jax.core.models.conditioning import CONDITIONERS, Mixture
+from djepa_jax.core.models.conditioning import CONDITIONERS, Mixture, Nothing
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.optimizer import OptimizerConfig
 from djepa_jax.core.sampler import SamplerConfig
@@ -326,7 +326,8 @@ class Experiment(Settings):
 
     def titles(self, asked: Any) -> list[str]:
         """What to write above samples of some conditions: class names, or their numbers."""
-        return conditions.titles(self.sample, self.class_names, asked)
+        told = not isinstance(self.network.conditioner, Nothing)
+        return conditions.titles(self.sample, self.class_names if told else (), asked)
 
 
 GROUPS = {name: kind for name, kind in field_types(Experiment).items() if is_group(kind)}
