@@ -85,7 +85,7 @@ def _loss() -> ConfigDict:
     # examples that share a ratio: 1 each its own, 32 as the authors, 0 the whole batch
     loss.mask_group = 1
     # which tokens are shown: the first ones of an order (as for sample.order), or of several with
-    # shares, such as random:0.6,frame_causal:0.2,ends:0.2
+    # shares, such as random:0.6,frame_causal:0.2,ends:0.2; of pairs also first and second
     loss.mask_modes = "random"
     return loss
 
@@ -111,10 +111,11 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     """What is learned from."""
     data = ConfigDict()
-    # digits, moving_mnist, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache of
-    # --mode=prepare)
+    # digits, moving_mnist, paired, npz, folder, tar, ilsvrc, tfds, synthetic, or latents (a cache
+    # of --mode=prepare)
     data.source = "latents"
-    # Arguments of that source: num_digits, digit_size (of 64 pixels) and num_clips of moving_mnist
+    # Arguments of that source: num_digits, digit_size (of 64 pixels) and num_clips of moving_mnist;
+    # pictures, sounds (files), sound_labels and num_pairs of paired (data/paired.py)
     data.source_options = ConfigDict()
     data.path = ""  # of the source; latents and npz may be in a bucket, gs://...
     # local folder for copies of what is in a bucket; "" = ~/.cache/djepa_jax/staged
@@ -122,13 +123,14 @@ def _data() -> ConfigDict:
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
-    # image_pixels, image_lapped, image_latents, video_pixels (clips), or audio_mel: recordings (npz
-    # or folder)
+    # image_pixels, image_lapped, image_latents, video_pixels (clips), audio_mel: recordings (npz or
+    # folder), or joint: pairs of two of these
     data.modality = "image_latents"
     # Arguments of that modality: cutoff and colour_cutoff of image_lapped, the highest frequencies
     # that tokens keep, as shares of the highest that there are; num_frames and patch_frames (in a
     # token) of video_pixels; audio_mel has rate, n_fft, hop, mels, frames, patch_mels,
-    # patch_frames, floor, mean and deviation (core/modalities/audio.py)
+    # patch_frames, floor, mean and deviation (core/modalities/audio.py); joint has first and
+    # second, each with the key modality and the options of that
     data.options = ConfigDict()
     # npz: the arrays of labels, one name, or two with commas for model.condition "class_pair"; of
     # wav files, what the parts of their names are: "digit,speaker" for 7_jackson_32.wav. "": the
@@ -188,7 +190,8 @@ def _sample() -> ConfigDict:
     sample.mix = ""  # in place of these, several at once with weights: 3:0.5,8:0.5
     sample.count = 64  # pictures
     sample.seed = 0
-    # in which tokens are revealed: random, raster, halton, checkerboard, blue_noise or frame_causal
+    # in which tokens are revealed: random, raster, halton, checkerboard, blue_noise, frame_causal,
+    # or, of pairs, first or second: that part before the other
     sample.order = "random"
     sample.reveal = "cosine"  # how many in each step: cosine, or halves (core/schedules.py)
     sample.cfg_scale = 3.0  # 1 = no guidance
@@ -221,10 +224,10 @@ def _evaluation() -> ConfigDict:
     # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
     # pixels); spoken_digits (a speech recogniser; pip install djepa_jax[evaluation]); moving_digits
     # (of clips: the digit, and how it moves); captions (are pictures told by theirs: docs/text.md);
-    # or a network whose features of pictures or spectrograms are compared: classifier (learns the
-    # data's own classes), efficientnet_lite0 (of ImageNet; the same extra), inception (FID),
-    # dinov2. Several are joined by +. auto: classifier for pictures of two classes or more, else
-    # none
+    # say_and_draw (of pairs: is it the same digit?); or a network whose features of pictures or
+    # spectrograms are compared: classifier (learns the data's own classes), efficientnet_lite0 (of
+    # ImageNet; the same extra), inception (FID), dinov2. Several are joined by +. auto: classifier
+    # for pictures of two classes or more, else none
     evaluation.kind = "none"
     # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
     # how samples are drawn (config/presets.py); keys beside it on the command line win

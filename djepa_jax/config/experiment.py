@@ -41,7 +41,7 @@ from djepa_jax.core.masking import MaskingConfig
 from djepa_jax.core.modalities import MODALITIES, Modality
 from djepa_jax.core.models.attention import obstacle
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
-from djepa_jax.core.models.conditioning import CONDITIONERS, Mixture
+from djepa_jax.core.models.conditioning import CONDITIONERS, Mixture, Nothing
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.models.text import Reader
 from djepa_jax.core.optimizer import OptimizerConfig
@@ -333,7 +333,8 @@ class Experiment(Settings):
     def titles(self, asked: Any) -> list[str]:
         """What to write above samples of some conditions: class names, or their numbers."""
         conditioner = self.network.conditioner
-        return conditions.titles(self.sample, conditioner, self.class_names, asked)
+        names = () if isinstance(conditioner, Nothing) else self.class_names
+        return conditions.titles(self.sample, conditioner, names, asked)
 
 
 GROUPS = {name: kind for name, kind in field_types(Experiment).items() if is_group(kind)}

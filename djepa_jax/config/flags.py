@@ -263,7 +263,8 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     known = keys_of(Experiment)
     for group, options in flatten(config.to_dict()).items():
         if isinstance(options, dict):
-            known |= {f"{group}.{name}": type(value) for name, value in options.items()}
+            options = flatten(options, f"{group}.")  # those of the parts of a pair, too
+            known |= {name: type(value) for name, value in options.items()}
     for key, word in changes.items():
         if key in RENAMED:
             raise ConfigError(f"config.{key} is called config.{RENAMED[key]} now.")

@@ -11,47 +11,72 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Positions along each axis of an example; of one of several parts, the grids of the parts.
+Grid = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
-def random_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+
+def parts_of(grid: Grid) -> tuple[tuple[int, ...], ...]:
+    """The grids of the parts of an example, one after the other; mostly there is one."""
+    return grid if isinstance(grid[0], tuple) else (grid,)
+
+
+def num_places(grid: Grid) -> int:
+    """The number of tokens of a grid (N)."""
+    return sum(math.prod(part) for part in parts_of(grid))
+
+
+def as_one(grid: Grid) -> tuple[int, ...]:
+    """The grid, of several parts all their tokens in a row."""
+    return (num_places(grid),) if isinstance(grid[0], tuple) else grid
+
+
+def random_order(key: jax.Array, grid: Grid) -> jax.Array:
     """A uniform random permutation of the N tokens of a grid: `[N]` int32."""
-    return jnp.argsort(jax.random.bits(key, (math.prod(grid),))).astype(jnp.int32)
+    return jnp.argsort(jax.random.bits(key, (num_places(grid),))).astype(jnp.int32)
 
 
-def raster_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+def raster_order(key: jax.Array, grid: Grid) -> jax.Array:
     """The last axis of the grid fastest, as tokens are stored: `[N]` int32."""
-    return jnp.arange(math.prod(grid), dtype=jnp.int32)
+    return jnp.arange(num_places(grid), dtype=jnp.int32)
 
 
-def checkerboard_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+def part_order(key: jax.Array, grid: Grid, part: int) -> jax.Array:
+    """The tokens of one part (from 0), if there is one, then the others, both at random: `[N]`."""
+    sizes = [math.prod(each) for each in parts_of(grid)]
+    is_later = np.repeat(np.arange(len(sizes)) != part, sizes)
+    return jnp.argsort(is_later + jax.random.uniform(key, is_later.shape)).astype(jnp.int32)
+
+
+def checkerboard_order(key: jax.Array, grid: Grid) -> jax.Array:
     """Places whose coordinates have an even sum, then those between them, each at random: `[N]`.
 
     The half first, as in generation-then-reconstruction (2510.17171).
     """
-    parity = np.indices(grid).sum(0).ravel() % 2  # [N]
+    parity = np.indices(as_one(grid)).sum(0).ravel() % 2  # [N]
     return jnp.argsort(parity + jax.random.uniform(key, parity.shape)).astype(jnp.int32)
 
 
-def frame_causal_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+def frame_causal_order(key: jax.Array, grid: Grid) -> jax.Array:
     """Along the first axis (time, of clips), at random within what lies side by side: `[N]`."""
-    frame = np.indices(grid)[0].ravel()
+    frame = np.indices(as_one(grid))[0].ravel()
     return jnp.argsort(frame + jax.random.uniform(key, frame.shape)).astype(jnp.int32)
 
 
-def ends_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+def ends_order(key: jax.Array, grid: Grid) -> jax.Array:
     """From both ends of the first axis to its middle, at random within what is as far: `[N]`."""
-    frame = np.indices(grid)[0].ravel()
-    from_end = np.minimum(frame, grid[0] - 1 - frame)
+    frame = np.indices(as_one(grid))[0].ravel()
+    from_end = np.minimum(frame, frame.max() - frame)
     return jnp.argsort(from_end + jax.random.uniform(key, frame.shape)).astype(jnp.int32)
 
 
-def halton_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+def halton_order(key: jax.Array, grid: Grid) -> jax.Array:
     """Places as a Halton sequence first meets them (2503.17076), moved by a random shift: `[N]`."""
-    return _shifted(key, grid, halton_places(grid))
+    return _shifted(key, as_one(grid), halton_places(as_one(grid)))
 
 
-def blue_noise_order(key: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+def blue_noise_order(key: jax.Array, grid: Grid) -> jax.Array:
     """Each place where there is the largest void between those before, moved at random: `[N]`."""
-    return _shifted(key, grid, void_filling_places(grid))
+    return _shifted(key, as_one(grid), void_filling_places(as_one(grid)))
 
 
 def _shifted(key: jax.Array, grid: tuple[int, ...], places: np.ndarray) -> jax.Array:
@@ -112,6 +137,8 @@ ORDERS: dict[str, Callable] = {
     "blue_noise": blue_noise_order,
     "frame_causal": frame_causal_order,
     "ends": ends_order,
+    "first": functools.partial(part_order, part=0),
+    "second": functools.partial(part_order, part=1),
 }
 
 

@@ -59,7 +59,7 @@ def load_sounds(path: str, where: str, names: Sequence[str], modality) -> Sounds
     return _fitted(recordings, numbers, where, modality)
 
 
-def open_wavs(path: str, where: str, names: Sequence[str], data, num_classes: int, modality):
+def open_wavs(path: str, where: str, names: Sequence[str], class_names, num_classes, modality):
     """All wav files below a folder.
 
     The folder inside it that a file lies in is its class; with `names`, the parts of the file's own
@@ -81,9 +81,9 @@ def open_wavs(path: str, where: str, names: Sequence[str], data, num_classes: in
         np.array([kind.index(label) for label in each], np.int64)
         for kind, each in zip(kinds, zip(*said, strict=True), strict=True)
     ]
-    class_names, _ = match_classes(tuple(kinds[0]), num_classes, data.class_names, where)
+    own, _ = match_classes(tuple(kinds[0]), num_classes, class_names, where)
     sounds = _fitted((read_wav(file) for file in files), numbers, where, modality)
-    sounds.class_names = class_names
+    sounds.class_names = own
     return sounds
 
 

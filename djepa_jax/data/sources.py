@@ -23,6 +23,7 @@ from djepa_jax.data.latent_cache import (
     read_metadata,
 )
 from djepa_jax.data.moving_mnist import MovingMNIST
+from djepa_jax.data.paired import Paired
 from djepa_jax.data.records import (
     ANY_CLASS,
     DataError,
@@ -46,6 +47,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "digits": lambda path, modality, num_classes: load_digits(),
     "synthetic": lambda path, modality, num_classes: Synthetic(modality, num_classes),
     "moving_mnist": MovingMNIST,
+    "paired": Paired,
 }
 
 
@@ -83,7 +85,7 @@ def open_source(
         )
     if is_sound and name == "folder":
         check_local(path, f"--config.{group}.path")
-        source = open_wavs(path, where, names, data, num_classes, modality)
+        source = open_wavs(path, where, names, data.class_names, num_classes, modality)
     elif is_sound:
         path = local_copy(path, data.staging, f"{group}.path")
         source = load_sounds(path, where, names or ["labels"], modality)
@@ -149,7 +151,7 @@ def open_data(experiment: Experiment) -> Source:
     if isinstance(unwrapped(source), ImageSource):
         source = SkipBroken(source, data.max_broken)
     pixels = modality.example_dtype == np.uint8
-    if data.random_flip and modality.example_dtype == np.int16:
+    if data.random_flip and len(modality.example_shape) < 3:
         raise DataError("data.random_flip is for pictures, not sound; set it to False.")
     if data.random_flip and not pixels and "mirror" not in source[0]:
         raise DataError(

@@ -154,12 +154,17 @@ def _take_in(
         metric.update(arrays, jax.tree.map(lambda leaf, rows=rows: leaf[rows], conditions))
         yield start, arrays
         start = rows.stop
+    given = metric.given(count_of(conditions)) if hasattr(metric, "given") else ()
+    for judge, known in given:
+        how = generator.beside(known), params, conditions, 0, should_stop
+        for _ in _take_in(judge, experiment, *how):
+            pass
 
 
 def as_pictures(experiment: Experiment, arrays: dict) -> dict:
     """Samples with `images`, what their modality shows of them, for judges of pictures."""
     pictures = experiment.modality.preview(arrays)
-    return arrays if pictures is None else arrays | {"images": pictures}
+    return arrays if pictures is None else {"images": pictures} | arrays
 
 
 def _take_in_all(

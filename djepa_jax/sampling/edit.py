@@ -17,10 +17,12 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.sampler import Known
 from djepa_jax.runtime.errors import UserError
-from djepa_jax.sampling.generator import Generator, result_of
+from djepa_jax.sampling.generator import Generator
 
 WORDS = "left, right, top, bottom, centre, all, random:SHARE"
+NAMES = {2: "sound", 4: "images", 5: "clips"}  # of examples by their axes
 FRAME_WORDS = "after:K, between, frames:A-B"
+PART_WORDS = "first, second, all, random:SHARE"
 SOUND_WORDS = "left, right, centre, middle:SHARE, seconds:A-B, all, random:SHARE"
 
 
@@ -40,9 +42,16 @@ def given_shape(experiment: Experiment) -> tuple[int, ...]:
 
 
 def places_shape(experiment: Experiment) -> tuple[int, ...]:
-    """Of a mask: `(H, W)`, `(T, H, W)` or `(S,)`."""
+    """Of a mask: `(H, W)`, `(T, H, W)`, `(S,)`, or `(2,)` of pairs."""
     shape = given_shape(experiment)
-    return shape[:-1] or shape
+    return getattr(experiment.modality, "places_shape", shape[:-1] or shape)
+
+
+def named(modality, examples: np.ndarray) -> dict[str, np.ndarray]:
+    """Examples `[n, ...]` as exported arrays are called; of pairs both."""
+    if hasattr(modality, "named"):
+        return modality.named(examples)
+    return {NAMES[examples.ndim]: examples}
 
 
 def check_editable(experiment: Experiment) -> None:
@@ -51,7 +60,7 @@ def check_editable(experiment: Experiment) -> None:
     if not hasattr(modality, "tokens_at"):
         raise EditError(
             f'config.data.modality is "{experiment.data.modality}", which cannot be edited; '
-            "pictures, clips and sounds can."
+            "pictures, clips, sounds and pairs of them can."
         )
 
 
@@ -65,8 +74,8 @@ def mask_of(
             random:SHARE, which makes that share of all tokens anew; of clips also after:K (frames
             from K on), between (all but the first and the last box), or frames:A-B (A to B),
             counted from 0. Of sounds left, right and centre are halves along time; there are also
-            middle:SHARE and seconds:A-B.
-        shape: of a picture `(H, W)`, a clip `(T, H, W)` or a sound `(S,)`.
+            middle:SHARE and seconds:A-B. Of pairs first, second and all.
+        shape: of a picture `(H, W)`, a clip `(T, H, W)`, a sound `(S,)`, or of pairs `(2,)`.
         box: frames of a clip that a token holds (`box_of`).
         rate: samples a second of a sound.
 
@@ -84,6 +93,11 @@ def mask_of(
         return np.ones(shape, bool), 1 - share
     if rate:
         return _samples(word, shape[0], rate), 0.0
+    if len(shape) == 1:
+        parts = {"first": [True, False], "second": [False, True], "all": [True, True]}
+        if word not in parts:
+            raise EditError(f'--mask "{word}" is not one of {PART_WORDS}.')
+        return np.array(parts[word]), 0.0
     height, width = shape[-2:]
     rows, columns = np.mgrid[:height, :width]
     words = {
@@ -190,8 +204,8 @@ def edit(
         experiment: the model's configuration.
         make_generator: of tokens that are given.
         params: the model's parameters, on the mesh.
-        examples: uint8 `[n, H, W, C]` or `[n, T, H, W, C]`, or int16 `[n, S]`.
-        mask: bool, `[H, W]`, `[T, H, W]`, `[S]` or `[n, ...]`, True where anew.
+        examples: uint8 `[n, H, W, C]` or `[n, T, H, W, C]`, int16 `[n, S]`, or bytes of pairs.
+        mask: bool, `[H, W]`, `[T, H, W]`, `[S]`, `[2]` or `[n, ...]`, True where anew.
         conditions: raw, one for each example.
         seed: of everything random.
         keep: share of the hidden tokens that stays.
@@ -209,6 +223,4 @@ def edit(
     tokens = np.asarray(jax.jit(modality.tokenize)(inputs))  # [n, N, C]
     generator = make_generator(Known(tokens, ~hidden))
     arrays = generator.images(params, conditions, seed)
-    if hasattr(modality, "put_back"):
-        return modality.put_back(examples, arrays, mask)
-    return np.where(mask[..., None], result_of(modality, arrays), examples)
+    return modality.put_back(examples, arrays, mask)

@@ -15,8 +15,8 @@ from djepa_jax.config.flags import command_line
 from djepa_jax.core import sharding
 from djepa_jax.core.sampler import Known
 from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
-from djepa_jax.data.records import MAX_PIXELS
-from djepa_jax.data.sounds import of_length, read_wav, resampled
+from djepa_jax.data.records import MAX_PIXELS, DataError
+from djepa_jax.data.sounds import fit, of_length, read_wav, resampled
 from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.storage import as_path, check_writable, write_npz
 from djepa_jax.sampling.edit import (
@@ -25,6 +25,7 @@ from djepa_jax.sampling.edit import (
     check_editable,
     edit,
     mask_of,
+    named,
     places_shape,
 )
 from djepa_jax.sampling.generator import Generator, count_of
@@ -46,7 +47,6 @@ from djepa_jax.sampling.sample_to_npz import (
 
 GREY = 128  # where a grid shows what is hidden
 REAL = "real:"
-NAMES = {4: "images", 5: "clips", 2: "sound"}  # of arrays by their axes
 
 
 def read_mask(path: str, size: tuple[int, int], side: int) -> np.ndarray:
@@ -86,12 +86,12 @@ def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[
     Raises:
         EditError: it cannot be read, or there are too few frames or examples.
     """
-    *frames, side, _, channels = experiment.picture_shape
     if source.startswith(REAL):
         given = _real_example(source, experiment)
         return given, given.shape[-2:-4:-1]
     if hasattr(experiment.modality, "rate"):
-        return _read_sound(source, experiment.modality), (0, 0)
+        return _read_sound(source, experiment.modality, resampled), (0, 0)
+    *frames, side, _, channels = experiment.picture_shape
     if not frames:
         picture = _read_image(source, "--source")
         return center_crop(picture, side, channels), picture.size
@@ -105,10 +105,35 @@ def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[
     return np.stack(clip), pictures[0].size
 
 
-def _read_sound(source: str, modality) -> np.ndarray:
-    rate, values = read_wav(as_path(source))
-    wave = resampled(rate, values, modality.rate, Counter())  # silence stays, and so do times
+def _read_sound(source: str, modality, prepare) -> np.ndarray:
+    try:
+        rate, values = read_wav(as_path(source))
+    except DataError as error:
+        raise EditError(
+            f'--source "{source}" is no wav file that can be read; name one.'
+        ) from error
+    # `resampled` leaves silence and so times as they are, `fit` makes what is learnt from
+    wave = prepare(rate, values, modality.rate, Counter())
     return of_length(wave, *modality.example_shape)
+
+
+def _read_part(source: str, modality, mask: str, keep: float) -> np.ndarray:
+    """A pair of which a file is one part; the other, which is to be made, is blank."""
+    kind = "sound" if source.lower().endswith(SOUND) else "images"
+    other = dict(zip(modality.names, ("second", "first"), strict=True))
+    if mask != other.get(kind) or keep:
+        raise EditError(
+            f'--source "{source}" is one part of a pair of {" and ".join(modality.names)}; name '
+            "one with --mask=first or second for the other part, without --keep, or real:INDEX."
+        )
+    parts = dict(zip(modality.names, modality.parts, strict=True))
+    pair = {name: np.zeros(p.example_shape, p.example_dtype) for name, p in parts.items()}
+    if kind == "sound":
+        pair[kind] = _read_sound(source, parts[kind], fit)
+    else:
+        picture = _read_image(source, "--source")
+        pair[kind] = center_crop(picture, *parts[kind].example_shape[1:])
+    return modality.join(*pair.values())
 
 
 def _real_example(source: str, experiment: Experiment) -> np.ndarray:
@@ -149,7 +174,10 @@ def run_edit(
     check_pictures(experiment, out, latents_only=False)
     model = latest_model(experiment, workdir)
     experiment = experiment.completed_by(model.config)
-    given, size = read_source(source, experiment)
+    if hasattr(experiment.modality, "parts") and not source.startswith(REAL):
+        given, size = _read_part(source, experiment.modality, mask, keep), ()
+    else:
+        given, size = read_source(source, experiment)
     rate = getattr(experiment.modality, "rate", 0)
     if as_path(mask).exists() and not rate:
         places = read_mask(mask, size, given.shape[-2])
@@ -184,21 +212,23 @@ def run_edit(
 
 def _write(target: epath.Path, out: str, experiment, given, places, results, conditions, settings):
     """Write an npz file and a grid, with a file of each result where `out` is a folder."""
-    (png, npz), name, modality = output_paths(target), NAMES[results.ndim], experiment.modality
-    write_npz(npz, {MEMBERS.get(name, name): results} | npz_members(conditions, settings))
-    silent = name == "sound"
-    hidden = np.where(places, 0, given) if silent else np.where(places[..., None], GREY, given)
+    (png, npz), modality = output_paths(target), experiment.modality
+    arrays = named(modality, results)
+    members = {MEMBERS.get(name, name): array for name, array in arrays.items()}
+    write_npz(npz, members | npz_members(conditions, settings))
+    blank = {k: np.full_like(v[:1], 0 if k == "sound" else GREY) for k, v in arrays.items()}
+    hidden = modality.put_back(given[None], blank, places[None])
     titles = experiment.titles(conditions)
-    shown = np.concatenate([given[None], hidden[None].astype(given.dtype), results])[:MAX_GRID]
-    pictures = modality.preview({name: shown})
+    shown = np.concatenate([given[None], hidden.astype(given.dtype), results])[:MAX_GRID]
+    pictures = modality.preview(named(modality, shown))
     grid = label_grid(pictures, ["given", "hidden", *titles][: len(shown)])
     save_png(png, grid, {"command": command_line(), "settings": json.dumps(settings)})
     if target.suffix.lower() == SOUND:
-        modality.save({name: results.reshape(1, -1)}, 0, target.with_suffix(""))
+        modality.save({"sound": results.reshape(1, -1)}, 0, target.with_suffix(""))
         return [png, npz, target]
     if not out.endswith("/"):
         return [png, npz]
     for number, title in enumerate(titles):
         stem = target.parent / numbered(number, title)
-        modality.save({name: results}, number, stem)
+        modality.save(arrays, number, stem)
     return [png, npz, target.parent]

@@ -107,6 +107,11 @@ class Generator:
         self.cfg_scales = self.config.guidance(sample.cfg_scale, sample.cfg_schedule)  # [T]
         self.not_finite = np.zeros(0, int)  # numbers of such samples of the last batch
 
+    def beside(self, known: Known) -> "Generator":
+        """The same one for samples of which some tokens are given."""
+        how = self._autoencoder, self.decodes, self._progress, self._make_sampler
+        return Generator(self.experiment, self.mesh, *how, known)
+
     def images(
         self, params, conditions, seed: int, should_stop: Callable[[], bool] = never
     ) -> dict[str, np.ndarray]:
@@ -226,10 +231,12 @@ def export_unheard(modality: Modality, tokens: jax.Array) -> dict[str, jax.Array
     return {name: x for name, x in modality.export(tokens).items() if name != "sound"}
 
 
-def result_of(modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
-    """What people want of exported arrays: clips, sounds, or previews, `[n, ...]`."""
-    found = [arrays[name] for name in ("clips", "sound") if name in arrays]
-    return found[0] if found else modality.preview(arrays)
+def result_of(modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray | dict | None:
+    """What people want of exported arrays: pictures, clips, sounds, or both of two, `[n, ...]`."""
+    found = {name: arrays[name] for name in ("images", "clips", "sound") if name in arrays}
+    if len(found) > 1:
+        return found
+    return next(iter(found.values())) if found else modality.preview(arrays)
 
 
 def count_of(arrays) -> int:

@@ -24,6 +24,7 @@ from djepa_jax.sampling.edit import (
     edit,
     given_shape,
     mask_of,
+    named,
     places_shape,
 )
 from djepa_jax.sampling.encoder import make_encoder
@@ -103,8 +104,8 @@ class Model:
 
     def sample(
         self, labels: Label | Sequence[Label] = None, seed: int = 0, conditions=None, **settings
-    ) -> np.ndarray:
-        """Draw one picture, clip or sound per label.
+    ) -> np.ndarray | dict[str, np.ndarray]:
+        """Draw one picture, clip, sound or pair of them per label.
 
         Picture i depends on the weights, the settings, its label, `seed` and i alone, not on how
         many are drawn.
@@ -122,7 +123,8 @@ class Model:
 
         Returns:
             uint8 images `[n, H, W, C]`, clips `[n, T, H, W, C]`, or sounds: float32 waves `[n, S]`
-            in [-1, 1], as many samples a second as `model.config.modality.rate` says.
+            in [-1, 1], as many samples a second as `model.config.modality.rate` says. Of pairs
+            both, by name: {"images": ..., "sound": ...}.
 
         Raises:
             ValueError: an unknown label or setting, or a value that cannot work.
@@ -182,16 +184,16 @@ class Model:
         seed: int = 0,
         conditions=None,
         **settings,
-    ) -> np.ndarray:
+    ) -> np.ndarray | dict[str, np.ndarray]:
         """Make places of an example anew: inpainting, outpainting, continuing, variations.
 
         Args:
-            example: uint8 `[H, W, C]` or `[T, H, W, C]`, int16 `[S]`, or one for each label,
-                `[n, ...]`.
+            example: uint8 `[H, W, C]` or `[T, H, W, C]`, int16 `[S]`, a pair as
+                `model.config.modality.join` makes it, or one for each label, `[n, ...]`.
             mask: bool `[H, W]` (of all frames), `[T, H, W]`, `[S]`, or `[n, ...]`, True where anew;
                 or left, right, top, bottom, centre, all, random:SHARE; of clips after:K (frames
                 from K on), between (all but the ends), frames:A-B; of sounds middle:SHARE,
-                seconds:A-B.
+                seconds:A-B; of pairs first or second, the part to be made for the other.
             labels: as for `sample`; one result for each.
             keep: share of the tokens under the mask that stays, drawn at random.
             seed: of everything random.
@@ -199,7 +201,7 @@ class Model:
             **settings: as for `sample`.
 
         Returns:
-            uint8 or int16 `[n, ...]`, equal to the example outside the mask.
+            uint8 or int16 `[n, ...]`, equal to the example outside the mask; of pairs both by name.
 
         Raises:
             ValueError: an example or a mask of another shape, an unknown label or setting.
@@ -223,7 +225,7 @@ class Model:
             keep = 1 - (1 - stays) * (1 - keep)
         if np.shape(mask) not in (places[-2:], places, (count, *places)):
             raise ValueError(f"the mask has the shape {np.shape(mask)}; expected {places}.")
-        return edit(
+        results = edit(
             self.config,
             lambda known: self._generator(count, seed, settings, known),
             self.params,
@@ -234,6 +236,8 @@ class Model:
             keep,
             self._autoencoder if self.config.has_decoder else None,
         )
+        by_name = named(modality, results)
+        return by_name if len(by_name) > 1 else results
 
     def encode(
         self, examples: np.ndarray, labels: Label | Sequence[Label] = None, conditions=None

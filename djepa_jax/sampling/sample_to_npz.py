@@ -109,7 +109,7 @@ def check_pictures(experiment: Experiment, out: str, latents_only: bool) -> None
             f'--out "{out}" with --latents_only: latents are no picture; let the name end in .npz.'
         )
     if out.lower().endswith(SOUND) and not hasattr(experiment.modality, "rate"):
-        raise ConfigError(f'--out "{out}": this model makes no sound; let the name end in .png.')
+        raise ConfigError(f'--out "{out}": this model makes no sound alone; end it in .png or /.')
     if experiment.lacks_decoder and not latents_only:
         raise ConfigError(
             "config.autoencoder.path is empty, and this model makes latents: name the weights that "

@@ -18,7 +18,7 @@ from djepa_jax.core.models.conditioning import (
     Nothing,
     Sum,
 )
-from djepa_jax.core.models.djepa import init_params, split_model
+from djepa_jax.core.models.djepa import ContextEncoder, init_params, split_model
 from djepa_jax.core.models.text import Embeddings, Text
 from djepa_jax.core.train_step import predict_features
 
@@ -211,3 +211,17 @@ def test_pairs_in_turn_are_all_combinations():
 def test_asked_for_labels_take_the_second_ones_in_turn():
     first, second = Sum(Classes(9), Classes(3)).pair(np.array([5, 7, 5, 7, 5, 7]), 2)
     assert first.tolist() == [5, 7, 5, 7, 5, 7] and second.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_gradients_stay_moderate_where_neither_a_condition_nor_a_token_is_seen():
+    config = dataclasses.replace(TINY, conditioner=Nothing(), encoder_depth=4)
+    encoder = ContextEncoder(config, rngs=nnx.Rngs(0))
+    tokens, order = jnp.ones((1, 2, config.token_dim)), jnp.arange(2)[None]
+
+    def output(encoder):
+        condition = encoder.embed_condition(jnp.zeros(1, jnp.int32))
+        features = encoder(tokens, order, condition, num_visible=jnp.zeros(1, jnp.int32))
+        return features[:, : config.num_prefix_tokens, 0].sum()
+
+    gradients = jax.tree.leaves(nnx.grad(output)(encoder))
+    assert max(float(jnp.abs(each).max()) for each in gradients) < 1e6

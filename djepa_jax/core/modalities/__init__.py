@@ -3,6 +3,7 @@
 from djepa_jax.core.modalities.audio import AudioMel
 from djepa_jax.core.modalities.base import Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
+from djepa_jax.core.modalities.joint import Joint
 from djepa_jax.core.modalities.lapped import ImageLapped
 from djepa_jax.core.modalities.video import VideoPixels
 
@@ -12,6 +13,7 @@ MODALITIES: dict[str, type[Modality]] = {
     "image_latents": ImageLatents,
     "video_pixels": VideoPixels,
     "audio_mel": AudioMel,
+    "joint": Joint,
 }
 
 __all__ = ["MODALITIES", "Modality"]

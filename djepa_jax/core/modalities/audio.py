@@ -149,7 +149,7 @@ class AudioMel:
         that there is no click; what was hidden is not heard.
         """
         drawn = np.asarray(arrays["sound"], np.float64) * (FULL_SCALE - 1)
-        joined = np.where(mask, drawn, examples)
+        mask, joined = np.broadcast_to(mask, drawn.shape), np.where(mask, drawn, examples)
         forwards = zip(joined, mask, strict=True)
         backwards = zip(joined[:, ::-1], mask[:, ::-1], strict=True)
         for values, hidden in (*forwards, *backwards):

@@ -6,6 +6,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from djepa_jax.core.schedules import Grid
+
 
 class Modality(Protocol):
     """Turns data into tokens and back; implementations are frozen dataclasses in `MODALITIES`."""
@@ -13,7 +15,7 @@ class Modality(Protocol):
     needs_decoder: bool  # whether pictures of what it exports take an autoencoder
     factorised_positions: bool  # position vectors per axis of `grid`, summed, not one per token
     example_dtype: np.dtype  # of the values of an example
-    grid: tuple[int, ...]  # positions along each axis of an example, N in all, the last fastest
+    grid: Grid  # positions along each axis of an example, N in all, the last fastest
     token_dim: int  # channels of a token (C)
     example_shape: tuple[int, ...]  # of one example as the data source gives it
 
@@ -50,7 +52,7 @@ class Modality(Protocol):
     ) -> np.ndarray:
         """Examples whose places of a mask `[B, ...]` are those of exported arrays.
 
-        For editing; it may be absent where pixels are put beside pixels.
+        For editing; it may be absent.
         """
 
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:

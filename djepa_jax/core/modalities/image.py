@@ -82,6 +82,10 @@ class PatchedMaps:
         rows, columns = self.grid
         return reduce(places, "b (h p) (w q) -> b (h w)", "max", h=rows, w=columns)
 
+    def put_back(self, examples: np.ndarray, arrays: dict, mask: np.ndarray) -> np.ndarray:
+        """Pictures `[B, H, W, C]` whose places of a mask `[B, H, W]` are those of `images`."""
+        return np.where(mask[..., None], arrays["images"], examples)
+
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
         """The images, where there are some."""
         return arrays.get("images")

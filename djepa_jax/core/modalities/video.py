@@ -98,6 +98,10 @@ class VideoPixels:
         pattern = "b (t f) (h p) (w q) -> b (t h w)"
         return reduce(places, pattern, "max", **self._sizes)
 
+    def put_back(self, examples: np.ndarray, arrays: dict, mask: np.ndarray) -> np.ndarray:
+        """Clips `[B, T, H, W, C]` whose places of a mask `[B, T, H, W]` are those of `clips`."""
+        return np.where(mask[..., None], arrays["clips"], examples)
+
     def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
         """Film strips: frames side by side, `[B, H, T (W + 1) - 1, C]`."""
         clips = arrays["clips"]

@@ -12,10 +12,10 @@ H heads, C token channels, L layers, T autoregressive steps.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import repeat
 from flax import nnx
 
@@ -23,6 +23,7 @@ from djepa_jax.core.models import vit
 from djepa_jax.core.models.conditioning import Condition, Conditioner
 from djepa_jax.core.models.denoiser import Denoiser
 from djepa_jax.core.models.ragged import Ragged
+from djepa_jax.core.schedules import Grid, num_places, parts_of
 
 SIZED = "width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width"
 SIZES = {  # the published scales
@@ -36,7 +37,7 @@ SIZES = {  # the published scales
 class ModelConfig:
     """Everything that shapes the networks."""
 
-    grid: tuple[int, ...]  # positions along each axis of an example, N in all
+    grid: Grid  # positions along each axis of an example, N in all
     token_dim: int  # C
     conditioner: Conditioner
     width: int
@@ -74,17 +75,24 @@ class ModelConfig:
     @property
     def num_tokens(self) -> int:
         """Tokens of an example (N)."""
-        return math.prod(self.grid)
+        return num_places(self.grid)
 
     @property
-    def position_axes(self) -> tuple[int, ...]:
-        """Sizes of the tables of position vectors."""
-        return self.grid if self.factorised_positions else (self.num_tokens,)
+    def position_axes(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the tables of position vectors, for each part of an example.
+
+        Where a part has fewer axes than another, all its tokens share a further vector.
+        """
+        if not self.factorised_positions:
+            return ((self.num_tokens,),)
+        parts = parts_of(self.grid)
+        most = max(map(len, parts))
+        return tuple((1,) * (most - len(part)) + part for part in parts)
 
     def init_positions(self, key: jax.Array) -> jax.Array:
         """A fresh table of position vectors; factorised ones are as large as embedded tokens."""
         init = vit.unit_init if self.factorised_positions else vit.normal_init
-        return init(key, (sum(self.position_axes), self.width))
+        return init(key, (sum(map(sum, self.position_axes)), self.width))
 
 
 class JepaHead(nnx.Module):
@@ -114,8 +122,9 @@ class ContextEncoder(nnx.Module):
         self.conditioner = config.conditioner
         embedding = config.conditioner.make_embedding(width, rngs=rngs)
         setattr(self, config.conditioner.param_name, embedding)
-        prefix = vit.zeros_init(rngs.params(), (config.num_prefix_tokens, width))
-        self.prefix_table = nnx.Param(prefix)
+        # Norms of rows that are all zero, which nothing else fills, would let gradients explode
+        init = vit.zeros_init if embedding is not None else vit.normal_init
+        self.prefix_table = nnx.Param(init(rngs.params(), (config.num_prefix_tokens, width)))
         self.input_proj = vit.Linear(config.token_dim, width, rngs=rngs, dtype=config.dtype)
         self.positions = nnx.Param(config.init_positions(rngs.params()))
         self.input_norm = vit.LayerNorm(width, dtype=config.dtype)
@@ -181,15 +190,20 @@ class Predictor(nnx.Module):
         return self.stack(x, key_mask=key_mask, keys=keys)[:, self.num_prefix_tokens :]
 
 
-def position_vectors(table: jax.Array, order: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Position vectors of places `[B, V]`: `[B, V, D]`, summed over the axes of a grid.
+def position_vectors(table: jax.Array, order: jax.Array, parts) -> jax.Array:
+    """Position vectors of places `[B, V]`: `[B, V, D]`, summed over the axes of a part's grid.
 
-    `table` `[sum of axes, D]` holds the vectors of one axis after the other.
+    `table` `[sum of all axes, D]` holds the vectors of one axis after the other, part after part.
     """
-    starts = [sum(axes[:axis]) for axis in range(len(axes))]
-    along = jnp.unravel_index(order, axes) if len(axes) > 1 else (order,)
-    ids = [place + start for place, start in zip(along, starts, strict=True)]
-    return sum(jnp.take(table, i, axis=0) for i in ids)
+    ids, start = [], 0
+    for axes in parts:
+        starts = start + np.cumsum((0, *axes[:-1]))
+        ids.append(np.indices(axes).reshape(len(axes), -1) + starts[:, None])  # [axes, n]
+        start += sum(axes)
+    if len(ids[0]) == 1:
+        return jnp.take(table, order, axis=0)
+    rows = jnp.asarray(np.concatenate(ids, axis=1))  # [axes, N]
+    return sum(jnp.take(table, along[order], axis=0) for along in rows)
 
 
 def join_masks(prefix_mask, num_visible, num_prefix: int, shape) -> jax.Array | None:

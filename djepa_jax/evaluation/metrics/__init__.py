@@ -3,6 +3,7 @@
 from djepa_jax.evaluation.metrics.base import Metric
 from djepa_jax.evaluation.metrics.captions import Captions
 from djepa_jax.evaluation.metrics.moving_digits import MovingDigits
+from djepa_jax.evaluation.metrics.say_and_draw import SayAndDraw
 from djepa_jax.evaluation.metrics.small_images import SmallImages
 from djepa_jax.evaluation.metrics.spoken_digits import SpokenDigits
 
@@ -11,6 +12,7 @@ METRICS: dict[str, type[Metric]] = {
     "spoken_digits": SpokenDigits,
     "moving_digits": MovingDigits,
     "captions": Captions,
+    "say_and_draw": SayAndDraw,
 }
 
 __all__ = ["METRICS", "Metric"]

@@ -35,11 +35,12 @@ class Metric(Protocol):
     def result(self) -> dict[str, float]:
         """The figures by name; `<name>_low` and `<name>_high` bound that of `<name>`.
 
-        A metric may also have `details()`: what a reader of them must know, for the record; and
-        `state()`, arrays by name with the "count" of samples among them, and `restore(state)`, so
-        that an evaluation that was killed can go on; `trend()`, those of the figures that take
-        little time, for evaluations in the midst of a training; and, after `result`, `moved`,
-        arrays `[n]` by the names of figures that tell how far each sample moved them, of which a
-        search compares two in pairs. One that learns has `from_settings(source, evaluation,
-        folder)` in place of `from_data`.
+        A metric may also have `given(count)`: pairs of an accumulator and of tokens (`Known`) that
+        are given to as many further samples, which it takes in; `details()`: what a reader of them
+        must know, for the record; and `state()`, arrays by name with the "count" of samples among
+        them, and `restore(state)`, so that an evaluation that was killed can go on; `trend()`,
+        those of the figures that take little time, for evaluations in the midst of a training; and,
+        after `result`, `moved`, arrays `[n]` by the names of figures that tell how far each sample
+        moved them, of which a search compares two in pairs. One that learns has
+        `from_settings(source, evaluation, folder)` in place of `from_data`.
         """

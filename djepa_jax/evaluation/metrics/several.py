@@ -20,6 +20,11 @@ class Several:
         for metric in self.metrics.values():
             metric.update(arrays, conditions)
 
+    def given(self, count: int) -> list[tuple]:
+        """What those ask for that judge samples beside given tokens."""
+        asking = [each for each in self.metrics.values() if hasattr(each, "given")]
+        return [one for each in asking for one in each.given(count)]
+
     def merge(self, other: "Several") -> None:
         """Take in what others of the same kinds have."""
         for kind, metric in self.metrics.items():
