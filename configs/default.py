@@ -187,7 +187,9 @@ def _sample() -> ConfigDict:
     sample = ConfigDict()
     sample.labels = "all"  # "all" in turn, or a list such as 3,3,7
     sample.prompt = ""  # of models of texts, in place of labels: "a red circle", several with |
-    sample.mix = ""  # in place of these, several at once with weights: 3:0.5,8:0.5
+    sample.mix = (
+        ""  # in place of these, several with weights, 3:0.5,8:0.5, or places, 3@left,8@right
+    )
     sample.count = 64  # pictures
     sample.seed = 0
     # in which tokens are revealed: random, raster, halton, checkerboard, blue_noise, frame_causal,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from djepa_jax.config.class_names import find_class, find_mixture
+from djepa_jax.config.class_names import find_class, find_mixture, find_regions
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core.models.conditioning import Classes, Conditioner, Sum
@@ -46,8 +46,10 @@ def wanted(sample: SampleSettings, conditioner: Conditioner, names: Sequence[str
     return of_labels(conditioner, np.resize(np.asarray(labels, np.int32), count), len(labels))
 
 
-def _mixed(sample: SampleSettings, conditioner: Conditioner, names: Sequence[str]) -> tuple:
-    """Conditions of a mixture `[count, K, ...]`, and their weights `[count, K]`."""
+def _mixed(sample: SampleSettings, conditioner: Conditioner, names: Sequence[str]) -> Any:
+    """Conditions of a mixture `[count, K, ...]`, and their weights `[count, K]`; of regions no
+    weights.
+    """
 
     def find(name: str):
         if isinstance(conditioner, Text):
@@ -57,6 +59,8 @@ def _mixed(sample: SampleSettings, conditioner: Conditioner, names: Sequence[str
     try:
         if not isinstance(conditioner, Classes | Text):
             raise ValueError('it is for model.condition "classes" or "text".')
+        if "@" in sample.mix:
+            return np.repeat(find_regions(sample.mix, find)[0][None], sample.count, axis=0)
         mixture = find_mixture(sample.mix, find)
         return tuple(np.repeat(array[None], sample.count, axis=0) for array in mixture)
     except ValueError as error:

@@ -21,6 +21,7 @@ from djepa_jax.config.convert import (
     keys_of,
     unknown_key,
 )
+from djepa_jax.config.places import regions_of
 from djepa_jax.config.settings import (
     PATHS,
     AutoencoderSettings,
@@ -290,8 +291,10 @@ class Experiment(Settings):
     def sampler(self) -> SamplerConfig:
         """The sampler."""
         sample = self.sample
-        conditioner = self.network.conditioner
-        if sample.mix:
+        conditioner, regions = self.network.conditioner, ()
+        if "@" in sample.mix:
+            regions = regions_of(self)
+        elif sample.mix:
             conditioner = Mixture(conditioner, len(sample.mix.split(",")))
         config = SamplerConfig(
             # Forwards nothing is kept that unrolled layers would not have to copy
@@ -302,6 +305,7 @@ class Experiment(Settings):
             num_segments=sample.num_segments,
             order=sample.order,
             reveal=sample.reveal,
+            regions=regions,
             final_denoise_steps=sample.final_denoise_steps,
             cfg_interval=(sample.cfg_start, sample.cfg_stop),
         )

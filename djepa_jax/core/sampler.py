@@ -58,7 +58,7 @@ class SamplerConfig:
         order: a key of `schedules.ORDERS`.
         reveal: a key of `schedules.REVEALS`.
         num_known: tokens of every sample that are given; the steps reveal the others.
-        num_regions: conditions of every sample (R), each for the places of its own region.
+        regions: which of a sample's conditions (R) each token has, in raster order; () = the one.
         final_denoise_steps: of the last step, to which those of the loss fall; 0 = all the same.
         cfg_interval: shares of the steps between which there is guidance.
     """
@@ -71,9 +71,14 @@ class SamplerConfig:
     order: str = "random"
     reveal: str = "cosine"
     num_known: int = 0
-    num_regions: int = 1
+    regions: tuple[int, ...] = ()
     final_denoise_steps: int = 0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def num_regions(self) -> int:
+        """Conditions of every sample (R)."""
+        return max(self.regions, default=0) + 1
 
     @property
     def counts(self) -> list[int]:
@@ -129,7 +134,6 @@ class SampleInputs:
     cfg_scales: jax.Array  # [T]
     temperature: jax.Array
     known: Known | None = None
-    regions: jax.Array | None = None  # [B, N] in raster order, 0..R-1
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +169,7 @@ def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
 
 
 def ar_step(
-    config: SamplerConfig, model, denoiser, draws, condition: Condition, segment, regions=None
+    config: SamplerConfig, model, denoiser, draws: Draws, condition: Condition, segment: Segment
 ) -> Callable:
     """A function `(state, num_new, cfg_scale, temperature) -> state` that reveals the next tokens.
 
@@ -180,8 +184,7 @@ def ar_step(
         """Reveal the next `num_new` tokens."""
         places = state.num_visible + jnp.arange(segment.new)  # [K]
         query_ids = jnp.minimum(places, num_tokens - 1)
-        what = draws.order, condition, query_ids, segment.visible, regions
-        cond = predict(config, model, state, *what)
+        cond = predict(config, model, state, draws.order, condition, query_ids, segment.visible)
         noise = draws.noise_of(query_ids)[:, :, : loss.noises_per_token]  # [B, K, S, C]
         new = loss.sample(denoiser, cond, noise, cfg_scale, temperature)
         is_new = jnp.arange(segment.new) < num_new
@@ -192,9 +195,7 @@ def ar_step(
     return step
 
 
-def predict(
-    config: SamplerConfig, model, state, order, condition, query_ids, max_visible, regions=None
-) -> jax.Array:
+def predict(config: SamplerConfig, model, state, order, condition, query_ids, max_visible: int):
     """Predictor features at `query_ids` `[K]`: `[G, B, K, D]`; with guidance conditional first."""
     guidance = 2 if config.guided else 1
     copies = guidance * config.num_regions
@@ -207,7 +208,7 @@ def predict(
     cond = rearrange(cond, "(b r g) k d -> r g b k d", g=guidance, r=config.num_regions)
     if config.num_regions == 1:
         return cond[0]
-    own = jnp.take_along_axis(regions, order[:, query_ids], axis=1)  # [B, K]
+    own = jnp.asarray(config.regions)[order[:, query_ids]]  # [B, K]
     return sum(jnp.where((own == r)[..., None], each, 0) for r, each in enumerate(cond))
 
 
@@ -220,21 +221,14 @@ def first_state(config: SamplerConfig, draws: Draws, known: Known | None) -> Sam
 
 
 def run_steps(
-    config: SamplerConfig,
-    model,
-    draws: Draws,
-    conditions,
-    cfg_scales,
-    temperature,
-    known=None,
-    regions=None,
+    config: SamplerConfig, model, draws: Draws, conditions, cfg_scales, temperature, known=None
 ) -> jax.Array:
     """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order."""
     counts = jnp.asarray(config.counts)
     condition = embed_guided(config, model, conditions)
     state, denoiser = first_state(config, draws, known), LoopDenoiser(model.denoiser)
     for segment in plan_segments(config):
-        step = ar_step(config, model, denoiser, draws, condition, segment, regions)
+        step = ar_step(config, model, denoiser, draws, condition, segment)
 
         def body(state, inputs, step=step):
             return step(state, *inputs, temperature), None
@@ -280,7 +274,7 @@ def make_sampler(config: SamplerConfig) -> Callable:
     def generate(params, inputs: SampleInputs) -> jax.Array:
         draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
         model = nnx.merge(graph, cast_linear(params, config.model.dtype))
-        how = inputs.cfg_scales, inputs.temperature, inputs.known, inputs.regions
+        how = inputs.cfg_scales, inputs.temperature, inputs.known
         return run_steps(config, model, draws, inputs.conditions, *how)
 
     return generate
@@ -310,8 +304,7 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
         draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
         model = nnx.merge(graph, cast_linear(params, config.model.dtype))
         condition = embed_guided(config, model, inputs.conditions)
-        what = LoopDenoiser(model.denoiser), draws, condition, segment, inputs.regions
-        reveal = ar_step(config, model, *what)
+        reveal = ar_step(config, model, LoopDenoiser(model.denoiser), draws, condition, segment)
         num_new, scale = jnp.asarray(counts)[number], inputs.cfg_scales[number]
         state = reveal(state, num_new, scale, inputs.temperature)
         return state, to_raster(state.tokens, draws.order)

@@ -12,6 +12,7 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import command_line
+from djepa_jax.config.places import EditError, check_editable, places_of
 from djepa_jax.core import sharding
 from djepa_jax.core.sampler import Known
 from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
@@ -19,15 +20,7 @@ from djepa_jax.data.records import MAX_PIXELS, DataError
 from djepa_jax.data.sounds import fit, of_length, read_wav, resampled
 from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.storage import as_path, check_writable, write_npz
-from djepa_jax.sampling.edit import (
-    EditError,
-    box_of,
-    check_editable,
-    edit,
-    mask_of,
-    named,
-    places_shape,
-)
+from djepa_jax.sampling.edit import edit, named
 from djepa_jax.sampling.generator import Generator, count_of
 from djepa_jax.sampling.grids import (
     MAX_GRID,
@@ -178,13 +171,10 @@ def run_edit(
         given, size = _read_part(source, experiment.modality, mask, keep), ()
     else:
         given, size = read_source(source, experiment)
-    rate = getattr(experiment.modality, "rate", 0)
-    if as_path(mask).exists() and not rate:
+    if as_path(mask).exists() and not hasattr(experiment.modality, "rate"):
         places = read_mask(mask, size, given.shape[-2])
     else:
-        places = places_shape(experiment)
-        places, stays = mask_of(mask, places, box_of(experiment.modality), rate)
-        keep = 1 - (1 - stays) * (1 - keep)
+        places, keep = places_of(experiment, mask, keep)
     out = out or f"{workdir}/samples/edit.png"
     target = check_target(out, workdir, overwrite)
     check_writable(target.parent, "--out")

@@ -13,20 +13,13 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
 from djepa_jax.checkpoints.restore import find_model, placed_params
 from djepa_jax.config.class_names import find_class
 from djepa_jax.config.conditions import of_prompts
+from djepa_jax.config.places import check_editable, given_shape, places_of, places_shape
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core import sharding
 from djepa_jax.core.models.text import Reader
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
-from djepa_jax.sampling.edit import (
-    box_of,
-    check_editable,
-    edit,
-    given_shape,
-    mask_of,
-    named,
-    places_shape,
-)
+from djepa_jax.sampling.edit import edit, named
 from djepa_jax.sampling.encoder import make_encoder
 from djepa_jax.sampling.generator import (
     Generator,
@@ -118,8 +111,8 @@ class Model:
                 `cfg_schedule`, `temperature` (of diffusion models), `order`, `num_ar_steps`,
                 `num_denoise_steps`, `sampler` and the others of `config.sample`,
                 and the options of the loss, in place of the stored ones. With `mix`
-                ("cat:0.5,dog:0.5") all pictures are of several classes at once, and `labels` says
-                how many there are: `[None] * 4`.
+                ("cat:0.5,dog:0.5", "cat@left,dog@right") all pictures are of several classes at
+                once, and `labels` says how many there are: `[None] * 4`.
 
         Returns:
             uint8 images `[n, H, W, C]`, clips `[n, T, H, W, C]`, or sounds: float32 waves `[n, S]`
@@ -210,10 +203,9 @@ class Model:
         check_editable(self.config)
         self._check_pictures()
         wanted = self._conditions(labels, conditions, settings)
-        modality = self.config.modality
         shape, places = given_shape(self.config), places_shape(self.config)
-        count = count_of(wanted)
-        example = np.asarray(example)
+        modality = self.config.modality
+        count, example = count_of(wanted), np.asarray(example)
         dtype = np.dtype(np.uint8) if modality.needs_decoder else modality.example_dtype
         if example.shape not in (shape, (count, *shape)) or example.dtype != dtype:
             raise ValueError(
@@ -221,20 +213,16 @@ class Model:
                 f"{(count, *shape)}, one for each label."
             )
         if isinstance(mask, str):
-            mask, stays = mask_of(mask, places, box_of(modality), getattr(modality, "rate", 0))
-            keep = 1 - (1 - stays) * (1 - keep)
+            mask, keep = places_of(self.config, mask, keep)
         if np.shape(mask) not in (places[-2:], places, (count, *places)):
             raise ValueError(f"the mask has the shape {np.shape(mask)}; expected {places}.")
+        examples = np.broadcast_to(example, (count, *shape))
+        decoder = self._autoencoder if self.config.has_decoder else None
         results = edit(
             self.config,
             lambda known: self._generator(count, seed, settings, known),
             self.params,
-            np.broadcast_to(example, (count, *shape)),
-            mask,
-            wanted,
-            seed,
-            keep,
-            self._autoencoder if self.config.has_decoder else None,
+            *(examples, mask, wanted, seed, keep, decoder),
         )
         by_name = named(modality, results)
         return by_name if len(by_name) > 1 else results

@@ -146,21 +146,21 @@ def test_every_region_has_a_condition_of_its_own(setup):
     Over several steps they do; with one condition everywhere regions change nothing.
     """
     experiment, params = setup
-    left = jnp.arange(16) % 4 < 2
-    regions = jnp.broadcast_to(jnp.where(left, 0, 1), (3, 16))
+    left = np.arange(16) % 4 < 2
+    regions = tuple(np.where(left, 0, 1).tolist())
     ids, seed = jnp.arange(3), jnp.int32(5)
 
-    def tokens(steps, labels, regions=None):
+    def tokens(steps, labels, regions=()):
         config = experiment.updated({"sample.num_ar_steps": steps}).sampler
-        config = dataclasses.replace(config, num_regions=1 if regions is None else 2)
+        config = dataclasses.replace(config, regions=regions)
         scales, labels = jnp.full(steps, 2.0), jnp.asarray(labels)
-        inputs = SampleInputs(labels, ids, seed, scales, jnp.float32(1), regions=regions)
+        inputs = SampleInputs(labels, ids, seed, scales, jnp.float32(1))
         return np.asarray(jax.jit(make_sampler(config))(params, inputs))
 
     both = tokens(1, [[3, 7]] * 3, regions)
     three, seven = tokens(1, [3] * 3), tokens(1, [7] * 3)
     assert np.abs(three - seven).max() > 1e-3
-    expected = np.where(np.asarray(left)[:, None], three, seven)
+    expected = np.where(left[:, None], three, seven)
     np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-4)
     same = tokens(3, [[3, 3]] * 3, regions)
     np.testing.assert_allclose(same, tokens(3, [3] * 3), rtol=1e-4, atol=1e-4)

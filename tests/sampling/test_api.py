@@ -155,6 +155,16 @@ def test_a_mixture_lies_between_its_classes(model, many):
             model.sample(None, mix=mix)
 
 
+def test_places_have_classes_of_their_own(model, many):
+    """Everywhere the same class is the class; the last of places that overlap holds."""
+    assert_same_pictures(model.sample([None], seed=5, mix="zero@left,zero@right"), many[:1])
+    assert_same_pictures(model.sample([None], seed=5, mix="one@left,zero@all"), many[:1])
+    assert np.any(model.sample([None], seed=5, mix="zero@left,one@right") != many[:1])
+    for mix in ("zero@left,one", "zero@nowhere,one@right", "zero@random:0.5,one@left", "@left"):
+        with pytest.raises(ValueError, match="mix"):
+            model.sample(None, mix=mix)
+
+
 def test_only_new_shapes_are_compiled(model, many):
     list(model.stream(MANY, num_segments=2))
     with count_compilations() as compilations:

@@ -7,8 +7,8 @@ from PIL import Image
 from tiny import TINY, load_config
 
 import djepa_jax
+from djepa_jax.config.places import mask_of
 from djepa_jax.main import main
-from djepa_jax.sampling.edit import mask_of
 
 CONFIG = (
     *TINY,

@@ -8,10 +8,11 @@ from small_autoencoder import NAME, registered, write_weights
 from tiny import CONFIG, TINY, tiny_config
 
 import djepa_jax
+from djepa_jax.config.places import mask_of
 from djepa_jax.core.modalities.image import ImagePixels
 from djepa_jax.data.arrays import load_digits
 from djepa_jax.main import main
-from djepa_jax.sampling.edit import hidden_tokens, mask_of
+from djepa_jax.sampling.edit import hidden_tokens
 
 MODALITY = ImagePixels(8, 1, 2)  # 16 tokens of 2 x 2 pixels
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
