@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import TINY, run
 
-NOTEBOOK = pathlib.Path(__file__).parents[1] / "docs" / "djepa.ipynb"
+NOTEBOOK = pathlib.Path(__file__).parents[2] / "docs" / "published_weights.ipynb"
 
 
 def cells() -> list[str]:
