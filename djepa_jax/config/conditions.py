@@ -78,12 +78,10 @@ def of_prompts(conditioner: Conditioner, prompts: Sequence[str]) -> np.ndarray:
     Raises:
         ValueError: the model reads none, or one is empty or too long.
     """
-    if isinstance(conditioner, Reader) and not isinstance(conditioner, Text):
-        raise ValueError(
-            "this model reads outputs of a text encoder; give them in Python, as conditions=."
-        )
     if not isinstance(conditioner, Text):
-        raise ValueError("this model reads no texts; ask for classes by labels.")
+        remedy = "outputs of a text encoder, by conditions= in Python"
+        remedy = remedy if isinstance(conditioner, Reader) else "classes by labels"
+        raise ValueError(f"this model reads no texts; ask for {remedy}.")
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{prompt!r} is no prompt; write what is to be seen.")

@@ -17,14 +17,8 @@ CAPTIONS = {"npz": "captions", "folder": "captions.json", "tar": ".txt"}
 
 
 class Captioned(Source):
-    """Examples of a source whose conditions are captions, as a model reads them.
-
-    Args:
-        source: of the examples.
-        captions: of each of them, texts or outputs of a text encoder `[L, channels]`.
-        reader: the conditioner that reads them.
-        held_out: share of the captions that are no examples here.
-        where: they are, for messages.
+    """Examples of a source whose conditions are `captions`, texts or outputs of a text encoder
+    `[L, channels]`, as a `reader` takes them; a share of the captions is held out.
     """
 
     def __init__(self, source, captions: Sequence, reader: Reader, held_out: float, where: str):

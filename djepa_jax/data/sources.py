@@ -171,16 +171,11 @@ def reader_of(experiment: Experiment) -> Reader | None:
     """What reads the captions of the data; None for a model of classes or of nothing."""
     conditioner, data = experiment.network.conditioner, experiment.data
     reads = isinstance(conditioner, Reader)
-    if (data.captions or data.held_out) and not reads:
+    if data.unconditional if reads else data.captions or data.held_out:
         raise DataError(
-            f'data.captions is "{data.captions}" and data.held_out {data.held_out}, which are for '
-            f'models of texts, and model.condition is "{experiment.model.condition}"; set '
-            "--config.model.condition=text, or leave them out."
-        )
-    if data.unconditional and reads:
-        raise DataError(
-            f'data.unconditional is True, and model.condition "{experiment.model.condition}" reads '
-            "captions; leave one of them out."
+            f'model.condition is "{experiment.model.condition}", data.captions "{data.captions}", '
+            f"data.held_out {data.held_out} and data.unconditional {data.unconditional}; captions "
+            "are for model.condition text or embeddings, and these not for data.unconditional."
         )
     return conditioner if reads else None
 
