@@ -22,6 +22,7 @@ from djepa_jax.checkpoints.restore import check_same_model, find_model, is_expor
 from djepa_jax.config.convert import flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
+from djepa_jax.config.places import places_shape
 from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.text import Text
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig
@@ -91,7 +92,7 @@ class Studio:
             self.asks_for = "prompt"
         modality = self.config.modality
         # Whether examples are pictures or clips, of which places can be made anew
-        self.paints = hasattr(modality, "tokens_at") and not hasattr(modality, "picture_shape")
+        self.paints = hasattr(modality, "tokens_at") and len(places_shape(self.config)) > 1
         values = {"cfg_scale": GUIDANCE, "num_denoise_steps": DENOISE_STEPS}
         values["num_ar_steps"] = [n for n in AR_STEPS if n <= self.config.network.num_tokens]
         if self.config.token_loss.noises_per_token > 1:
