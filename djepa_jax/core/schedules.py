@@ -142,6 +142,14 @@ ORDERS: dict[str, Callable] = {
 }
 
 
+def orders_for(grid: Grid) -> list[str]:
+    """Orders that tell the places of a grid apart: some are for clips, or for pairs."""
+    senseless = set() if len(grid) == 3 else {"frame_causal", "ends"}
+    if not isinstance(grid[0], tuple):
+        senseless |= {"first", "second"}
+    return [name for name in ORDERS if name not in senseless]
+
+
 def known_first(order: jax.Array, is_known: jax.Array) -> jax.Array:
     """An order `[N]` with the known tokens (`is_known` `[N]` by raster place) in front."""
     return order[jnp.argsort(~is_known[order], stable=True)]

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.core.schedules import ORDERS
+from djepa_jax.core.schedules import orders_for
 from djepa_jax.evaluation.judges import open_to_judge
 from djepa_jax.evaluation.search import AXES, Search, name_of
 from djepa_jax.runtime import storage
@@ -37,10 +37,7 @@ def ways(experiment: Experiment) -> list[dict]:
     own = {axis: getattr(experiment.sample, axis) for axis in Acceleration.axes}
     first = own | {"num_denoise_steps": PAPER_STEPS, "final_denoise_steps": 0}
     samplers, fewer = experiment.token_loss.samplers, own["num_ar_steps"] // 2 or 1
-    orders = [name for name in ORDERS if name not in ("ends", own["order"])]
-    if len(experiment.modality.grid) < 3:
-        orders.remove("frame_causal")  # of clips alone
-    rows = [first, *(first | {"order": name} for name in orders)]
+    rows = [first, *(first | {"order": name} for name in orders_for(experiment.modality.grid))]
     rows += [first | {"num_ar_steps": steps} for steps in (fewer, fewer // 2 or 1)]
     rows += [first | {"num_ar_steps": fewer, "order": "checkerboard", "reveal": "halves"}]
     for sampler in samplers:

@@ -26,7 +26,7 @@ from djepa_jax.config.places import places_shape
 from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.text import Text
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig
-from djepa_jax.core.schedules import ORDERS
+from djepa_jax.core.schedules import orders_for
 from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
 from djepa_jax.data.records import MAX_PIXELS
 from djepa_jax.runtime.errors import UserError
@@ -99,7 +99,7 @@ class Studio:
             values["temperature"] = TEMPERATURES
         self.choices = {"count": COUNTS}
         self.choices |= {key: sorted({getattr(sample, key), *of}) for key, of in values.items()}
-        self.choices["order"] = list(ORDERS)
+        self.choices["order"] = [*dict.fromkeys([sample.order, *orders_for(modality.grid)])]
         self.defaults = {key: getattr(sample, key) for key in (*self.choices, "seed")}
         self.defaults["count"] = COUNTS[1]
         if self.asks_for:
