@@ -71,14 +71,20 @@ def denoiser_row(model: ModelConfig) -> dict[str, float]:
 
 
 def train_image(
-    model: ModelConfig, masking: MaskingConfig, noise_multiplicity, padded=False, time_rows=0.0
+    model: ModelConfig,
+    masking: MaskingConfig,
+    noise_multiplicity,
+    padded=False,
+    time_rows=0.0,
+    further=0.0,
 ) -> float:
     """One training image, forward and backward.
 
     Ideal by default: mean numbers of visible and masked tokens, and the last layers at masked
     places only. `padded` counts what the step really runs: visible tokens padded to
     `masking.lengths`, packed rows, whole last layers; but not what `model.remat` computes again.
-    `time_rows` is the number of time embeddings per image, see there.
+    `time_rows` is the number of time embeddings per image, see there, and `further` what
+    `target_calls` gives.
     """
     masked = masked_rows(masking, padded)
     queries = None if padded else masked
@@ -88,11 +94,11 @@ def train_image(
     per_token = noise_multiplicity * row["rest"] + row["condition"]
     trained = shown + masked * per_token + time_rows * row["time"]
     if not model.jepa_head:
-        return 3 * trained
+        return 3 * trained + further
     places = model.num_prefix_tokens + model.num_tokens
     target = trunk(model.width, model.encoder_depth, model.mlp_ratio, places, queries)
     target += 2 * model.token_dim * model.width * model.num_tokens
-    return 3 * (trained + 16 * model.width**2 * masked) + target
+    return 3 * (trained + 16 * model.width**2 * masked) + target + further
 
 
 def masked_rows(masking: MaskingConfig, padded: bool) -> float:
@@ -103,12 +109,24 @@ def masked_rows(masking: MaskingConfig, padded: bool) -> float:
 def time_rows(token_loss: TokenLoss, masking: MaskingConfig, padded: bool = False) -> float:
     """Time embeddings per training image.
 
-    With continuous times (flow matching) every row has its own. Diffusion looks up a table of all
-    its steps, made once per batch: a fraction of it per image, and none of it in the ideal count.
+    With continuous times (flow matching) every row has its own, or several. Diffusion looks up a
+    table of all its steps, made once per batch: a fraction of it per image, and none of it in the
+    ideal count.
     """
     if not token_loss.time_table_size:
-        return masked_rows(masking, padded) * token_loss.noise_multiplicity
+        draws = token_loss.noise_multiplicity * getattr(token_loss, "times_per_call", 1)
+        return masked_rows(masking, padded) * draws
     return token_loss.time_table_size / masking.batch_size if padded else 0.0
+
+
+def target_calls(
+    model: ModelConfig, masking: MaskingConfig, token_loss: TokenLoss, padded: bool = False
+) -> float:
+    """Denoiser calls of a training image that have no gradient: a shortcut's targets."""
+    calls = masked_rows(masking, padded) * token_loss.noise_multiplicity
+    calls *= getattr(token_loss, "target_calls", 0)
+    row = denoiser_row(model)
+    return calls * (row["rest"] + getattr(token_loss, "times_per_call", 1) * row["time"])
 
 
 def mean_masked(masking: MaskingConfig, points: int = 4096) -> float:

@@ -136,8 +136,9 @@ def train_flops(config: TrainStepConfig) -> dict[str, float]:
     """Ideal and padded FLOPs of one training step."""
     counts, loss, masking = {}, config.token_loss, config.masking
     for name, padded in (("ideal", False), ("padded", True)):
-        rows = flops.time_rows(loss, masking, padded)
-        image = flops.train_image(config.model, masking, loss.noise_multiplicity, padded, rows)
+        how = padded, flops.time_rows(loss, masking, padded)
+        further = flops.target_calls(config.model, masking, loss, padded)
+        image = flops.train_image(config.model, masking, loss.noise_multiplicity, *how, further)
         counts[name] = image * masking.batch_size
     return counts
 

@@ -37,6 +37,10 @@ class TokenLoss(Protocol):
     noises_per_token: int  # noise vectors that sampling one token takes (S)
     denoiser_calls: int  # denoiser evaluations that sampling one token takes
     time_table_size: int  # time embeddings that a training step looks up; 0 for continuous times
+    # For counting work alone; these may be absent: time embeddings of a denoiser call (1), and
+    # denoiser calls per draw in training that have no gradient (0)
+    times_per_call: int
+    target_calls: int
 
     def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Times `[..., K]` and noise `[..., K, C]` to train tokens of the shape `[..., C]` with."""

@@ -24,6 +24,8 @@ class Shortcut(FlowMatching):
     """
 
     samplers = ("euler",)
+    times_per_call = 2  # time embeddings of a denoiser call, a start's and a length's
+    target_calls = 2  # denoiser calls of a draw that have no gradient
 
     flow_share: Share = 0.5  # of the draws, which have no length; the rest are stretches
 
