@@ -1,4 +1,4 @@
-"""Emoji from their names, 64 x 64 in colour: "a red heart" after an hour on two CPU cores.
+"""Emoji from their names, 64 x 64 in colour: about an hour on two CPU cores, as it is estimated.
 
     djepa --config=emoji --workdir=runs/emoji --config.data.path=emoji.npz
     djepa --workdir=runs/emoji --mode=sample --out=heart.png --config.sample.prompt="red heart|cat"

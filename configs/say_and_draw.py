@@ -5,7 +5,8 @@
         --config.data.source_options.sounds=free-spoken-digit-dataset/recordings
 
 The pictures are those of the MNIST configuration (docs/benchmarks.md), the recordings those of
-spoken_digits, as wav files or an npz file; docs/audio.md says more. About an hour on two CPU cores.
+spoken_digits, as wav files or an npz file; docs/audio.md says more. It is estimated to
+take an hour on two CPU cores.
 """
 
 from ml_collections import ConfigDict

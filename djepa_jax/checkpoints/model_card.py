@@ -16,7 +16,7 @@ from djepa_jax.checkpoints.restore import StoredModel, is_export, read_record
 from djepa_jax.checkpoints.stablehlo import ARRAYS_NAME, SAMPLER_NAME, STABLEHLO, arguments
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.djepa import split_model
-from djepa_jax.core.models.text import Reader
+from djepa_jax.core.models.text import Text
 
 FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
 MAX_NAMES = 12  # of classes
@@ -151,7 +151,7 @@ def _commands(trained: Experiment, push: str) -> dict:
     """What the ways of using an export are filled with."""
     place, decoder = "PATH OF THIS FOLDER", "WEIGHTS OF ITS AUTOENCODER"
     latents = trained.modality.needs_decoder
-    reads = isinstance(trained.network.conditioner, Reader)
+    reads = isinstance(trained.network.conditioner, Text)
     return {
         "address": f"hf://{push}" if push else place,
         "download": f"hf download {push} --local-dir export\n" if push else "",

@@ -37,9 +37,11 @@ def places_shape(experiment) -> tuple[int, ...]:
 
 
 def check_editable(experiment) -> None:
-    """Raise EditError for a modality that does not tell which tokens show a place."""
+    """Raise EditError for a modality that does not tell which tokens show a place, or cannot put
+    back what stays.
+    """
     modality = experiment.modality
-    if not hasattr(modality, "tokens_at"):
+    if not (hasattr(modality, "tokens_at") and hasattr(modality, "put_back")):
         raise EditError(
             f'config.data.modality is "{experiment.data.modality}", which cannot be edited; '
             "pictures, clips, sounds and pairs of them can."
@@ -167,7 +169,9 @@ def regions_of(experiment) -> tuple[int, ...]:
         word = part.rpartition("@")[2]
         try:
             check_editable(experiment)
-            places, _ = places_of(experiment, "?" if word.startswith("random") else word)
+            if word.startswith("random"):
+                raise EditError(f'"{word}" names no place.')
+            places, _ = places_of(experiment, word)
         except EditError as error:
             text = str(error).replace("--mask ", "")
             raise ConfigError(f'config.sample.mix is "{mix}": {text}') from error

@@ -29,7 +29,9 @@ class ResidentCache:
 
     def __init__(self, source: Source, mesh):
         if not isinstance(source, LatentCache):
-            raise ConfigError('data.device_resident needs data.source "latents"; switch it off.')
+            raise ConfigError(
+                'data.device_resident needs data.source "latents", without captions; switch it off.'
+            )
         needed = table_bytes(source, mesh)
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         if limit and needed > USABLE_SHARE * limit:

@@ -235,9 +235,9 @@ class LatentCache(Source):
             ) from error
 
 
-def check_cache(metadata: Metadata, data) -> None:
+def check_cache(metadata: Metadata, data, any_class: bool = False) -> None:
     """Raise DataError, naming the flags that would agree, if a cache is not for `config.data`."""
-    classes_matter = data.num_classes > 0 and not data.unconditional
+    classes_matter = data.num_classes > 0 and not (data.unconditional or any_class)
     keys = {
         "image_size": metadata.latent_size,
         "channels": metadata.latent_channels,
@@ -255,7 +255,7 @@ def check_cache(metadata: Metadata, data) -> None:
             f"the latent cache {data.path} was made for another config; it needs "
             f"{', '.join(wrong)}."
         )
-    if data.unconditional or not data.class_names:
+    if data.unconditional or any_class or not data.class_names:
         return
     names = resolve(data.class_names, metadata.num_classes)
     fitting = [names, resolve("", metadata.num_classes)]  # or only numbers

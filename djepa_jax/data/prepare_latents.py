@@ -55,15 +55,16 @@ def run_prepare(
     reader = reader_of(experiment)
     if isinstance(reader, Embeddings):
         raise ConfigError("latent caches keep captions as texts; set model.condition=text.")
-    source = open_source("prepare", experiment.prepare, experiment.data, images, reader=reader)
-    captions, contents = getattr(source, "captions", ()), digest_of(source)
-    source = unwrapped(source)
+    what = "prepare", experiment.prepare, experiment.data, images, reader is not None, reader
+    captioned = open_source(*what)
+    captions, contents = getattr(captioned, "captions", ()), digest_of(captioned)
+    source = unwrapped(captioned)
     labelled = SingleClass(source) if experiment.data.unconditional else source
     experiment = with_classes_of(labelled, experiment)
     mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
     autoencoder = Autoencoder(experiment.autoencoder, mesh, experiment.data.staging)
     plan = make_plan(experiment, len(source), contents, autoencoder)
-    for line in describe_data(experiment, source):
+    for line in describe_data(experiment, captioned):
         say(line)
     source = labelled
     check_writable(folder)

@@ -143,9 +143,9 @@ def _open_images(
 def open_data(experiment: Experiment) -> Source:
     """The source that `config.data` names, checked against all of it."""
     data, modality = experiment.data, experiment.modality
-    if data.source == "latents" and data.path:
-        check_cache(read_metadata(as_path(data.path)), data)  # before a copy, which may take long
     reader = reader_of(experiment)
+    if data.source == "latents" and data.path:  # before a copy, which may take long
+        check_cache(read_metadata(as_path(data.path)), data, reader is not None)
     any_class = reader is not None or isinstance(experiment.network.conditioner, Nothing)
     source = open_source("data", data, data, modality, any_class, reader)
     if isinstance(unwrapped(source), ImageSource):

@@ -133,6 +133,11 @@ def open_tars(path: str, where: str, captions: str = "") -> TarRecords:
 
     With the ending of the files of `captions`, records have those, and labels may be absent.
     """
+    if captions.lower() in (*LABELS, *ENDINGS):
+        raise DataError(
+            f'data.captions is "{captions}", the ending of images or of labels; name another, such '
+            "as .txt."
+        )
     folder, name = os.path.split(path)
     if os.path.isdir(path):
         folder, name = path, "*.tar"

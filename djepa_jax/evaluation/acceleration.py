@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.losses.shortcut import Shortcut
 from djepa_jax.core.schedules import orders_for
 from djepa_jax.evaluation.judges import open_to_judge
 from djepa_jax.evaluation.search import AXES, Search, name_of
@@ -29,6 +30,7 @@ FEWER = {
     "ddpm": (50, 25, 12),
     "ddim": (50, 25, 12),
 }
+OTHERS = (50, 25, 12)  # by samplers of other losses
 FEW = (9, 5, 3, 2)  # of a loss whose steps may be long
 
 
@@ -37,15 +39,16 @@ def ways(experiment: Experiment) -> list[dict]:
     own = {axis: getattr(experiment.sample, axis) for axis in Acceleration.axes}
     first = own | {"num_denoise_steps": PAPER_STEPS, "final_denoise_steps": 0}
     samplers, fewer = experiment.token_loss.samplers, own["num_ar_steps"] // 2 or 1
+    is_shortcut = isinstance(experiment.token_loss, Shortcut)
     rows = [first, *(first | {"order": name} for name in orders_for(experiment.modality.grid))]
     rows += [first | {"num_ar_steps": steps} for steps in (fewer, fewer // 2 or 1)]
     rows += [first | {"num_ar_steps": fewer, "order": "checkerboard", "reveal": "halves"}]
     for sampler in samplers:
-        few = FEW if experiment.loss.name == "shortcut" else FEWER[sampler]
+        few = FEW if is_shortcut else FEWER.get(sampler, OTHERS)
         rows += [first | {"sampler": sampler, "num_denoise_steps": steps} for steps in few]
     less = few[-2]
     rows += [first | {"num_denoise_steps": less, "num_ar_steps": fewer}]
-    if experiment.loss.name != "shortcut":
+    if not is_shortcut:
         falling = first | {"num_denoise_steps": 50, "final_denoise_steps": 5}
         rows += [falling, falling | {"num_ar_steps": fewer}]
     if experiment.sampler.guided:

@@ -8,6 +8,7 @@ import numpy as np
 from djepa_jax.checkpoints.restore import latest_model
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.models.text import Reader
 from djepa_jax.data.records import Source
 from djepa_jax.data.sources import names_data, open_training_data
 from djepa_jax.evaluation.features import FEATURES, FROM_FILE, INSTALLED, TRAINED
@@ -19,6 +20,7 @@ from djepa_jax.runtime import distributed
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.progress import say
 
+BY_CLASS = ("small_images", "spoken_digits", "moving_digits", *TRAINED)
 MIN_PER_CLASS = 20  # pictures that a classifier is to learn from, for "auto" to take it
 
 
@@ -32,6 +34,8 @@ def settled(experiment: Experiment, source) -> Experiment:
         count = min(count, MAX_REAL)
     if not count or not is_picture(source[0]["example"]):
         why = "the data are no pictures"
+    elif isinstance(experiment.network.conditioner, Reader):
+        why = 'the model is told texts; "captions" judges these'
     elif classes < 2:
         why = "there is one class"
     elif count < MIN_PER_CLASS * classes:
@@ -79,6 +83,11 @@ def _open_one(kind: str, experiment: Experiment, source, workdir) -> Metric:
         raise ConfigError(
             f'config.evaluation.kind is "{settings.kind}", and config.evaluation.reference is of a '
             f"network whose weights stay as they are; use {', '.join((*INSTALLED, *FROM_FILE))}."
+        )
+    if isinstance(experiment.network.conditioner, Reader) and kind in BY_CLASS:
+        raise ConfigError(
+            f'config.evaluation.kind "{kind}" judges by classes, and this model is told texts; use '
+            "captions, or none."
         )
     if kind in METRICS and hasattr(METRICS[kind], "from_settings"):
         return METRICS[kind].from_settings(source, settings, workdir)

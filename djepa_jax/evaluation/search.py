@@ -146,6 +146,9 @@ class Search:
         autoencoder = generator.autoencoder if generator.decodes else None
         generator = Generator(experiment, generator.mesh, autoencoder)
         metric = open_metric(experiment, self._source, self._folder)
+        if not hasattr(metric, "moved"):
+            kind = self._experiment.evaluation.kind
+            raise MetricError(f'config.evaluation.kind "{kind}" ranks nothing; name another.')
         conditions = conditions_to_judge(experiment, self._source, count)
         what = (self._params, conditions, experiment.evaluation.seed)
         if experiment.sampler != self._program:

@@ -12,7 +12,7 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import command_line
-from djepa_jax.config.places import EditError, check_editable, places_of
+from djepa_jax.config.places import EditError, check_editable, places_of, places_shape
 from djepa_jax.core import sharding
 from djepa_jax.core.sampler import Known
 from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
@@ -171,7 +171,7 @@ def run_edit(
         given, size = _read_part(source, experiment.modality, mask, keep), ()
     else:
         given, size = read_source(source, experiment)
-    if as_path(mask).exists() and not hasattr(experiment.modality, "rate"):
+    if as_path(mask).exists() and len(places_shape(experiment)) > 1:
         places = read_mask(mask, size, given.shape[-2])
     else:
         places, keep = places_of(experiment, mask, keep)

@@ -88,6 +88,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, host: str, port: int, max_waiting: int = MAX_WAITING):
         self.studio: Studio | None = None
         self.host, self.line, self.ending = host, Line(max_waiting), threading.Event()
+        self.reading = threading.Lock()  # pictures may be large: one at a time
         super().__init__((host, port), Handler)
 
     @property
@@ -154,7 +155,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _picture(self) -> None:
         studio = self.server.studio
-        picture = studio.address(studio.read_picture(self._body("application/octet-stream")))
+        data = self._body("application/octet-stream")
+        with self.server.reading:
+            picture = studio.address(studio.read_picture(data))
         self._send(200, "application/json", json.dumps({"picture": picture}).encode())
 
     def _samples(self) -> None:
@@ -163,7 +166,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is not JSON ({error}).") from error
-        job = self.server.studio.check(request)
+        with self.server.reading:
+            job = self.server.studio.check(request)
         with self.server.line.place() as ahead, contextlib.suppress(Gone):
             self._begin(200, "text/event-stream")
             while count := ahead():

@@ -90,9 +90,12 @@ class Studio:
         self.asks_for = "labels" if isinstance(conditioner, Classes | Sum) else ""
         if isinstance(conditioner, Text) and hasattr(sample, "prompt"):
             self.asks_for = "prompt"
+        if sample.mix:  # which says it already
+            self.asks_for = ""
         modality = self.config.modality
         # Whether examples are pictures or clips, of which places can be made anew
-        self.paints = hasattr(modality, "tokens_at") and len(places_shape(self.config)) > 1
+        editable = hasattr(modality, "tokens_at") and hasattr(modality, "put_back")
+        self.paints = editable and len(places_shape(self.config)) > 1
         values = {"cfg_scale": GUIDANCE, "num_denoise_steps": DENOISE_STEPS}
         values["num_ar_steps"] = [n for n in AR_STEPS if n <= self.config.network.num_tokens]
         if self.config.token_loss.noises_per_token > 1:
@@ -218,7 +221,8 @@ class Studio:
         told = {f"sample.{key}" for key in (self.asks_for, "count", "seed")}
         words = ["--mode=sample", "--out=samples.png"]
         if job.picture is not None:
-            words = ["--mode=edit", "--source=picture.png", "--mask=mask.png", "--out=edited.png"]
+            source = "picture.webp" if job.picture.ndim == 4 else "picture.png"  # as downloaded
+            words = ["--mode=edit", f"--source={source}", "--mask=mask.png", "--out=edited.png"]
         for key, value in values.items():
             ours = key.startswith(("sample.", "autoencoder.")) and key != "sample.batch_size"
             if ours and (value != stored[key] or key in told):

@@ -17,6 +17,7 @@ from etils import epath
 from djepa_jax import __version__
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
+from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.text import Text
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data.captions import any_rows, conditions_to_show
@@ -329,10 +330,11 @@ def summarise(result, experiment: Experiment, workdir: str) -> None:
 
 def next_steps(experiment: Experiment) -> list[tuple[str, ...]]:
     """What to do with a finished run, as flags beside its workdir."""
-    names = experiment.class_names[:4]
-    asked = (
-        {"one_class": f"sample.labels={names[-1]}"} if names else {"prompt": "sample.prompt=cat"}
-    )
+    conditioner, names, asked = experiment.network.conditioner, experiment.class_names[:4], {}
+    if isinstance(conditioner, Text):
+        asked = {"prompt": "sample.prompt=cat"}
+    elif isinstance(conditioner, Classes | Sum) and names:
+        asked = {"one_class": f"sample.labels={names[-1]}"}
     few = max(1, experiment.sample.num_ar_steps // 2)
     sample, ending = ("--mode=sample",), "png"
     if experiment.lacks_decoder:

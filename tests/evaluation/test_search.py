@@ -178,6 +178,15 @@ def test_ways_that_cost_less_stand_beside_the_papers(search, capsys):
     assert json.loads(path.read_text()) == record
 
 
+def test_a_judge_that_ranks_nothing_is_refused_before_anything_is_drawn(
+    search, monkeypatch, capsys
+):
+    monkeypatch.setattr(searching, "open_metric", lambda *what: object())
+    status, record, sampler = search(*GRID)
+    assert (status, record) == (2, None) and not sampler.drawn
+    assert "ranks nothing" in capsys.readouterr().err
+
+
 def test_a_way_that_is_worse_is_not_recommended(search):
     experiment = tiny_config(*PRESET)
     settings = [dict(row) for row in acceleration.ways(experiment)[:3]]

@@ -82,8 +82,15 @@ def test_what_is_not_given_cannot_be_kept(workdir, tmp_path, capsys):
         (("--mask=second",), "pair of images and sound"),
         (("--mask=first", "--keep=0.5"), "without --keep"),
         (("--mask=left", "--source=real:3"), "first, second, all"),
+        ((f"--mask={tmp_path}/in.wav", "--source=real:3"), "first, second, all"),
     ):
         assert command(workdir, *flags, *further) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_judges_of_other_examples_say_so(workdir, capsys):
+    for kind, said in (("none", "evaluation.kind=say_and_draw"), ("spoken_digits", "are none")):
+        assert command(workdir, "--mode=evaluate", f"--config.evaluation.kind={kind}") == 2
         assert said in capsys.readouterr().err
 
 

@@ -124,3 +124,11 @@ def test_prompts_are_mixed(tmp_path):
 
 def test_long_prompts_still_name_files():
     assert len(numbered(3, "\u00e9" * 500).encode()) < 250
+
+
+def test_judges_of_classes_refuse_models_of_texts(workdir, capsys):
+    for kind in ("classifier", "small_images"):
+        flags = ("--mode=evaluate", f"--config.evaluation.kind={kind}")
+        assert main(["djepa", f"--workdir={workdir}", *flags]) == 2
+        error = capsys.readouterr().err
+        assert "told texts" in error and error.count("\n") == 1

@@ -49,10 +49,11 @@ class Joint:
         for name in ("first", "second"):
             own = dict(options.get(name, {}))
             kind = own.pop("modality", "")
-            if kind not in MODALITIES:
+            known = [key for key, value in MODALITIES.items() if value is not cls]
+            if kind not in known:
                 raise ValueError(
                     f'data.options.{name}.modality is "{kind}"; it must be one of '
-                    f"{', '.join(MODALITIES)}."
+                    f"{', '.join(known)}."
                 )
             part = dataclasses.replace(data, modality=kind, options=own)
             options[name] = MODALITIES[kind].from_settings(part)

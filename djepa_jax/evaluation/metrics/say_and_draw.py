@@ -38,8 +38,7 @@ class SayAndDraw:
 
     `drawn`: the picture shows the digit of the sound that was given; `said`: the sound is of the
     digit of the picture that was given; `heard`: a speech recogniser, if it is installed, finds so,
-    too; `agree`: both are of the same digit where nothing was given. A search, which gives nothing,
-    has the last one alone.
+    too; `agree`: both are of the same digit where nothing was given.
     """
 
     def __init__(self, source):

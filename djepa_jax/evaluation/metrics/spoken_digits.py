@@ -38,7 +38,8 @@ class SpokenDigits:
     def from_data(cls, source) -> "SpokenDigits":
         """Against recordings of digits; ValueError for other examples."""
         source = unwrapped(source)
-        if not hasattr(source, "modality") or source.labels.max() >= len(WORDS):
+        labels = getattr(source, "labels", None)
+        if not hasattr(source, "modality") or labels is None or labels.max() >= len(WORDS):
             raise ValueError(
                 'evaluation.kind "spoken_digits" judges recordings of the digits 0 to 9, these '
                 "data are none; use classifier, which learns their classes."
