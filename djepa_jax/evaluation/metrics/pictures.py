@@ -91,7 +91,7 @@ class Pictures:
     @property
     def moved(self) -> dict[str, np.ndarray]:
         """How far each sample moves distances and scores, after `result`."""
-        return self._figures.moved
+        return {} if self._figures is None else self._figures.moved
 
     def trend(self) -> dict[str, float]:
         """Those that take little time."""
