@@ -67,6 +67,11 @@ def test_pictures_alone_are_judged(network):
             open_metric(experiment, ArraySource(np.zeros((5, *shape), dtype), np.arange(5)))
 
 
+def test_a_search_sees_before_the_first_sample_that_networks_rank(network):
+    metric = open_metric(tiny_config("--config.evaluation.kind=classifier"), DIGITS)
+    assert metric.moved == {}
+
+
 def test_a_record_is_of_the_weights_that_judged(network, tmp_path, monkeypatch):
     monkeypatch.setitem(features.FROM_FILE, "inception", lambda path: network)
     weights = tmp_path / "weights.pth"
