@@ -91,16 +91,16 @@ def misplaced(names: Sequence[str], others: Sequence[str]) -> str | None:
     return next((name for name, other in pairs if _normal(name) in {*known} - {other}), None)
 
 
-def find_regions(text: str, find: Callable[[str], Any]) -> tuple[np.ndarray, list[str]]:
-    """Conditions `[R, ...]` and the words for their places, of a text such as "cat@left,dog@right".
+def split_regions(text: str) -> list[tuple[str, str]]:
+    """Names and the words for their places, of a text such as "cat@left,dog@right".
 
     Raises:
-        ValueError: a part without a place, or a condition that cannot be found.
+        ValueError: a part without a name or a place.
     """
     parts = [part.rpartition("@") for part in text.split(",")]
     if not all(name and place for name, _, place in parts):
         raise ValueError("write CLASS@PLACE for each, such as 3@left,8@right.")
-    return np.stack([find(name) for name, _, _ in parts]), [place for *_, place in parts]
+    return [(name, place) for name, _, place in parts]
 
 
 def find_mixture(text: str, find: Callable[[str], Any]) -> tuple[np.ndarray, np.ndarray]:

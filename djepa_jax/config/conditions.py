@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from djepa_jax.config.class_names import find_class, find_mixture, find_regions
+from djepa_jax.config.class_names import find_class, find_mixture, split_regions
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core.models.conditioning import Classes, Conditioner, Sum
@@ -60,7 +60,8 @@ def _mixed(sample: SampleSettings, conditioner: Conditioner, names: Sequence[str
         if not isinstance(conditioner, Classes | Text):
             raise ValueError('it is for model.condition "classes" or "text".')
         if "@" in sample.mix:
-            return np.repeat(find_regions(sample.mix, find)[0][None], sample.count, axis=0)
+            asked = np.stack([find(name) for name, _ in split_regions(sample.mix)])  # [R, ...]
+            return np.repeat(asked[None], sample.count, axis=0)
         mixture = find_mixture(sample.mix, find)
         return tuple(np.repeat(array[None], sample.count, axis=0) for array in mixture)
     except ValueError as error:

@@ -5,6 +5,7 @@ Shape letters: T frames of clips, S samples of sounds, H, W, as usual, N tokens.
 
 import numpy as np
 
+from djepa_jax.config.class_names import split_regions
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.core.schedules import num_places
 from djepa_jax.runtime.errors import UserError
@@ -165,15 +166,14 @@ def regions_of(experiment) -> tuple[int, ...]:
     """
     mix, modality = experiment.sample.mix, experiment.modality
     regions = np.zeros(num_places(modality.grid), int)
-    for number, part in enumerate(mix.split(",")):
-        word = part.rpartition("@")[2]
-        try:
-            check_editable(experiment)
+    try:
+        check_editable(experiment)
+        for number, (_, word) in enumerate(split_regions(mix)):
             if word.startswith("random"):
                 raise EditError(f'"{word}" names no place.')
             places, _ = places_of(experiment, word)
-        except EditError as error:
-            text = str(error).replace("--mask ", "")
-            raise ConfigError(f'config.sample.mix is "{mix}": {text}') from error
-        regions[modality.tokens_at(places[None])[0]] = number
+            regions[modality.tokens_at(places[None])[0]] = number
+    except ValueError as error:
+        text = str(error).replace("--mask ", "")
+        raise ConfigError(f'config.sample.mix is "{mix}": {text}') from error
     return tuple(regions.tolist())

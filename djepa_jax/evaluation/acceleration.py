@@ -79,11 +79,9 @@ class Acceleration(Search):
         """Each cell beside the first: what differs, how much faster, how much worse at most."""
         first, rows = cells[0], []
         for cell in cells:
-            changed = cell["settings"].items() - first["settings"].items()
-            row = {
-                "changed": {axis: v for axis, v in cell["settings"].items() if (axis, v) in changed}
-            }
-            row["exact"] = row["changed"].keys() <= set(EXACT)
+            own, others = cell["settings"], first["settings"]
+            changed = {axis: value for axis, value in own.items() if value != others[axis]}
+            row = {"changed": changed, "exact": changed.keys() <= set(EXACT)}
             for ms in ("ms_per_sample", "ms_alone"):
                 row[ms], row[f"{ms}_ratio"] = cell[ms], first[ms] / cell[ms]
             row["no_worse"] = True

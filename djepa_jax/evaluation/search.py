@@ -147,8 +147,7 @@ class Search:
         generator = Generator(experiment, generator.mesh, autoencoder)
         metric = open_metric(experiment, self._source, self._folder)
         if not hasattr(metric, "moved"):
-            kind = self._experiment.evaluation.kind
-            raise MetricError(f'config.evaluation.kind "{kind}" ranks nothing; name another.')
+            raise self._unranked()
         conditions = conditions_to_judge(experiment, self._source, count)
         what = (self._params, conditions, experiment.evaluation.seed)
         if experiment.sampler != self._program:
@@ -193,10 +192,13 @@ class Search:
         distances = [n for n in names if n.startswith(("fid", "fd_", "frechet_distance"))]
         scores = [name for name in ("inception_score", "accuracy") if name in names]
         if not distances + scores:
-            kind = self._experiment.evaluation.kind
-            raise MetricError(f'config.evaluation.kind "{kind}" ranks nothing; name another.')
+            raise self._unranked()
         found = {"distance": distances[:1], "score": scores[:1]}
         return {what: figure[0] for what, figure in found.items() if figure}
+
+    def _unranked(self) -> MetricError:
+        kind = self._experiment.evaluation.kind
+        return MetricError(f'config.evaluation.kind "{kind}" ranks nothing; name another.')
 
     def finer(self, cells: list[dict], count: int) -> list[dict]:
         """Settings of the `count` best by each figure, and halfway from the best to neighbours."""
