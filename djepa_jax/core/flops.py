@@ -84,7 +84,7 @@ def train_image(
     places only. `padded` counts what the step really runs: visible tokens padded to
     `masking.lengths`, packed rows, whole last layers; but not what `model.remat` computes again.
     `time_rows` is the number of time embeddings per image, see there, and `further` what
-    `target_calls` gives.
+    `further_work` gives.
     """
     masked = masked_rows(masking, padded)
     queries = None if padded else masked
@@ -119,14 +119,20 @@ def time_rows(token_loss: TokenLoss, masking: MaskingConfig, padded: bool = Fals
     return token_loss.time_table_size / masking.batch_size if padded else 0.0
 
 
-def target_calls(
+def further_work(
     model: ModelConfig, masking: MaskingConfig, token_loss: TokenLoss, padded: bool = False
 ) -> float:
-    """Denoiser calls of a training image that have no gradient: a shortcut's targets."""
-    calls = masked_rows(masking, padded) * token_loss.noise_multiplicity
-    calls *= getattr(token_loss, "target_calls", 0)
+    """What a training image costs once: a shortcut's targets, which have no gradient.
+
+    With `padded` also the gradient of a table of times, a product (`look_up`).
+    """
+    draws = masked_rows(masking, padded) * token_loss.noise_multiplicity
     row = denoiser_row(model)
-    return calls * (row["rest"] + getattr(token_loss, "times_per_call", 1) * row["time"])
+    call = row["rest"] + getattr(token_loss, "times_per_call", 1) * row["time"]
+    work = draws * getattr(token_loss, "target_calls", 0) * call
+    if padded:
+        work += draws * 2 * token_loss.time_table_size * model.denoiser_width
+    return work
 
 
 def mean_masked(masking: MaskingConfig, points: int = 4096) -> float:

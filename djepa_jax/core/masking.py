@@ -186,6 +186,6 @@ def pack_masked(num_visible: jax.Array, config: MaskingConfig):
 
     def pack(x: jax.Array) -> jax.Array:
         x = rearrange(x, "(p e) n ... -> p (e n) ...", e=size)
-        return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+        return jax.vmap(lambda x, index: x.at[index].get(unique_indices=True))(x, index)
 
     return pack

@@ -137,7 +137,7 @@ def train_flops(config: TrainStepConfig) -> dict[str, float]:
     counts, loss, masking = {}, config.token_loss, config.masking
     for name, padded in (("ideal", False), ("padded", True)):
         how = padded, flops.time_rows(loss, masking, padded)
-        further = flops.target_calls(config.model, masking, loss, padded)
+        further = flops.further_work(config.model, masking, loss, padded)
         image = flops.train_image(config.model, masking, loss.noise_multiplicity, *how, further)
         counts[name] = image * masking.batch_size
     return counts

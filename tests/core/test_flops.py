@@ -149,7 +149,7 @@ def test_padded_count_is_what_the_training_step_does(loss):
     batch = {"example": jnp.zeros((16, 16, 16, 16)), "condition": jnp.zeros(16, jnp.int32)}
     traced = flops.count_products(jax.make_jaxpr(make_train_step(spec))(state, batch).jaxpr)
     rows = flops.time_rows(spec.token_loss, spec.masking, padded=True)
-    further = flops.target_calls(spec.model, spec.masking, spec.token_loss, padded=True)
+    further = flops.further_work(spec.model, spec.masking, spec.token_loss, padded=True)
     how = {"padded": True, "time_rows": rows, "further": further}
     padded = flops.train_image(spec.model, spec.masking, 4, **how)
     assert traced / (16 * padded) == pytest.approx(1, abs=0.01)

@@ -55,11 +55,13 @@ def equations(jaxpr, times=1):
 def test_products_are_those_of_the_formula():
     config, jaxpr, _ = lowered()
     rows = flops.time_rows(config.token_loss, config.masking, padded=True)
-    ours = flops.train_image(config.model, config.masking, 4, padded=True, time_rows=rows)
+    further = flops.further_work(config.model, config.masking, config.token_loss, padded=True)
+    how = {"padded": True, "time_rows": rows, "further": further}
+    ours = flops.train_image(config.model, config.masking, 4, **how)
     ideal = flops.train_image(config.model, config.masking, 4)
     again = flops.count_products(jaxpr) / (BATCH * ours)
     assert config.model.remat == "dots" and 0.99 < again < 1.01  # none of them is computed again
-    assert ours < 1.06 * ideal  # with two layers; test_flops has the whole
+    assert ours < 1.08 * ideal  # with two layers; test_flops has the whole
 
 
 def test_float32_products_are_small():
@@ -107,3 +109,10 @@ def test_xla_counts_no_more_than_it_did():
     _, _, counts = lowered()
     assert counts["flops"] < 1.05 * 3.23e12  # with both blocks of the denoiser, which has no loop
     assert counts["bytes accessed"] < 1.05 * 239e9
+
+
+def test_no_sum_depends_on_the_order_in_which_a_gpu_adds():
+    """Rows that several gradients go to would be added up in any order, and resumes not exact."""
+    _, jaxpr, _ = lowered()
+    scattered = [e for e, _ in equations(jaxpr) if e.primitive.name.startswith("scatter")]
+    assert scattered and all(e.params["unique_indices"] for e in scattered)

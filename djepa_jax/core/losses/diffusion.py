@@ -15,6 +15,7 @@ import numpy as np
 
 from djepa_jax.core.bounds import AtLeastZero, Bound, OneOf, Positive, check_bounds
 from djepa_jax.core.losses.base import Denoiser, guide
+from djepa_jax.core.models.embedding import look_up
 
 NUM_TRAIN_STEPS = 1000
 COSINE_OFFSET = 0.008
@@ -164,7 +165,7 @@ class Diffusion:
         table = make_schedule(NUM_TRAIN_STEPS).coefficients()
         at = {name: jnp.asarray(value)[t][..., None] for name, value in table.items()}
         xt = at["signal"] * clean + at["sigma"] * noise  # Ho et al. 2020, eq. 4
-        time = jnp.take(denoiser.time(jnp.arange(NUM_TRAIN_STEPS)), t, axis=0)  # [..., K, w]
+        time = look_up(denoiser.time(jnp.arange(NUM_TRAIN_STEPS)), t, cond.dtype)  # [..., K, w]
         output = denoiser(xt, time, denoiser.condition(cond)[..., None, :])
         predicted, log_variance = split_output(output, at["log_beta"], at["posterior_log_variance"])
         mse = jnp.square(predicted - noise).mean(-1)

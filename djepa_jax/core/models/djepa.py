@@ -22,6 +22,7 @@ from flax import nnx
 from djepa_jax.core.models import vit
 from djepa_jax.core.models.conditioning import Condition, Conditioner
 from djepa_jax.core.models.denoiser import Denoiser
+from djepa_jax.core.models.embedding import look_up
 from djepa_jax.core.models.ragged import Ragged
 from djepa_jax.core.schedules import Grid, num_places, parts_of
 
@@ -144,8 +145,8 @@ class ContextEncoder(nnx.Module):
         The first `num_visible` `[B]` are real, None if all are; `keys` `[B]` turn dropout on. Where
         examples are sorted as `MaskingConfig.lengths` says, less is computed for padding.
         """
-        positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, V, D]
-        x = self.input_proj(tokens) + positions  # [B, V, D]
+        x = self.input_proj(tokens)  # [B, V, D]
+        x = x + position_vectors(self.positions[...], order, self.position_axes, x.dtype)
         prefix = condition.prefix.astype(x.dtype)  # [B, P, D]
         key_mask = join_masks(condition.mask, num_visible, prefix.shape[1], order.shape)
         x = jnp.concatenate([prefix, x], axis=1)  # [B, P + V, D]
@@ -180,7 +181,7 @@ class Predictor(nnx.Module):
         is_visible = jnp.arange(seen.shape[1]) < num_visible[:, None]  # [B, V]
         seen = jnp.where(is_visible[..., None], seen, mask_token)
         hidden = repeat(mask_token, "d -> b m d", b=batch, m=num_tokens - seen.shape[1])
-        positions = position_vectors(self.positions[...], order, self.position_axes)  # [B, N, D]
+        positions = position_vectors(self.positions[...], order, self.position_axes, x.dtype)
         places = jnp.concatenate([seen, hidden], axis=1) + positions.astype(x.dtype)  # [B, N, D]
         x = jnp.concatenate([prefix, places], axis=1)  # [B, P + N, D]
         key_mask = join_masks(prefix_mask, None, prefix.shape[1], order.shape)
@@ -190,10 +191,11 @@ class Predictor(nnx.Module):
         return self.stack(x, key_mask=key_mask, keys=keys)[:, self.num_prefix_tokens :]
 
 
-def position_vectors(table: jax.Array, order: jax.Array, parts) -> jax.Array:
+def position_vectors(table: jax.Array, order: jax.Array, parts, dtype=None) -> jax.Array:
     """Position vectors of places `[B, V]`: `[B, V, D]`, summed over the axes of a part's grid.
 
-    `table` `[sum of all axes, D]` holds the vectors of one axis after the other, part after part.
+    `table` `[sum of all axes, D]` holds the vectors of one axis after the other, part after part;
+    `dtype` is that of `look_up`.
     """
     ids, start = [], 0
     for axes in parts:
@@ -201,9 +203,9 @@ def position_vectors(table: jax.Array, order: jax.Array, parts) -> jax.Array:
         ids.append(np.indices(axes).reshape(len(axes), -1) + starts[:, None])  # [axes, n]
         start += sum(axes)
     if len(ids[0]) == 1:
-        return jnp.take(table, order, axis=0)
+        return look_up(table, order, dtype)
     rows = jnp.asarray(np.concatenate(ids, axis=1))  # [axes, N]
-    return sum(jnp.take(table, along[order], axis=0) for along in rows)
+    return sum(look_up(table, along[order], dtype) for along in rows)
 
 
 def join_masks(prefix_mask, num_visible, num_prefix: int, shape) -> jax.Array | None:

@@ -1,12 +1,13 @@
 """Class and time embeddings, and the prefix tokens that a condition becomes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from djepa_jax.core.models.vit import Linear, normal_init
+from djepa_jax.core.models.vit import Linear, normal_init, precision_of
 
 TIME_FREQUENCIES = 128
 MAX_PERIOD = 10_000.0
@@ -30,7 +31,34 @@ class ClassEmbedding(nnx.Module):
 
     def __call__(self, labels: jax.Array) -> jax.Array:
         """Look up `labels` `[B]`, each in 0..num_classes: `[B, D]`."""
-        return jnp.take(jnp.concatenate([self.table[...], self.null[...]]), labels, axis=0)
+        return look_up(jnp.concatenate([self.table[...], self.null[...]]), labels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, rows: jax.Array, dtype=None) -> jax.Array:
+    """Rows `[...]` of a table `[R, D]`: `[..., D]`.
+
+    Its gradient is a product, of factors of `dtype`, the table's if that is None. GPUs would add
+    up the gradients of a row that is taken often in whatever order they come, and no two trainings
+    would be the same to the bit.
+    """
+    return jnp.take(table, rows, axis=0)
+
+
+def _look_up_forward(table, rows, dtype):
+    return look_up(table, rows, dtype), (table, rows)
+
+
+def _look_up_backward(dtype, inputs, gradient):
+    table, rows = inputs
+    dtype = dtype or table.dtype
+    taken = jax.nn.one_hot(rows, len(table), dtype=dtype)  # [..., R]
+    exact = {"precision": precision_of(dtype), "preferred_element_type": jnp.float32}
+    summed = jnp.einsum("...r,...d->rd", taken, gradient.astype(dtype), **exact)  # [R, D]
+    return summed.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def time_frequencies(t: jax.Array) -> jax.Array:

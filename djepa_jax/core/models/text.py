@@ -16,7 +16,7 @@ from flax import nnx
 
 from djepa_jax.core.bounds import Natural, Positive, check_bounds
 from djepa_jax.core.models import vit
-from djepa_jax.core.models.embedding import Condition
+from djepa_jax.core.models.embedding import Condition, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class TextEmbedding(nnx.Module):
         """Bytes `[B, L]`, or outputs of an encoder `[B, L, C]` -> `[B, P, D]`."""
         is_text = raw.ndim == 2
         said = raw != 0 if is_text else (raw != 0).any(-1)  # [B, L]
-        read = jnp.take(self.source[...], raw, axis=0) if is_text else self.source(raw)
+        read = look_up(self.source[...], raw) if is_text else self.source(raw)
         read = read + self.positions[...]  # [B, L, W]
         queries = jnp.broadcast_to(self.queries[...], (len(raw), *self.queries.shape))  # [B, P, W]
         mask = jnp.concatenate([jnp.ones(queries.shape[:2], bool), said], axis=1)  # [B, P + L]
