@@ -42,7 +42,8 @@ CASES = {
 def results(implementation, queries, heads, width, dtype, rate, mask) -> list:
     """Output and gradients to queries, keys and values."""
     rng = np.random.default_rng(0)
-    shapes = [(2, n, heads, width) for n in (queries, KEYS, KEYS, queries)]
+    num_keys = KEYS if mask.ndim == 1 else mask.shape[1]
+    shapes = [(2, n, heads, width) for n in (queries, num_keys, num_keys, queries)]
     *inputs, weights = (jnp.asarray(rng.normal(size=s), jnp.dtype(dtype)) for s in shapes)
     keys = jax.random.split(jax.random.key(1), 2) if rate else None
 
@@ -65,6 +66,22 @@ def test_fused_agrees_with_plain(case):
     hidden = ~np.asarray(mask if mask.ndim == 2 else np.arange(KEYS) < mask[:, None])
     for gradient in map(np.asarray, fused[2:]):
         assert (gradient[hidden] == 0).all() and (gradient[~hidden] != 0).any()
+
+
+def test_cudnn_gets_even_lengths_with_a_mask(monkeypatch):
+    """It has no gradients of odd ones; XLA takes its place here."""
+    attention_of_jax, lengths = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, mask, implementation):
+        lengths.extend((q.shape[1], k.shape[1]))
+        return attention_of_jax(q, k, v, mask=mask, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    odd = (5, 2, 16, "bfloat16", 0.0, jnp.asarray(SOME[:, : KEYS - 1]))
+    plain, cudnn = (results(kind, *odd) for kind in ("plain", "cudnn"))
+    assert lengths == [6, KEYS]
+    for ours, expected in zip(cudnn, plain, strict=True):
+        assert_close(ours, expected, 0.02)
 
 
 def test_both_masks_say_the_same():

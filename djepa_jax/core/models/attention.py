@@ -111,10 +111,17 @@ _scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _cudnn(q, k, v, mask):
-    how = {}
-    if mask is not None and mask.ndim == 1:
-        how["key_value_seq_lengths"] = mask.astype(jnp.int32)
-    elif mask is not None:
-        shape = (len(q), 1, q.shape[1], k.shape[1])
-        how["mask"] = jnp.broadcast_to(mask[:, None, None], shape)
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how)
+    if mask is None or mask.ndim == 1:
+        lengths = None if mask is None else mask.astype(jnp.int32)
+        how = {"implementation": "cudnn", "key_value_seq_lengths": lengths}
+        return jax.nn.dot_product_attention(q, k, v, **how)
+    num_queries = q.shape[1]
+    q, k, v, mask = map(_even, (q, k, v, mask))  # else a mask has no gradients there
+    mask = jnp.broadcast_to(mask[:, None, None], (len(q), 1, q.shape[1], k.shape[1]))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return out[:, :num_queries]
+
+
+def _even(x: jax.Array) -> jax.Array:
+    """`x` `[B, S, ...]` with another row of zeros if S is odd."""
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *((0, 0),) * (x.ndim - 2)))
