@@ -10,7 +10,7 @@ import numpy as np
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core.models.text import Reader, Text
 from djepa_jax.data.images import BrokenImage
-from djepa_jax.data.records import DataError, ImageSource, Source, checksum, digest_of
+from djepa_jax.data.records import DataError, Source, checksum, digest_of
 
 # Where they are without `data.captions`; outputs of a text encoder are in the array "embeddings".
 CAPTIONS = {"npz": "captions", "folder": "captions.json", "tar": ".txt"}
@@ -119,7 +119,7 @@ def open_captions(source, path, where: str, settings, data, reader: Reader) -> S
         DataError: there are none, not all of them, or some that cannot be read.
     """
     kind, name = settings.source, data.captions or CAPTIONS.get(settings.source, "")
-    from_files = kind == "tar" or (kind == "folder" and isinstance(source, ImageSource))
+    from_files = kind in ("tar", "folder")
     if kind == "npz":
         found = of_arrays(path, where, data.captions, len(source), reader)
     elif isinstance(reader, Text) and from_files:
@@ -131,8 +131,8 @@ def open_captions(source, path, where: str, settings, data, reader: Reader) -> S
         return source
     else:
         raise DataError(
-            f"{where} has no captions that can be read: texts are read of npz files, folders of "
-            "pictures, tar files and latent caches made with model.condition text, outputs of a "
+            f"{where} has no captions that can be read: texts are read of npz files, folders, "
+            "tar files and latent caches made with model.condition text, outputs of a "
             "text encoder of npz files; name another model.condition or data.source."
         )
     return Captioned(source, found, reader, data.held_out, where)
@@ -161,8 +161,8 @@ def check_texts(found: Sequence, key: Callable[[int], str], where: str) -> list[
     return texts
 
 
-def _of_json(folder: str, name: str, source: ImageSource) -> list:
-    """Captions of images by their names in a JSON file of their folder."""
+def _of_json(folder: str, name: str, source) -> list:
+    """Captions of examples by their names in a JSON file of their folder."""
     path = pathlib.Path(folder, name)
     try:
         texts = dict(json.loads(path.read_text("utf-8")))

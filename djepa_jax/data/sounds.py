@@ -19,9 +19,13 @@ RATES = (1_000, 400_000)  # samples a second that a file may have
 class Sounds(ArraySource):
     """Waves int16 `[n, S]`, one or two labels of each, and what was done to the recordings."""
 
-    def __init__(self, waves: np.ndarray, labels: Sequence[np.ndarray], modality, notes: list[str]):
+    def __init__(self, waves, labels: Sequence[np.ndarray], modality, notes: list[str], files=()):
         super().__init__(waves, *labels)
-        self.modality, self.notes = modality, notes
+        self.modality, self.notes, self._files = modality, notes, files
+
+    def key(self, index: int) -> str:
+        """The name of a file below its folder; the number of a recording of an npz file."""
+        return self._files[index].as_posix() if self._files else str(index)
 
 
 def load_sounds(path: str, where: str, names: Sequence[str], modality) -> Sounds:
@@ -70,7 +74,8 @@ def open_wavs(path: str, where: str, names: Sequence[str], class_names, num_clas
     files = [file for file in files if file.is_file() and not file.name.startswith(".")]
     if not files:
         raise DataError(f"{where} is no folder with wav files in it; name one.")
-    said = [_said(file.relative_to(root), names, where) for file in files]
+    below = [file.relative_to(root) for file in files]
+    said = [_said(file, names, where) for file in below]
     kinds = [in_order(set(each)) for each in zip(*said, strict=True)]
     if "" in kinds[0] and len(kinds[0]) > 1:
         raise DataError(
@@ -82,7 +87,7 @@ def open_wavs(path: str, where: str, names: Sequence[str], class_names, num_clas
         for kind, each in zip(kinds, zip(*said, strict=True), strict=True)
     ]
     own, _ = match_classes(tuple(kinds[0]), num_classes, class_names, where)
-    sounds = _fitted((read_wav(file) for file in files), numbers, where, modality)
+    sounds = _fitted((read_wav(file) for file in files), numbers, where, modality, below)
     sounds.class_names = own
     return sounds
 
@@ -127,7 +132,7 @@ def _check_rate(rate: int, what: str) -> None:
         )
 
 
-def _fitted(recordings: Iterable, labels: list[np.ndarray], where: str, modality) -> Sounds:
+def _fitted(recordings: Iterable, labels, where: str, modality, files=()) -> Sounds:
     """Recordings, (rate, values) each, as waves of the length that a modality has."""
     done, (length,) = Counter(), modality.example_shape
     waves = np.zeros((len(labels[0]), length), np.int16)
@@ -138,7 +143,7 @@ def _fitted(recordings: Iterable, labels: list[np.ndarray], where: str, modality
         waves[row] = of_length(wave, length)
     seconds = f"{length / modality.rate:.3g} s at {modality.rate:,} Hz"
     note = f"{where}: {len(waves):,} sounds of {seconds}; {counted(+done) or 'as they were'}"
-    return Sounds(waves, labels, modality, [note])
+    return Sounds(waves, labels, modality, [note], files)
 
 
 def of_length(wave: np.ndarray, length: int) -> np.ndarray:

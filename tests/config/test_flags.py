@@ -26,7 +26,7 @@ def test_built_in_configurations_have_names(monkeypatch, tmp_path):
     assert read_config("digits:diffusion", None, []).loss.name == "diffusion"
     assert read_config("configs/digits.py:diffusion", None, []).loss.name == "diffusion"
     names = {"default", "digits", "mnist", "spoken_digits", "moving_digits", "own_pictures"}
-    names |= {"emoji", "say_and_draw", "djepa_b", "djepa_l", "djepa_h"}
+    names |= {"emoji", "speech", "say_and_draw", "djepa_b", "djepa_l", "djepa_h"}
     assert names == set(files.builtin_names())
 
 

@@ -7,7 +7,9 @@ import types
 import numpy as np
 import pytest
 from photos import PIXELS, labelled, opened, same, with_broken, write_folder, write_tar
+from scipy.io import wavfile
 
+from djepa_jax.core.modalities.audio import AudioMel
 from djepa_jax.core.models.text import Embeddings, Text
 from djepa_jax.data.captions import captioned, conditions_to_judge
 from djepa_jax.data.records import DataError, digest_of
@@ -180,3 +182,22 @@ def test_pictures_without_an_ending_may_have_captions(tmp_path):
     source = opened("tar", tmp_path, conditioner=TEXT)
     assert words(source) == ["one"]
     assert captioned(source).source.records.left_out == {".txt": 1}
+
+
+def test_captions_stay_with_their_recordings(tmp_path):
+    """Below a folder, by the names of wav files there."""
+    sounds = AudioMel(frames=32, patch_frames=8)
+    for name, value in (("a/two.wav", 200), ("a/one.wav", 100), ("b.d/x.wav", 300)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        wave = np.full(sounds.example_shape, value, np.int16)
+        wavfile.write(tmp_path / name, sounds.rate, wave)
+    texts = {"a/one.wav": "1", "a/two.wav": "2", "b.d/x.wav": "3"}
+    (tmp_path / "captions.json").write_text(json.dumps(texts))
+    options = {"num_classes": 0, "conditioner": TEXT, "modality": sounds}
+    source = opened("folder", tmp_path, **options)
+    heard = [int(source[index]["example"].max()) for index in range(3)]
+    assert dict(zip(words(source), heard, strict=True)) == {"1": 100, "2": 200, "3": 300}
+    del texts["a/two.wav"]
+    (tmp_path / "captions.json").write_text(json.dumps(texts))
+    with pytest.raises(DataError, match="no caption.*a/two.wav"):
+        opened("folder", tmp_path, **options)

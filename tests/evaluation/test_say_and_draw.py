@@ -41,7 +41,7 @@ class Mean:
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-    def absent():
+    def absent(grammar):
         raise MetricError("not installed")
 
     experiment = pairs_config(write_files(tmp_path))
@@ -76,7 +76,7 @@ def test_an_evaluation_draws_beside_nothing_and_beside_each_of_both(opened, tmp_
 
 def test_a_recogniser_listens_if_it_is_there(opened, monkeypatch):
     _, source = opened
-    monkeypatch.setattr(say_and_draw, "open_recogniser", lambda: None)
+    monkeypatch.setattr(say_and_draw, "open_recogniser", lambda grammar: None)
     heard = lambda waves, labels, rate: np.arange(len(waves)) % 2 == 0  # noqa: E731
     monkeypatch.setattr(say_and_draw, "understood", heard)
     metric, other = (SayAndDraw.from_data(source) for _ in range(2))

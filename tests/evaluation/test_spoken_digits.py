@@ -60,7 +60,7 @@ class Judge:
 
 @pytest.fixture
 def source(monkeypatch):
-    monkeypatch.setattr(spoken_digits, "open_recogniser", Ear)
+    monkeypatch.setattr(spoken_digits, "open_recogniser", lambda grammar: Ear())
     monkeypatch.setattr(spoken_digits.Classifier, "train", lambda images, labels: Judge())
     digits = np.arange(20) % 10
     waves = np.round(tones(digits) * 32767).astype(np.int16)

@@ -5,6 +5,7 @@ from djepa_jax.evaluation.metrics.captions import Captions
 from djepa_jax.evaluation.metrics.moving_digits import MovingDigits
 from djepa_jax.evaluation.metrics.say_and_draw import SayAndDraw
 from djepa_jax.evaluation.metrics.small_images import SmallImages
+from djepa_jax.evaluation.metrics.speech import Speech
 from djepa_jax.evaluation.metrics.spoken_digits import SpokenDigits
 
 METRICS: dict[str, type[Metric]] = {
@@ -12,6 +13,7 @@ METRICS: dict[str, type[Metric]] = {
     "spoken_digits": SpokenDigits,
     "moving_digits": MovingDigits,
     "captions": Captions,
+    "speech": Speech,
     "say_and_draw": SayAndDraw,
 }
 

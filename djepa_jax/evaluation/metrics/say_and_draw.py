@@ -16,7 +16,13 @@ from djepa_jax.data.records import unwrapped
 from djepa_jax.evaluation.features.classifier import Classifier
 from djepa_jax.evaluation.metrics import intervals
 from djepa_jax.evaluation.metrics.base import MetricError
-from djepa_jax.evaluation.metrics.spoken_digits import MOST, WORDS, open_recogniser, understood
+from djepa_jax.evaluation.metrics.spoken_digits import (
+    DIGITS,
+    MOST,
+    WORDS,
+    open_recogniser,
+    understood,
+)
 from djepa_jax.evaluation.previews import preview
 
 TRAINING_PICTURES, BATCH = 10_000, 50
@@ -100,7 +106,7 @@ class SayAndDraw:
         if name != "said":
             return {name: seen == (labels if name == "drawn" else told)}
         try:
-            open_recogniser()
+            open_recogniser(DIGITS)
         except MetricError:  # not installed
             return {name: told == labels}
         waves = arrays["sound"] / (2**15 if arrays["sound"].dtype == np.int16 else 1)

@@ -19,6 +19,7 @@ from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.previews import preview
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = f"#JSGF V1.0; grammar digits; public <digit> = {' | '.join(WORDS)};"
 RATE, PAUSE = 16_000, 1_600  # what the recogniser hears; samples of silence before and after
 MOST, BATCH = 500, 50  # recordings or samples that are listened to; at a time
 
@@ -44,7 +45,7 @@ class SpokenDigits:
                 'evaluation.kind "spoken_digits" judges recordings of the digits 0 to 9, these '
                 "data are none; use classifier, which learns their classes."
             )
-        open_recogniser()  # now, and not after hours of training
+        open_recogniser(DIGITS)  # now, and not after hours of training
         return cls(source)
 
     def update(self, arrays: dict[str, np.ndarray], conditions: Any) -> None:
@@ -87,30 +88,32 @@ class SpokenDigits:
 
 
 @functools.cache
-def open_recogniser():
-    """The recogniser with a grammar of ten words; MetricError if it is not installed."""
+def open_recogniser(grammar: str = ""):
+    """The recogniser, for all of English or for a grammar; MetricError if it is not installed."""
     try:
         import pocketsphinx
     except ImportError as error:
         raise MetricError(
-            'evaluation.kind "spoken_digits" listens with PocketSphinx, which is not installed; '
+            "evaluation.kind listens with PocketSphinx, which is not installed; "
             'pip install "djepa_jax[evaluation]".'
         ) from error
-    decoder = pocketsphinx.Decoder(samprate=float(RATE), lm=None, loglevel="FATAL")
-    grammar = f"#JSGF V1.0; grammar digits; public <digit> = {' | '.join(WORDS)};"
-    decoder.add_jsgf_string("digits", grammar)
-    decoder.activate_search("digits")
+    how = {"lm": None} if grammar else {}
+    decoder = pocketsphinx.Decoder(samprate=float(RATE), loglevel="FATAL", **how)
+    if grammar:
+        decoder.add_jsgf_string("grammar", grammar)
+        decoder.activate_search("grammar")
     return decoder
 
 
 def understood(waves: Iterable[np.ndarray], digits: Iterable[int], rate: int) -> np.ndarray:
     """Of which waves in [-1, 1] the recogniser hears the right digit: bool, for each wave."""
-    decoder = open_recogniser()
-    heard = [_hear(decoder, wave, rate) for wave in waves]
+    decoder = open_recogniser(DIGITS)
+    heard = [hear(decoder, wave, rate) for wave in waves]
     return np.array([word == WORDS[digit] for word, digit in zip(heard, digits, strict=False)])
 
 
-def _hear(decoder, wave: np.ndarray, rate: int) -> str:
+def hear(decoder, wave: np.ndarray, rate: int) -> str:
+    """Words in a wave in [-1, 1]."""
     from scipy.signal import resample_poly
 
     values = np.pad(resample_poly(wave.astype(np.float64), RATE, rate), PAUSE)
