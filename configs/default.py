@@ -123,12 +123,12 @@ def _data() -> ConfigDict:
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
-    # image_pixels, image_lapped, image_latents, video_pixels (clips), audio_mel: recordings (npz or
-    # folder), or joint: pairs of two of these
+    # image_pixels, image_lapped, image_latents, video_pixels and video_lapped (clips), audio_mel:
+    # recordings (npz or folder), or joint: pairs of two of these
     data.modality = "image_latents"
-    # Arguments of that modality: cutoff and colour_cutoff of image_lapped, the highest frequencies
-    # that tokens keep, as shares of the highest that there are; num_frames and patch_frames (in a
-    # token) of video_pixels; audio_mel has rate, n_fft, hop, mels, frames, patch_mels,
+    # Arguments of that modality: cutoff and colour_cutoff of image_lapped and video_lapped, the
+    # highest frequencies that tokens keep, as shares of the highest that there are; num_frames and
+    # patch_frames (in a token) of clips; audio_mel has rate, n_fft, hop, mels, frames, patch_mels,
     # patch_frames, floor, mean and deviation (core/modalities/audio.py); joint has first and
     # second, each with the key modality and the options of that
     data.options = ConfigDict()

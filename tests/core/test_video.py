@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from djepa_jax.core.modalities.video import VideoPixels
+from djepa_jax.core.modalities.video import VideoLapped, VideoPixels
 
 MODALITY = VideoPixels(num_frames=4, size=6, channels=3, patch=3, patch_frames=2)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 6, 3), np.uint8)
@@ -19,6 +19,17 @@ def test_a_token_is_a_box_and_clips_come_back_to_the_bit():
         np.sort(tokens[1, 5]), np.sort(box.ravel().astype(np.float32) / 127.5 - 1), atol=1e-6
     )
     np.testing.assert_array_equal(MODALITY.export(tokens)["clips"], CLIPS)
+
+
+def test_lapped_frames_are_those_of_pictures_in_pairs():
+    lapped = VideoLapped(4, 6, 3, 3, cutoff=1.5, colour_cutoff=1.5)
+    tokens = np.asarray(jax.jit(lapped.tokenize)(CLIPS))
+    assert tokens.shape == (2, 8, lapped.token_dim) and lapped.token_dim == 54
+    later = np.asarray(lapped.frame.tokenize(CLIPS[1, 2:]))  # [2 frames, 4 windows, 27]
+    np.testing.assert_allclose(tokens[1, 4:], np.concatenate(later, axis=-1), atol=1e-5)
+    np.testing.assert_array_equal(lapped.export(tokens)["clips"], CLIPS)
+    coarse = VideoLapped(4, 6, 3, 3, cutoff=0.4)
+    assert coarse.token_dim < 54 and coarse.export(coarse.tokenize(CLIPS))["clips"].std() > 9
 
 
 def test_places_of_a_clip_are_those_of_its_boxes():

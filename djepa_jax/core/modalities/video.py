@@ -1,6 +1,7 @@
 """Clips as tokens: boxes of pixels in time, rows and columns."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -9,6 +10,7 @@ from einops import rearrange, reduce
 from jax import numpy as jnp
 
 from djepa_jax.core.modalities.image import to_pixels, to_range
+from djepa_jax.core.modalities.lapped import ImageLapped
 
 GAP = 1  # columns of white between the frames of a film strip
 FRAME_MS = 120  # in files
@@ -129,3 +131,34 @@ class VideoPixels:
                 picture = av.VideoFrame.from_image(frame.convert("RGB"))
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLapped(VideoPixels):
+    """Clips whose frames are made tokens as `ImageLapped` does; a token holds `patch_frames`."""
+
+    cutoff: float = 0.45
+    colour_cutoff: float = 0.13
+
+    @functools.cached_property
+    def frame(self) -> ImageLapped:
+        """What makes tokens of a frame."""
+        return ImageLapped(self.size, self.channels, self.patch, self.cutoff, self.colour_cutoff)
+
+    @property
+    def token_dim(self) -> int:
+        """Values of all frames of a box."""
+        return self.patch_frames * self.frame.token_dim
+
+    def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """uint8 clips `[B, T, H, W, C]` -> tokens `[B, N, f C]`."""
+        tokens = self.frame.tokenize(rearrange(examples, "b t h w c -> (b t) h w c"))
+        sizes = {"t": self.grid[0], "f": self.patch_frames}
+        return rearrange(tokens, "(b t f) n c -> b (t n) (f c)", **sizes)
+
+    def detokenize(self, tokens: jax.Array) -> jax.Array:
+        """Tokens `[B, N, f C]` -> clips `[B, T, H, W, C]` around [-1, 1]."""
+        sizes = {"t": self.grid[0], "f": self.patch_frames}
+        frames = rearrange(tokens, "b (t n) (f c) -> (b t f) n c", **sizes)
+        images = self.frame.detokenize(frames)
+        return rearrange(images, "(b t) h w c -> b t h w c", t=self.num_frames)
