@@ -16,29 +16,29 @@ SMALL = (  # the digits' shapes, narrow
 )
 B = "--config=djepa_b --config.batch_size=256 --config.sample.batch_size=256"
 L = "--config=djepa_l --config.batch_size=96 --config.sample.batch_size=64"
-H = "--config=djepa_h --config.batch_size=32 --config.sample.batch_size=64"
+H = "--config=djepa_h --config.batch_size=48 --config.sample.batch_size=64"
 STEPS, BATCHES = "--steps=5 --repeats=3 --warmup=1", "--repeats=2 --warmup=1"
 UNGUIDED = "--config.sample.cfg_scale=1"
 DEBUG = "--config=djepa_b:debug --steps=2 --repeats=2 --warmup=1"
 
-# Seconds on one H100, estimated from single cases: 15 to start, 5 to trace, 40 to 70 to compile B,
-# 120 unrolled, 0.34 to 0.38 a step, 5 a batch of samples. The suite as a whole has not run on a
-# GPU. The first five, 465 together, fit the default limit.
+# Seconds on one H100. The first seven were seen in one go, beside other trainings until the end of
+# `resume`; the first five, 429 together, fit the default limit. The others are estimates from
+# single cases: 15 to start, 5 to trace, 30 to 70 to compile, 0.34 to 0.45 a step, 5 a batch.
 GPU = {
     "parity": ("parity", SMALL),  # 30
-    "attention": ("attention", B),  # 30
-    "resume": ("resume", "--config=digits --config.num_steps=600"),  # 150, three programs
-    "b_train": ("train", f"{B} {STEPS}"),  # 140, all layers unrolled
-    "b_sample": ("sample", f"{B} {UNGUIDED} {BATCHES}"),  # 115
-    "b_train_scan": ("train", f"{B} {STEPS} --config.model.scan_unroll=1"),  # 85
-    "b_train_kernels": ("train", f"{B} {STEPS} --profile"),  # 40, compiled before
+    "attention": ("attention", B),  # 17
+    "resume": ("resume", "--config=digits --config.num_steps=600"),  # 221, three trainings
+    "b_train": ("train", f"{B} {STEPS}"),  # 91, all layers unrolled
+    "b_sample": ("sample", f"{B} {UNGUIDED} {BATCHES}"),  # 68
+    "b_train_scan": ("train", f"{B} {STEPS} --config.model.scan_unroll=1"),  # 42
+    "b_train_kernels": ("train", f"{B} {STEPS} --profile"),  # 28, compiled before
     "b_denoise_kernels": ("denoise", f"{B} {UNGUIDED} {STEPS} --profile"),  # 30
     "b_guided": ("sample", f"{B} {BATCHES}"),  # 110
     "b_latency": ("sample", f"{B} {UNGUIDED} {BATCHES} --batch_sizes=1"),  # 90
     "decode_1": ("decode", f"{B} --batch_sizes=1"),  # 30
     "decode_32": ("decode", f"{B} --batch_sizes=32"),  # 30
     "l_train": ("train", f"{L} {STEPS}"),  # 100
-    "h_train": ("train", f"{H} {STEPS}"),  # 110
+    "h_train": ("train", f"{H} {STEPS}"),  # 52
     "l_sample": ("sample", f"{L} {UNGUIDED} {BATCHES}"),  # 120
     "h_sample": ("sample", f"{H} {UNGUIDED} {BATCHES}"),  # 150
     "l_guided": ("sample", f"{L} {BATCHES}"),  # 150
