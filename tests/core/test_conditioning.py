@@ -19,6 +19,7 @@ from djepa_jax.core.models.conditioning import (
     Sum,
 )
 from djepa_jax.core.models.djepa import ContextEncoder, init_params, split_model
+from djepa_jax.core.models.embedding import look_up
 from djepa_jax.core.models.text import Embeddings, Text
 from djepa_jax.core.train_step import predict_features
 
@@ -225,3 +226,16 @@ def test_gradients_stay_moderate_where_neither_a_condition_nor_a_token_is_seen()
 
     gradients = jax.tree.leaves(nnx.grad(output)(encoder))
     assert max(float(jnp.abs(each).max()) for each in gradients) < 1e6
+
+
+def test_gradients_of_a_table_are_sums_over_what_was_taken():
+    """As those of indexing, of rows of any shape; a row that nothing took gets exactly nothing."""
+    table, rows = jnp.arange(12.0).reshape(4, 3), jnp.array([[1, 3, 1], [0, 1, 1]])
+    np.testing.assert_array_equal(look_up(table, rows), table[rows])
+    weights = jax.random.normal(jax.random.key(0), (2, 3, 3))
+    ours = jax.grad(lambda table: (look_up(table, rows) * weights).sum())(table)
+    expected = jax.grad(lambda table: (table[rows] * weights).sum())(table)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    assert not np.any(ours[2])
+    rounded = jax.grad(lambda table: (look_up(table, rows, "bfloat16") * weights).sum())(table)
+    np.testing.assert_allclose(rounded, expected, rtol=0.02, atol=0.02)
