@@ -31,13 +31,14 @@ from ml_collections import ConfigDict
 from djepa_jax.config.files import builtin
 
 
-def get_config() -> ConfigDict:
-    """The recipe of own pictures, with a reader of names in place of classes."""
-    config = builtin("own_pictures").get_config()
-    config.num_steps = 9000
+def get_config(variant: str = "cpu") -> ConfigDict:
+    """The recipe of own pictures (or its `gpu`), with a reader of names in place of classes."""
+    own_pictures = builtin("own_pictures")
+    config = own_pictures.get_config(variant)
+    config.num_steps = 4000
     config.checkpoint_every = 500
     config.log_every = 50
-    config.sample_every = 1500
+    config.sample_every = 2000
     config.evaluation.kind = "captions"
     config.evaluation.count = 600
     config.model.num_prefix_tokens = 8
@@ -47,6 +48,8 @@ def get_config() -> ConfigDict:
     )
     config.optimizer.warmup_steps = 200
     config.optimizer.ema_decay = 0.998
+    if variant == "gpu":
+        own_pictures.set_gpu(config)
     config.data.source = "npz"
     config.data.options = ConfigDict({"cutoff": 0.5, "colour_cutoff": 0.26})
     config.data.held_out = 0.2

@@ -17,11 +17,11 @@ from djepa_jax.config.files import builtin
 def get_config() -> ConfigDict:
     """The networks and losses of the digits, for 16 tokens of a picture and 40 of a sound."""
     config = builtin("digits").get_config()
-    config.num_steps = 20_000
+    config.num_steps = 7000
     config.batch_size = 32
     config.checkpoint_every = 1000
     config.log_every = 50
-    config.sample_every = 4000
+    config.sample_every = 3500
     config.evaluation.kind = "say_and_draw"
     config.evaluation.count = 200
     config.model.condition = "nothing"

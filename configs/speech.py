@@ -25,7 +25,7 @@ from djepa_jax.config.files import builtin
 def get_config() -> ConfigDict:
     """The spoken digits' networks, with a reader of texts in place of classes."""
     config = builtin("spoken_digits").get_config()
-    config.num_steps = 2500
+    config.num_steps = 1000
     config.batch_size = 8
     config.checkpoint_every = 500
     config.sample_every = 500
