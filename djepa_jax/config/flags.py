@@ -259,6 +259,8 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     changes = {key: word if equals else None for key, equals, word in pairs}
     convert_group(config.to_dict(), Experiment)  # a file's own faults come first
     with config.unlocked():
+        if changes.get("data.source", config.data.source) != config.data.source:
+            config.data.source_options = ConfigDict()  # which are another source's
         _complete_options(config, changes.get("loss.name", config.loss.name))
     known = keys_of(Experiment)
     for group, options in flatten(config.to_dict()).items():
