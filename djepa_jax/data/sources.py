@@ -9,6 +9,9 @@ from djepa_jax.checkpoints.autoencoder import weights_sha256
 from djepa_jax.config.class_names import resolve
 from djepa_jax.config.convert import check_options
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.modalities.base import Modality
+from djepa_jax.core.modalities.image import ImagePixels
+from djepa_jax.core.modalities.video import VideoPixels
 from djepa_jax.core.models.conditioning import Classes, Nothing, Sum
 from djepa_jax.core.models.text import Reader
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
@@ -144,6 +147,12 @@ def _open_images(
     else:
         records = IMAGE_FILES[name](path, where)
     return ImageSource(records, shape, num_classes, data.class_names, where)
+
+
+def pictures_of(experiment: Experiment) -> Modality:
+    """The images or clips that `config.prepare` names, of which an autoencoder makes latents."""
+    size, frames = experiment.prepare.image_size, getattr(experiment.modality, "num_frames", 0)
+    return VideoPixels(frames, size, 3, 1, 1) if frames else ImagePixels(size, 3, 1)
 
 
 def open_data(experiment: Experiment) -> Source:

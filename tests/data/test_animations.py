@@ -1,12 +1,11 @@
 """Animations in folders and tar files as clips."""
 
-import io
-import pathlib
 import struct
 import sys
 
 import numpy as np
 import pytest
+from animations import FRAMES, animation, write
 from pairs import PAIRS
 from photos import opened, write_tar
 from PIL import Image
@@ -19,29 +18,11 @@ from djepa_jax.data.records import DataError, unwrapped
 from djepa_jax.data.summary import describe_clips
 
 CLIPS = VideoPixels(num_frames=4, size=8, channels=3, patch=4)
-FRAMES = np.random.default_rng(0).integers(0, 256, (4, 6, 12, 20, 3), np.uint8)  # four animations
-
-
-def animation(frames: np.ndarray, kind: str = "WEBP") -> bytes:
-    """Frames `[T, H, W, C]` as a file without loss."""
-    first, *others = [Image.fromarray(frame) for frame in frames]
-    file, lossless = io.BytesIO(), {"lossless": True} if kind == "WEBP" else {}
-    first.save(file, kind, save_all=True, append_images=others, **lossless)
-    return file.getvalue()
 
 
 def cut(frames: np.ndarray, channels: int = 3) -> np.ndarray:
     """The first four, as pictures are cut."""
     return np.stack([center_crop(Image.fromarray(f), 8, channels) for f in frames[:4]])
-
-
-def write(root: pathlib.Path, **others: bytes) -> pathlib.Path:
-    """Two classes of two clips each, and further files."""
-    files = {f"{'ab'[i // 2]}/{i}.webp": animation(clip) for i, clip in enumerate(FRAMES)}
-    for name, data in (files | others).items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
 
 
 def test_a_folder_per_class_gives_the_first_frames_cut_as_pictures(tmp_path):

@@ -5,13 +5,14 @@ from djepa_jax.core.modalities.base import Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
 from djepa_jax.core.modalities.joint import Joint
 from djepa_jax.core.modalities.lapped import ImageLapped
-from djepa_jax.core.modalities.video import VideoPixels
+from djepa_jax.core.modalities.video import VideoLatents, VideoPixels
 
 MODALITIES: dict[str, type[Modality]] = {
     "image_pixels": ImagePixels,
     "image_lapped": ImageLapped,
     "image_latents": ImageLatents,
     "video_pixels": VideoPixels,
+    "video_latents": VideoLatents,
     "audio_mel": AudioMel,
     "joint": Joint,
 }
