@@ -123,8 +123,9 @@ def _data() -> ConfigDict:
     data.device_resident = False  # keep the latent cache in the devices' memory
     data.unconditional = False  # count every image to one class; with num_classes 1
     data.max_broken = 100  # image files that may be skipped because they cannot be read
-    # image_pixels, image_lapped, image_latents, video_pixels and video_lapped (clips), audio_mel:
-    # recordings (npz or folder), or joint: pairs of two of these
+    # image_pixels, image_lapped, image_latents; video_pixels, video_lapped, video_latents (of the
+    # frames of clips); audio_mel: recordings (npz or folder), or joint: pairs of two of these, but
+    # for latents
     data.modality = "image_latents"
     # Arguments of that modality: cutoff and colour_cutoff of image_lapped and video_lapped, the
     # highest frequencies that tokens keep, as shares of the highest that there are; num_frames and
@@ -144,7 +145,7 @@ def _data() -> ConfigDict:
     data.image_size = 16  # side of the image, or of the latent map
     data.channels = 16
     data.patch_size = 1
-    # image_latents: the network sees (latents - shift) * scale. 0.2325 is for kl16; the published
+    # of latents: the network sees (latents - shift) * scale. 0.2325 is for kl16; the published
     # one for kl8 is 0.18215
     data.latent_scale = 0.2325
     data.latent_shift = 0.0

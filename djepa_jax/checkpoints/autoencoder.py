@@ -43,12 +43,14 @@ class Autoencoder:
         self._decode = jax.jit(decoder, out_shardings=replicated)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Uint8 `[n, H, W, 3]` -> moments `[n, 2, h, w, 2c]` of them and their mirror images."""
-        return self._in_batches(self._encode, images)
+        """Uint8 `[n, (T,) H, W, 3]` -> moments `[n, 2, (T,) h, w, 2c]`, also of mirror images."""
+        moments = self._in_batches(self._encode, images.reshape(-1, *images.shape[-3:]))
+        return np.moveaxis(moments.reshape(*images.shape[:-3], *moments.shape[1:]), -4, 1)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents in the autoencoder's own scale, `[n, h, w, c]` -> uint8 `[n, H, W, 3]`."""
-        return self._in_batches(self._decode, latents)
+        """Latents in its own scale, `[n, (T,) h, w, c]` -> uint8 `[n, (T,) H, W, 3]`."""
+        images = self._in_batches(self._decode, latents.reshape(-1, *latents.shape[-3:]))
+        return images.reshape(*latents.shape[:-3], *images.shape[1:])
 
     def _in_batches(self, function: Callable, arrays: np.ndarray) -> np.ndarray:
         """Apply a jitted function; the last batch is padded, so that one program serves all."""

@@ -155,11 +155,11 @@ class Experiment(Settings):
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
-        """`[H, W, C]` of the pictures that samples are, or that an autoencoder makes of them."""
+        """`[(T,) H, W, C]` of what samples are, or of what an autoencoder makes of them."""
         if not self.modality.needs_decoder:
             return getattr(self.modality, "picture_shape", self.modality.example_shape)
         size = self.data.image_size * AUTOENCODERS[self.autoencoder.name].stride
-        return (size, size, 3)
+        return (*self.modality.example_shape[:-3], size, size, 3)
 
     def decoded_by(self, sha256: str) -> "Experiment":
         """One whose latents are those of the autoencoder with `sha256`, unless that is empty."""

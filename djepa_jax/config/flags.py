@@ -34,6 +34,7 @@ from djepa_jax.config.experiment import SHARED_LOSS_FIELDS, Experiment
 from djepa_jax.config.presets import preset_values
 from djepa_jax.config.stored import FILE_NAME, models_near, upgrade
 from djepa_jax.core.losses import TOKEN_LOSSES
+from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import as_path
 
@@ -259,6 +260,11 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     changes = {key: word if equals else None for key, equals, word in pairs}
     convert_group(config.to_dict(), Experiment)  # a file's own faults come first
     with config.unlocked():
+        if changes.get("data.source", config.data.source) != config.data.source:
+            config.data.source_options = ConfigDict()  # which are another source's
+        if modality := MODALITIES.get(changes.get("data.modality")):
+            fields, options = modality.__dataclass_fields__, config.data.options.items()
+            config.data.options = ConfigDict({k: v for k, v in options if k in fields})
         _complete_options(config, changes.get("loss.name", config.loss.name))
     known = keys_of(Experiment)
     for group, options in flatten(config.to_dict()).items():

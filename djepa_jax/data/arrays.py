@@ -93,4 +93,4 @@ class Synthetic(Source):
             example = (scale * values).astype(self._modality.example_dtype)
             return {"example": example, "condition": np.int32(label)}
         moments = np.concatenate([values, np.full(values.shape, -2.0)], -1).astype(jnp.bfloat16)
-        return {"example": moments, "mirror": moments[:, ::-1], "condition": np.int32(label)}
+        return {"example": moments, "mirror": moments[..., ::-1, :], "condition": np.int32(label)}

@@ -1,5 +1,6 @@
-"""Images in one folder per class, or in a folder alone."""
+"""Images or animations in one folder per class, or in a folder alone."""
 
+import importlib.util
 import os
 import pathlib
 import stat
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from djepa_jax.config.class_names import in_order
-from djepa_jax.data.images import ENDINGS, FORMATS, BrokenImage, is_image
+from djepa_jax.data.images import CLIPS, ENDINGS, FORMATS, MP4, NO_MP4, BrokenImage, is_image
 from djepa_jax.data.records import MAX_FILE_BYTES, NO_ENDING, DataError, checksum, counted
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -67,21 +68,23 @@ class FolderRecords:
         return checksum(self._paths, self.labels, *self._folders)
 
 
-def open_folder(path: str, where: str) -> FolderRecords:
+def open_folder(path: str, where: str, clips: bool = False) -> FolderRecords:
     """All images of a folder that holds one folder per class, whose names in order give the labels.
 
     Without folders in it, its own images are those of one class. Images may lie in folders inside
     those of their class. What counts as one is said by its ending, or else by its content. Hidden
     files and folders are left out; links to folders are followed for classes only.
+    For `clips` mp4 files are taken, too.
     """
     root, left_out = pathlib.Path(path), Counter()
+    formats, endings = (CLIPS, (*ENDINGS, MP4)) if clips else (FORMATS, ENDINGS)
     try:
         entries = _own([entry.name for entry in root.iterdir()], left_out)
         folders = in_order(name for name in entries if (root / name).is_dir())
         if folders:
-            beside = _images(root, set(entries) - set(folders), Counter())
+            beside = _images(root, set(entries) - set(folders), Counter(), endings)
             left_out.update({"beside the folders of classes": len(beside)})
-        files = [_find_images(root, name, left_out) for name in folders or [""]]
+        files = [_find_images(root, name, left_out, endings) for name in folders or [""]]
     except OSError as error:
         raise DataError(
             f"{where} cannot be searched: {error}; name a folder that holds a folder of images per "
@@ -96,20 +99,23 @@ def open_folder(path: str, where: str) -> FolderRecords:
         )
     if not folders and not files[0]:
         raise DataError(
-            f"{where} holds no folders and no images of {', '.join(FORMATS)}{there}; name a folder "
+            f"{where} holds no folders and no images of {', '.join(formats)}{there}; name a folder "
             "of images, or one that holds a folder of images per class."
         )
     empty = [name for name, paths in zip(folders, files, strict=False) if not paths]
     if empty:
         raise DataError(
             f"{len(empty)} of the {len(folders)} folders in {where} hold no images of "
-            f'{", ".join(FORMATS)}, such as "{empty[0]}"{there}; every folder there is a class: '
+            f'{", ".join(formats)}, such as "{empty[0]}"{there}; every folder there is a class: '
             "fill or remove them."
         )
+    videos = [name for paths in files for name in paths if name.lower().endswith(MP4)]
+    if videos and importlib.util.find_spec("av") is None:
+        raise DataError(f'{where} holds {len(videos)} mp4 files, such as "{videos[0]}"; {NO_MP4}.')
     return FolderRecords(root, folders or [""], files, left_out)
 
 
-def _find_images(root: pathlib.Path, folder: str, left_out: Counter) -> list[str]:
+def _find_images(root: pathlib.Path, folder: str, left_out: Counter, endings) -> list[str]:
     """Sorted paths of the images below a folder in `root`, relative to `root`."""
 
     def fail(error: OSError) -> None:
@@ -118,7 +124,7 @@ def _find_images(root: pathlib.Path, folder: str, left_out: Counter) -> list[str
     found = []
     for parent, folders, files in os.walk(root / folder, onerror=fail):
         folders[:] = _own(folders, left_out)
-        inner, names = os.path.relpath(parent, root), _images(parent, files, left_out)
+        inner, names = os.path.relpath(parent, root), _images(parent, files, left_out, endings)
         found += (os.path.normpath(os.path.join(inner, name)) for name in names)
     return sorted(found)
 
@@ -129,12 +135,12 @@ def _own(names: list[str], left_out: Counter) -> list[str]:
     return [name for name in names if name[0] != "." and name.lower() not in FOREIGN]
 
 
-def _images(parent: str | os.PathLike, files: Iterable[str], left_out: Counter) -> list[str]:
+def _images(parent: str | os.PathLike, files: Iterable[str], left_out, endings) -> list[str]:
     """Which files in a folder are images; the others are counted."""
     images = []
     for name in _own(list(files), left_out):
         ending = os.path.splitext(name)[1].lower()
-        if ending in ENDINGS or _has_image(os.path.join(parent, name), ending):
+        if ending in endings or _has_image(os.path.join(parent, name), ending):
             images.append(name)
         else:
             left_out[ending or NO_ENDING] += 1

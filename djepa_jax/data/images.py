@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import itertools
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -14,6 +16,8 @@ from djepa_jax.runtime.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MAX_ASPECT = 64  # of the sides of an image; more is cut from the ends before anything is enlarged
 SIGNED = 2  # TIFF: what SAMPLEFORMAT may say
+CLIPS, MP4 = ("GIF", "WEBP", "PNG", "MP4"), ".mp4"  # what may hold clips
+NO_MP4 = 'mp4 needs the package av: pip install "djepa_jax[video]", or make it GIF or WebP'
 
 Image.init()  # fills Image.OPEN, the table of formats
 ENDINGS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
@@ -48,19 +52,42 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def decode_frames(data: bytes, max_pixels: int) -> list[Image.Image]:
-    """The frames of an animation (GIF, WebP, PNG) as RGB; of a picture that does not move, one."""
+def decode_frames(data: bytes, max_pixels: int, count: int) -> list[Image.Image]:
+    """The first `count` frames of an animation (GIF, WebP, PNG, or mp4 where `av` is) as RGB.
+
+    Transparent parts show white.
+    """
     try:
-        image = open_image(io.BytesIO(data))
-        count = getattr(image, "n_frames", 1)
-        if image.width * image.height * count > max_pixels:
-            size = f"{count} frames of {image.width} x {image.height} pixels"
-            raise BrokenImage(f"it has {size}, the limit is {max_pixels} in all")
-        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+        is_mp4 = data[4:8] == b"ftyp"
+        (width, height), frames = _open_mp4(data) if is_mp4 else _open_animation(data)
+        if width * height * count > max_pixels:
+            size = f"frames of {width} x {height} pixels"
+            raise BrokenImage(f"it has {size}, the limit is {max_pixels} in {count} frames")
+        found = list(itertools.islice(frames, count))
     except BrokenImage:
         raise
     except Exception as error:  # as above
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
+    if len(found) < count:
+        raise BrokenImage(f"it has {len(found)} frames, and clips have {count}")
+    return found
+
+
+def _open_animation(data: bytes) -> tuple[tuple[int, int], Iterator[Image.Image]]:
+    image = open_image(io.BytesIO(data))
+    return image.size, (_to_rgb(frame, {}) for frame in ImageSequence.Iterator(image))
+
+
+def _open_mp4(data: bytes) -> tuple[tuple[int, int], Iterator[Image.Image]]:
+    try:
+        import av
+    except ImportError as error:
+        raise BrokenImage(NO_MP4) from error
+    video = av.open(io.BytesIO(data)).streams.video[0]
+    frames = video.container.decode(video)
+    # What telephones film is turned by a note in the file.
+    upright = (frame.to_image().rotate(frame.rotation, expand=True) for frame in frames)
+    return (video.width, video.height), upright
 
 
 def open_image(file: BinaryIO) -> Image.Image:

@@ -1,5 +1,7 @@
 """The latent cache: moments of an autoencoder's posterior for every image and its mirror image.
 
+Clips are images, frame by frame.
+
 A cache is a folder with `metadata.json`, written last, and `shards/`. A shard is an array_record
 file of a fixed range of the source's examples; beside it lies a small JSON file with its checksum
 and counts, which is what makes an unfinished cache go on.
@@ -74,6 +76,7 @@ class Metadata:
     measured_std: float
     source: dict[str, str]
     shards: tuple[Shard, ...]
+    num_frames: int = 0  # of clips; 0 for images
 
     def __post_init__(self):
         if self.format != FORMAT:
@@ -83,13 +86,14 @@ class Metadata:
             raise ValueError("its counts do not agree, or its type or autoencoder is unknown")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of the moments of one image: means, then log-variances."""
-        return (self.latent_size, self.latent_size, 2 * self.latent_channels)
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the moments of one image or clip: means, then log-variances."""
+        frames = (self.num_frames,) if self.num_frames else ()
+        return (*frames, self.latent_size, self.latent_size, 2 * self.latent_channels)
 
 
 def pack(label: int, key: str, moments: np.ndarray) -> bytes:
-    """One record: class, key, and the moments `[2, h, w, 2c]` of image and mirror image."""
+    """One record: class, key, and the moments `[2, (T,) h, w, 2c]` of image and mirror image."""
     name = key.encode(errors="surrogateescape")  # names of files need not be Unicode
     return HEADER.pack(label, len(name)) + name + np.ascontiguousarray(moments).tobytes()
 
@@ -189,7 +193,7 @@ def find_shard(folder: pathlib.Path, name: str, verify: bool = False) -> Shard |
 class LatentCache(Source):
     """A complete cache as a source.
 
-    An item has `example`, the moments `[h, w, 2c]`, `mirror`, those of the mirror image, and
+    An item has `example`, the moments `[(T,) h, w, 2c]`, `mirror`, those of the mirror image, and
     `condition`, the class.
     """
 

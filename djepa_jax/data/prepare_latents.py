@@ -23,14 +23,19 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
-from djepa_jax.core.modalities.image import ImagePixels
 from djepa_jax.core.models.autoencoder_kl import LOG_VARIANCE_RANGE
 from djepa_jax.core.models.text import Embeddings
 from djepa_jax.data import latent_cache
 from djepa_jax.data.images import BrokenImage
 from djepa_jax.data.latent_cache import DTYPES, SHARDS_NAME, Metadata, find_shard, write_shard
 from djepa_jax.data.records import DataError, Source, check_broken, digest_of, unwrapped
-from djepa_jax.data.sources import SingleClass, open_source, reader_of, with_classes_of
+from djepa_jax.data.sources import (
+    SingleClass,
+    open_source,
+    pictures_of,
+    reader_of,
+    with_classes_of,
+)
 from djepa_jax.data.summary import describe_data
 from djepa_jax.runtime.lock import LOCK_NAME, lock_workdir
 from djepa_jax.runtime.progress import Progress, say
@@ -51,7 +56,7 @@ def run_prepare(
     """
     check_local(folder, "--workdir", PUBLISH)
     own = parse_share(shard)
-    images = ImagePixels(experiment.prepare.image_size, 3, 1)
+    images = pictures_of(experiment)
     reader = reader_of(experiment)
     if isinstance(reader, Embeddings):
         raise ConfigError("latent caches keep captions as texts; set model.condition=text.")
@@ -135,6 +140,7 @@ def make_plan(experiment: Experiment, count: int, contents: str, autoencoder: Au
         "examples": count,
         "shard_size": experiment.prepare.shard_size,
         "image_size": size,
+        "num_frames": getattr(experiment.modality, "num_frames", 0),
         "num_classes": data.num_classes,
         "dtype": experiment.prepare.dtype,
         "autoencoder": experiment.autoencoder.name,
@@ -155,7 +161,7 @@ def claim(folder: pathlib.Path, plan: dict, source_path: str) -> None:
     try:
         if not path.exists():
             write_json(path, plan)
-        found = dict(json.loads(path.read_text("utf-8")))
+        found = {"num_frames": 0} | dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); name another --workdir.") from error
     # Early versions told sources by their path.
@@ -257,7 +263,8 @@ def make_metadata(
         raise DataError(
             f"none of the images in prepare.path {experiment.prepare.path} can be read."
         )
-    values = count * 2 * data.image_size**2 * data.channels
+    maps = count * 2 * (plan["num_frames"] or 1)
+    values = maps * data.image_size**2 * data.channels
     mean = math.fsum(shard.sum for shard in shards) / values
     squares = math.fsum(shard.sum_of_squares for shard in shards) / values
     std = math.sqrt(max(squares - mean**2, 1e-12))
@@ -283,4 +290,5 @@ def make_metadata(
         measured_std=std,
         source=origin | {"djepa_jax": __version__},
         shards=tuple(shards),
+        num_frames=plan["num_frames"],
     )

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from djepa_jax.config.class_names import IMAGENET, imagenet, listed, misplaced, resolve
-from djepa_jax.data.images import BrokenImage, center_crop, decode_image
+from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
 from djepa_jax.runtime.errors import UserError
 
 MAX_PIXELS = 2**26  # of one image: 8192 x 8192, which decodes into 200 MB
@@ -68,15 +68,27 @@ def checksum(*parts: str | np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def cut_file(data: bytes, shape: Sequence[int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """A file as an example, and the width and height that it has.
+
+    Of a `shape` `(size, size, channels)` it is an image, of `(frames, size, size, channels)` the
+    first frames of an animation.
+    """
+    *count, size, _, channels = shape
+    images = decode_frames(data, MAX_PIXELS, *count) if count else [decode_image(data, MAX_PIXELS)]
+    pixels = np.stack([center_crop(image, size, channels) for image in images])
+    return pixels.reshape(shape), images[0].size
+
+
 class ImageSource(Source):
-    """Decodes and crops encoded images; a broken one raises BrokenImage.
+    """Decodes and crops encoded images or animations; a broken one raises BrokenImage.
 
     Args:
         records: (image file, label) by index, raising OSError where storage fails; `labels` `[n]`
             and `class_names`, or None; the `key` of an image; a `digest` of what is there, wherever
             it lies; how many files were `left_out`, by kind; and the `remedy` for what stays
             unreadable.
-        shape: `(size, size, channels)` of an example, with 1 or 3 channels.
+        shape: `([frames,] size, size, channels)` of an example, with 1 or 3 channels.
         num_classes: as `config.data` has it, 0 for as many as there are, or `ANY_CLASS`.
         names: as `config.data.class_names`.
         where: the images lie, for messages.
@@ -85,7 +97,7 @@ class ImageSource(Source):
     def __init__(self, records, shape: Sequence[int], num_classes: int, names, where: str):
         self.class_names, numbers = match_classes(records.class_names, num_classes, names, where)
         self.records, self.labels, self._numbers = records, records.labels, numbers
-        self.where, self.size, self.channels = where, shape[0], shape[2]
+        self.where, self.shape = where, shape
         own = len(self.class_names or ()) or ANY_CLASS
         self._num_classes = (num_classes or own) if numbers is None else len(numbers)
         if numbers is not None and records.labels is not None:
@@ -98,8 +110,7 @@ class ImageSource(Source):
         data, label = self._read(index)
         check_labels([label], self._num_classes, f"{self.key(index)} is")
         label = label if self._numbers is None else self._numbers[label]
-        pixels = center_crop(decode_image(data, MAX_PIXELS), self.size, self.channels)
-        return {"example": pixels, "condition": np.int32(label)}
+        return {"example": cut_file(data, self.shape)[0], "condition": np.int32(label)}
 
     def _read(self, index: int) -> tuple[bytes, int]:
         """Storage that fails says nothing about the image, so it is asked again."""
@@ -154,7 +165,8 @@ class SkipBroken(Source):
                 self._reasons[position] = str(error)
                 check_broken(self.broken, len(self), self._max_broken, "data.max_broken")
                 logging.warning("skipping %s: %s", self.source.key(position), error)
-        raise DataError(f"none of the {len(self)} images can be read; name other images.")
+        some = "".join(f" ({key}: {why})" for key, why in list(self.broken.items())[:1])
+        raise DataError(f"none of the {len(self)} images can be read{some}; name other images.")
 
     @property
     def broken(self) -> dict[str, str]:

@@ -9,6 +9,9 @@ from djepa_jax.checkpoints.autoencoder import weights_sha256
 from djepa_jax.config.class_names import resolve
 from djepa_jax.config.convert import check_options
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.modalities.base import Modality
+from djepa_jax.core.modalities.image import ImagePixels
+from djepa_jax.core.modalities.video import VideoPixels
 from djepa_jax.core.models.conditioning import Classes, Nothing, Sum
 from djepa_jax.core.models.text import Reader
 from djepa_jax.data.arrays import Synthetic, load_digits, load_npz
@@ -40,6 +43,7 @@ from djepa_jax.runtime.staging import local_copy
 from djepa_jax.runtime.storage import PathError, as_path, check_local, is_remote
 
 IMAGE_FILES = {"folder": open_folder, "tar": open_tars, "ilsvrc": open_ilsvrc, "tfds": open_tfds}
+MOVING = ("folder", "tar")  # of these, which may hold animations
 FROM_FILES = ("npz", "latents", *IMAGE_FILES)
 # Sources that need no path; `data.source_options` are their keyword arguments:
 # (path, "" if there is none; modality; number of classes, 0 if the data say it) -> source
@@ -127,17 +131,28 @@ def _open_images(
             "bucket: gcloud storage cp -r CACHE gs://BUCKET/CACHE."
         )
     shape = modality.example_shape
-    if modality.example_dtype != np.uint8 or shape[0] != shape[1] or shape[2] not in (1, 3):
+    clips = len(shape) == 4
+    fits = modality.example_dtype == np.uint8 and len(shape) in (3, 4) and shape[-3] == shape[-2]
+    if not fits or shape[-1] not in (1, 3) or (clips and name not in MOVING):
+        kinds = "images or clips" if name in MOVING else "images"
         raise DataError(
-            f'the source "{name}" gives square uint8 images with 1 or 3 channels, the config '
+            f'the source "{name}" gives square uint8 {kinds} with 1 or 3 channels, the config '
             f"expects {modality.example_dtype} examples of shape {shape}; choose another "
             'data.modality or data.channels, or data.source "npz".'
         )
     if reader and name == "tar":
         records = open_tars(path, where, f".{(data.captions or CAPTIONS[name]).lstrip('.')}")
+    elif clips and name == "folder":
+        records = open_folder(path, where, clips)
     else:
         records = IMAGE_FILES[name](path, where)
     return ImageSource(records, shape, num_classes, data.class_names, where)
+
+
+def pictures_of(experiment: Experiment) -> Modality:
+    """The images or clips that `config.prepare` names, of which an autoencoder makes latents."""
+    size, frames = experiment.prepare.image_size, getattr(experiment.modality, "num_frames", 0)
+    return VideoPixels(frames, size, 3, 1, 1) if frames else ImagePixels(size, 3, 1)
 
 
 def open_data(experiment: Experiment) -> Source:

@@ -7,10 +7,9 @@ from etils import epath
 
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.core.modalities.image import ImagePixels
 from djepa_jax.data.loader import in_batches
 from djepa_jax.data.records import ImageSource, SkipBroken, Source, digest_of, unwrapped
-from djepa_jax.data.sources import open_data, open_source
+from djepa_jax.data.sources import open_data, open_source, pictures_of
 from djepa_jax.evaluation.features import FROM_FILE, INSTALLED
 from djepa_jax.evaluation.metrics.base import MetricError
 from djepa_jax.evaluation.metrics.moments import KEYS, Moments, write_statistics
@@ -73,10 +72,10 @@ def run_reference(experiment: Experiment, out: str, overwrite: bool = False) -> 
 def open_pictures(experiment: Experiment) -> Source:
     """The pictures that `config.data` names, or those of latents, which `config.prepare` names."""
     if experiment.modality.needs_decoder:
-        prepare, images = experiment.prepare, ImagePixels(experiment.prepare.image_size, 3, 1)
-        source = open_source("prepare", prepare, experiment.data, images)
-        return SkipBroken(source, prepare.max_broken)
-    source = open_data(experiment)
+        what = experiment.prepare, experiment.data, pictures_of(experiment)
+        source = SkipBroken(open_source("prepare", *what), experiment.prepare.max_broken)
+    else:
+        source = open_data(experiment)
     if not is_picture(example := source[0]["example"]):
         raise MetricError(
             f"networks look at uint8 pictures with 1 or 3 channels, these data are {example.dtype} "

@@ -17,9 +17,7 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.places import EditError, places_shape
 from djepa_jax.core.sampler import Known
-from djepa_jax.sampling.generator import Generator
-
-NAMES = {2: "sound", 4: "images", 5: "clips"}  # of examples by their axes
+from djepa_jax.sampling.generator import NAMES, Generator
 
 
 def named(modality, examples: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.checkpoints.restore import latest_model, placed_params
@@ -15,8 +14,8 @@ from djepa_jax.config.flags import command_line
 from djepa_jax.config.places import EditError, check_editable, places_of, places_shape
 from djepa_jax.core import sharding
 from djepa_jax.core.sampler import Known
-from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
-from djepa_jax.data.records import MAX_PIXELS, DataError
+from djepa_jax.data.images import BrokenImage
+from djepa_jax.data.records import DataError, cut_file
 from djepa_jax.data.sounds import fit, of_length, read_wav, resampled
 from djepa_jax.data.sources import open_data
 from djepa_jax.runtime.storage import as_path, check_writable, write_npz
@@ -50,18 +49,18 @@ def read_mask(path: str, size: tuple[int, int], side: int) -> np.ndarray:
     Raises:
         EditError: it is not of that size.
     """
-    image = _read_image(path, "--mask")
-    if image.size != size:
+    pixels, found = _read_image(path, "--mask", (side, side, 1))
+    if found != size:
         raise EditError(
-            f'--mask "{path}" has {image.width} x {image.height} pixels, and --source '
+            f'--mask "{path}" has {found[0]} x {found[1]} pixels, and --source '
             f"{size[0]} x {size[1]}; make them of the same size, white where it is to change."
         )
-    return center_crop(image, side, 1)[..., 0] > 127
+    return pixels[..., 0] > 127
 
 
-def _read_image(path: str, flag: str, decode=decode_image) -> Image.Image | list[Image.Image]:
+def _read_image(path: str, flag: str, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, int]]:
     try:
-        return decode(as_path(path).read_bytes(), MAX_PIXELS)
+        return cut_file(as_path(path).read_bytes(), shape)
     except (OSError, BrokenImage) as error:
         reason = getattr(error, "strerror", None) or error
         raise EditError(f'{flag} "{path}" cannot be read: {reason}.') from error
@@ -84,18 +83,7 @@ def read_source(source: str, experiment: Experiment) -> tuple[np.ndarray, tuple[
         return given, given.shape[-2:-4:-1]
     if hasattr(experiment.modality, "rate"):
         return _read_sound(source, experiment.modality, resampled), (0, 0)
-    *frames, side, _, channels = experiment.picture_shape
-    if not frames:
-        picture = _read_image(source, "--source")
-        return center_crop(picture, side, channels), picture.size
-    pictures = _read_image(source, "--source", decode_frames)
-    if len(pictures) < frames[0]:
-        raise EditError(
-            f'--source "{source}" has {len(pictures)} frames, and clips of this model {frames[0]}; '
-            "name a longer animation (GIF or WebP)."
-        )
-    clip = [center_crop(picture, side, channels) for picture in pictures[: frames[0]]]
-    return np.stack(clip), pictures[0].size
+    return _read_image(source, "--source", experiment.picture_shape)
 
 
 def _read_sound(source: str, modality, prepare) -> np.ndarray:
@@ -124,8 +112,7 @@ def _read_part(source: str, modality, mask: str, keep: float) -> np.ndarray:
     if kind == "sound":
         pair[kind] = _read_sound(source, parts[kind], fit)
     else:
-        picture = _read_image(source, "--source")
-        pair[kind] = center_crop(picture, *parts[kind].example_shape[1:])
+        pair[kind], _ = _read_image(source, "--source", parts[kind].example_shape)
     return modality.join(*pair.values())
 
 

@@ -27,6 +27,8 @@ from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
 from djepa_jax.runtime.progress import Progress, say
 
+NAMES = {2: "sound", 4: "images", 5: "clips"}  # of examples by their axes
+
 
 class Stopped(Exception):
     """Sampling was asked to stop, and has stopped after a batch."""
@@ -193,7 +195,7 @@ class Generator:
         exported = self.experiment.modality.export(tokens)  # of all: a padded batch compiles once
         arrays = {name: np.asarray(array)[:count] for name, array in exported.items()}
         if self.decodes:
-            arrays["images"] = self.autoencoder.decode(arrays["latents"])
+            arrays |= decoded(self.autoencoder, arrays)
         return arrays
 
     @property
@@ -229,6 +231,12 @@ class Generator:
 def export_unheard(modality: Modality, tokens: jax.Array) -> dict[str, jax.Array]:
     """What the modality exports of tokens `[n, N, C]`, but for sound, which takes long."""
     return {name: x for name, x in modality.export(tokens).items() if name != "sound"}
+
+
+def decoded(autoencoder: Autoencoder, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The pictures or clips of `latents`, by their name."""
+    pictures = autoencoder.decode(np.asarray(arrays["latents"]))
+    return {NAMES[pictures.ndim]: pictures}
 
 
 def result_of(modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray | dict | None:

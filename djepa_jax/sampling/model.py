@@ -24,6 +24,7 @@ from djepa_jax.sampling.encoder import make_encoder
 from djepa_jax.sampling.generator import (
     Generator,
     count_of,
+    decoded,
     export_unheard,
     grow,
     jitted_sampler,
@@ -165,7 +166,7 @@ class Model:
         """Pictures `[n, H, W, 1 or 3]` of tokens `[n, N, C]`; None if there is nothing to see."""
         arrays = jax.device_get(export_unheard(self.config.modality, tokens))
         if self.config.has_decoder:
-            arrays["images"] = self._autoencoder.decode(arrays["latents"])
+            arrays |= decoded(self._autoencoder, arrays)
         return self.config.modality.preview(arrays)
 
     def edit(

@@ -27,8 +27,8 @@ from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.text import Text
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig
 from djepa_jax.core.schedules import orders_for
-from djepa_jax.data.images import BrokenImage, center_crop, decode_frames, decode_image
-from djepa_jax.data.records import MAX_PIXELS
+from djepa_jax.data.images import BrokenImage
+from djepa_jax.data.records import cut_file
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.storage import as_path
 from djepa_jax.sampling.model import OF_A_CALL, Model, load
@@ -153,16 +153,10 @@ class Studio:
         Raises:
             RequestError: it is no picture, or has too few frames.
         """
-        *frames, side, _, channels = self.config.picture_shape
         try:
-            if not frames:
-                return center_crop(decode_image(data, MAX_PIXELS), side, channels)
-            pictures = decode_frames(data, MAX_PIXELS)
+            return cut_file(data, self.config.picture_shape)[0]
         except BrokenImage as error:
             raise RequestError(f"the picture cannot be read: {error}.") from error
-        if len(pictures) < frames[0]:
-            raise RequestError(f"it has {len(pictures)} frames; clips have {frames[0]}.")
-        return np.stack([center_crop(picture, side, channels) for picture in pictures[: frames[0]]])
 
     def address(self, picture: np.ndarray) -> str:
         """An example as an address that holds a file without loss."""

@@ -128,3 +128,11 @@ def test_the_defaults_name_every_key_with_a_comment():
     assert isinstance(config, ConfigDict)
     for key in flatten(config.to_dict()):
         assert f".{key.rpartition('.')[2]} = " in text
+
+
+def test_options_of_another_modality_do_not_stay():
+    """But those that both have."""
+    config = read_config("moving_digits", None, ["--config.data.modality=video_pixels"])
+    assert config.data.options == {"num_frames": 8, "patch_frames": 2}
+    config = read_config("moving_digits", None, ["--config.data.options.num_frames=4"])
+    assert {"cutoff", "num_frames"} <= config.data.options.keys()

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from djepa_jax.core.modalities.video import VideoLapped, VideoPixels
+from djepa_jax.core.modalities.image import sample_posterior
+from djepa_jax.core.modalities.video import VideoLapped, VideoLatents, VideoPixels
 
 MODALITY = VideoPixels(num_frames=4, size=6, channels=3, patch=3, patch_frames=2)
+LATENTS = VideoLatents(4, 6, 3, 3, 2, scale=0.5, shift=-1.0)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 6, 3), np.uint8)
 
 
@@ -67,3 +69,32 @@ def test_boxes_must_divide_the_clip(change):
 def test_other_clips_are_refused(clip):
     with pytest.raises(ValueError, match="num_frames"):
         MODALITY.check_example(clip)
+
+
+def test_boxes_of_latents_are_shifted_and_scaled_and_come_back():
+    latents = np.random.default_rng(1).standard_normal((2, 4, 6, 6, 3)).astype(np.float32)
+    tokens = np.asarray(LATENTS.tokenize(latents))
+    box = (latents[1, 2:, :3, 3:] + 1) * 0.5
+    np.testing.assert_array_equal(np.sort(tokens[1, 5]), np.sort(box.ravel()))
+    np.testing.assert_allclose(LATENTS.export(tokens)["latents"], latents, atol=1e-6)
+    moments = np.concatenate([latents, np.full_like(latents, -2)], -1)
+    np.testing.assert_array_equal(LATENTS.tokenize(moments), tokens)
+    drawn = LATENTS.export(LATENTS.tokenize(moments, jax.random.key(0)))["latents"]
+    noise = jax.random.normal(jax.random.key(0), latents.shape)
+    np.testing.assert_allclose(drawn, sample_posterior(moments, noise), atol=1e-6)
+    for example in (latents[0], moments[0]):
+        LATENTS.check_example(example)
+    for example in (latents[0, 0], moments[0, :2], CLIPS[0]):
+        with pytest.raises(ValueError, match="num_frames"):
+            LATENTS.check_example(example)
+
+
+def test_places_of_pictures_are_those_of_their_latents_which_alone_show_nothing(tmp_path):
+    places = np.zeros((1, 4, 96, 96), bool)  # 16 pixels for each latent
+    places[0, 2, 47, 48] = True
+    np.testing.assert_array_equal(np.flatnonzero(LATENTS.tokens_at(places)[0]), [5])
+    arrays = {"latents": np.ones((1, 4, 6, 6, 3), np.float32)}
+    assert LATENTS.preview(arrays) is None
+    LATENTS.save(arrays, 0, tmp_path / "clip")
+    np.testing.assert_array_equal(np.load(tmp_path / "clip.npy"), arrays["latents"][0])
+    assert LATENTS.preview(arrays | {"clips": CLIPS[:1]}).shape == (1, 6, 27, 3)

@@ -301,7 +301,7 @@ def test_a_second_run_makes_nothing_anew_wherever_the_images_lie(
 
 def test_cache_of_a_version_that_told_sources_by_their_path_goes_on(config, cache):
     plan = json.loads((cache / "plan.json").read_text())
-    del plan["contents"]
+    del plan["contents"], plan["num_frames"]
     (cache / "plan.json").write_text(json.dumps(plan | {"path": config.prepare.path}))
     assert run_prepare(config, str(cache)).count == COUNT
     (cache / "plan.json").write_text(json.dumps(plan | {"path": "elsewhere"}))

@@ -5,7 +5,7 @@ from djepa_jax.core.modalities.base import Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
 from djepa_jax.core.modalities.joint import Joint
 from djepa_jax.core.modalities.lapped import ImageLapped
-from djepa_jax.core.modalities.video import VideoLapped, VideoPixels
+from djepa_jax.core.modalities.video import VideoLapped, VideoLatents, VideoPixels
 
 MODALITIES: dict[str, type[Modality]] = {
     "image_pixels": ImagePixels,
@@ -13,6 +13,7 @@ MODALITIES: dict[str, type[Modality]] = {
     "image_latents": ImageLatents,
     "video_pixels": VideoPixels,
     "video_lapped": VideoLapped,
+    "video_latents": VideoLatents,
     "audio_mel": AudioMel,
     "joint": Joint,
 }

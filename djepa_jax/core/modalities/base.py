@@ -38,7 +38,8 @@ class Modality(Protocol):
     def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
         """Tokens `[B, N, C]` -> named arrays for a file, leading axis B; inside `jit` and outside.
 
-        `latents` go through the decoder, if there is one, which adds `images`; `sound` is played.
+        `latents` go through the decoder, if there is one, which adds `images` or, of frames,
+        `clips`; `sound` is played.
         """
 
     def tokens_at(self, places: np.ndarray) -> np.ndarray:

@@ -32,6 +32,15 @@ def to_pixels(values: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round((values + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
+def draw_latents(examples: jax.Array, channels: int, key: jax.Array | None) -> jax.Array:
+    """Float32 latents `[..., C]`; of moments `[..., 2C]` what `key` draws, without one the mean."""
+    if examples.shape[-1] != 2 * channels:
+        return examples.astype(jnp.float32)
+    shape = (*examples.shape[:-1], channels)
+    noise = jnp.zeros(shape) if key is None else jax.random.normal(key, shape)
+    return sample_posterior(examples.astype(jnp.float32), noise)
+
+
 @dataclasses.dataclass(frozen=True)
 class PatchedMaps:
     """Square maps `[size, size, channels]` in windows of `patch` x `patch`; a shared base."""
@@ -150,11 +159,7 @@ class ImageLatents(PatchedMaps):
 
     def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Latents `[B, H, W, C]`, or moments `[B, H, W, 2C]` of which `key` draws -> tokens."""
-        latents = examples.astype(jnp.float32)
-        if examples.shape[-1] == 2 * self.channels:
-            shape = (*examples.shape[:-1], self.channels)
-            noise = jnp.zeros(shape) if key is None else jax.random.normal(key, shape)
-            latents = sample_posterior(latents, noise)
+        latents = draw_latents(examples, self.channels, key)
         return patchify((latents - self.shift) * self.scale, self.patch)
 
     def export(self, tokens: jax.Array) -> dict[str, jax.Array]:

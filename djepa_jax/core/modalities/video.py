@@ -1,4 +1,4 @@
-"""Clips as tokens: boxes of pixels in time, rows and columns."""
+"""Clips as tokens: boxes of pixels, or of latents of each frame, in time, rows and columns."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange, reduce
 from jax import numpy as jnp
 
-from djepa_jax.core.modalities.image import to_pixels, to_range
+from djepa_jax.core.modalities.image import draw_latents, to_pixels, to_range
 from djepa_jax.core.modalities.lapped import ImageLapped
 
 GAP = 1  # columns of white between the frames of a film strip
@@ -42,10 +42,11 @@ class VideoPixels:
                 raise ValueError(f"{name} {length} is not divisible by its patch of {part}.")
 
     @classmethod
-    def from_settings(cls, data) -> "VideoPixels":
+    def from_settings(cls, data, **scaling) -> "VideoPixels":
         """Frames of `data.image_size` and `data.channels`; options are num_frames, patch_frames."""
         options = {"num_frames": 8} | data.options
-        return cls(size=data.image_size, channels=data.channels, patch=data.patch_size, **options)
+        sizes = {"size": data.image_size, "channels": data.channels, "patch": data.patch_size}
+        return cls(**sizes, **scaling, **options)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -83,11 +84,15 @@ class VideoPixels:
 
     def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """uint8 clips `[B, T, H, W, C]` -> tokens `[B, N, C f p q]` in [-1, 1]."""
+        return self._boxes(to_range(examples))
+
+    def _boxes(self, values: jax.Array) -> jax.Array:
+        """Values `[B, T, H, W, C]` -> `[B, N, C f p q]`."""
         pattern = "b (t f) (h p) (w q) c -> b (t h w) (c f p q)"
-        return rearrange(to_range(examples), pattern, **self._sizes)
+        return rearrange(values, pattern, **self._sizes)
 
     def detokenize(self, tokens: jax.Array) -> jax.Array:
-        """Tokens `[B, N, C f p q]` -> clips `[B, T, H, W, C]` in [-1, 1]."""
+        """Tokens `[B, N, C f p q]` -> clips `[B, T, H, W, C]` in the same value range."""
         pattern = "b (t h w) (c f p q) -> b (t f) (h p) (w q) c"
         return rearrange(tokens, pattern, **self._sizes)
 
@@ -96,9 +101,9 @@ class VideoPixels:
         return {"clips": to_pixels(jnp.asarray(self.detokenize(tokens)))}
 
     def tokens_at(self, places: np.ndarray) -> np.ndarray:
-        """Which tokens `[B, N]` show any of some places `[B, T, H, W]`."""
+        """Which tokens `[B, N]` show any of some places `[B, T, H, W]`, of pictures, too."""
         pattern = "b (t f) (h p) (w q) -> b (t h w)"
-        return reduce(places, pattern, "max", **self._sizes)
+        return reduce(places, pattern, "max", **dict(zip("thw", self.grid, strict=True)))
 
     def put_back(self, examples: np.ndarray, arrays: dict, mask: np.ndarray) -> np.ndarray:
         """Clips `[B, T, H, W, C]` whose places of a mask `[B, T, H, W]` are those of `clips`."""
@@ -162,3 +167,47 @@ class VideoLapped(VideoPixels):
         frames = rearrange(tokens, "b (t n) (f c) -> (b t f) n c", **sizes)
         images = self.frame.detokenize(frames)
         return rearrange(images, "(b t) h w c -> b t h w c", t=self.num_frames)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLatents(VideoPixels):
+    """Float latent maps of frames `[frames, size, size, channels]`, or moments, in such boxes.
+
+    The network sees (latents - shift) * scale. Pictures are made frame by frame.
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    example_dtype = np.dtype(np.float32)
+    needs_decoder = True
+
+    @classmethod
+    def from_settings(cls, data) -> "VideoLatents":
+        """Latent maps of side `data.image_size`; options as of pixels."""
+        return super().from_settings(data, scale=data.latent_scale, shift=data.latent_shift)
+
+    def check_example(self, example: np.ndarray) -> None:
+        """Raise ValueError unless an example has maps of latents or of moments."""
+        moments = tuple(example.shape) == (*self.example_shape[:-1], 2 * self.channels)
+        if not (moments and example.dtype in (np.float32, jnp.bfloat16)):
+            super().check_example(example)
+
+    def tokenize(self, examples: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Latents `[B, T, H, W, C]`, or moments `[B, T, H, W, 2C]` of which `key` draws."""
+        return self._boxes((draw_latents(examples, self.channels, key) - self.shift) * self.scale)
+
+    def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
+        """{"latents": float32 `[B, T, H, W, C]`} in the autoencoder's own scale."""
+        return {"latents": self.detokenize(tokens) / self.scale + self.shift}
+
+    def preview(self, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+        """Film strips, where there are clips."""
+        return super().preview(arrays) if "clips" in arrays else None
+
+    def save(self, arrays: dict[str, np.ndarray], index: int, stem: os.PathLike) -> None:
+        """Write a clip as those of pixels, latents without one as npy."""
+        if "clips" in arrays:
+            super().save(arrays, index, stem)
+        else:
+            np.save(f"{os.fspath(stem)}.npy", arrays["latents"][index])
