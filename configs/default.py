@@ -201,6 +201,7 @@ def _sample() -> ConfigDict:
     sample.cfg_schedule = "linear"  # linear or constant
     sample.cfg_start = 0.0  # share of the autoregressive steps from which on there is guidance
     sample.cfg_stop = 1.0  # and up to which; steps without it take half of the time
+    sample.reuse_unconditional = 1  # of so many guided steps one runs the unconditional half anew
     sample.temperature = 0.98
     sample.num_ar_steps = 64
     sample.num_denoise_steps = 100

@@ -308,6 +308,7 @@ class Experiment(Settings):
             regions=regions,
             final_denoise_steps=sample.final_denoise_steps,
             cfg_interval=(sample.cfg_start, sample.cfg_stop),
+            reuse_unconditional=sample.reuse_unconditional,
         )
         try:
             _ = config.counts, config.loss_at(config.num_ar_steps - 1)

@@ -203,6 +203,7 @@ class SampleSettings(Settings):
     cfg_schedule: Annotated[str, OneOf(GUIDANCE)]
     cfg_start: Fraction
     cfg_stop: Fraction
+    reuse_unconditional: Positive
     temperature: Moderate
     num_ar_steps: int
     num_denoise_steps: int

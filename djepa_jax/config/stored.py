@@ -52,7 +52,7 @@ LATER = {
     "loss": {"mask_modes": "random"},
     "model": {"attention": "auto"},
     "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}
-    | {"final_denoise_steps": 0, "mix": "", "prompt": ""},
+    | {"final_denoise_steps": 0, "mix": "", "prompt": "", "reuse_unconditional": 1},
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"}
     | {"trend_count": 1000, "captions": ""},
     "search": {"cfg_scale": (1.0, 1.5, 2.0, 3.0, 4.0), "temperature": (0.94, 0.97, 1.0)}

@@ -145,9 +145,13 @@ def ar_step(model: ModelConfig, visible: float, new: float, denoiser_calls: int)
 
     Once per sample: guidance doubles it. Time embeddings, which the batch shares, are left out.
     """
+    return networks(model, visible, new) + drawing(model, new, denoiser_calls)
+
+
+def drawing(model: ModelConfig, new: float, denoiser_calls: int) -> float:
+    """The denoiser's part of an autoregressive step."""
     row = denoiser_row(model)
-    per_token = denoiser_calls * row["rest"] + row["condition"]
-    return networks(model, visible, new) + new * per_token
+    return new * (denoiser_calls * row["rest"] + row["condition"])
 
 
 def sample_image(model: ModelConfig, num_ar_steps: int, denoiser_calls: int, guided: bool) -> float:
@@ -163,19 +167,28 @@ def padded_sample_image(model: ModelConfig, segments) -> float:
     """One sampled image with the padded shapes of `segments` (`segments.plan_segments`)."""
     total = 0.0
     for s in segments:
-        halves = 2 if s.guided else 1
-        total += halves * (s.stop - s.start) * ar_step(model, s.visible, s.new, s.denoiser_calls)
+        steps, paired, halves = s.stop - s.start, len(s.paired), 2 if s.guided else 1
+        total += 2 * paired * networks(model, s.visible, s.ahead)
+        total += (steps - paired) * networks(model, s.visible, s.new)
+        total += halves * steps * drawing(model, s.new, s.denoiser_calls)
     return total
 
 
 def count_products(jaxpr: core.Jaxpr) -> float:
-    """Matrix products of a traced program over all devices; scans count as often as they run."""
+    """Matrix products of a traced program over all devices; scans count as often as they run.
+
+    Of the branches of a choice the dearest counts.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
-        inner = sum(count_products(sub) for sub in core.jaxprs_in_params(equation.params))
-        total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        inner = [count_products(sub) for sub in core.jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "cond":
+            total += max(inner)
+        else:
+            times = equation.params["length"] if equation.primitive.name == "scan" else 1
+            total += times * sum(inner)
     return total

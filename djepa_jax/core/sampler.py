@@ -38,7 +38,6 @@ from djepa_jax.core.schedules import (
     ORDERS,
     falling_steps,
     guidance_scales,
-    guided_steps,
     known_first,
     reveal_counts,
 )
@@ -61,6 +60,7 @@ class SamplerConfig:
         regions: which of a sample's conditions (R) each token has, in raster order; () = the one.
         final_denoise_steps: of the last step, to which those of the loss fall; 0 = all the same.
         cfg_interval: shares of the steps between which there is guidance.
+        reuse_unconditional: of so many guided steps, one runs both halves (`predict_halves`).
     """
 
     model: ModelConfig
@@ -74,6 +74,7 @@ class SamplerConfig:
     regions: tuple[int, ...] = ()
     final_denoise_steps: int = 0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
+    reuse_unconditional: int = 1
 
     @property
     def num_regions(self) -> int:
@@ -97,21 +98,15 @@ class SamplerConfig:
         except ValueError as error:
             raise ValueError(f"final_denoise_steps: {error}") from error
 
-    def guided_at(self, steps: range) -> bool:
-        """Whether any of some steps has guidance."""
-        return self.guided and bool(
-            guided_steps(self.num_ar_steps, self.cfg_interval)[list(steps)].any()
-        )
+    @property
+    def reuses(self) -> bool:
+        """Whether some steps with guidance run the networks for the conditional half alone."""
+        return self.guided and self.reuse_unconditional > 1
 
     def guidance(self, cfg_scale: float, schedule: str) -> np.ndarray:
         """Guidance scale of each step `[T]`; `schedule` is a key of `schedules.GUIDANCE`."""
         how = self.num_known, self.cfg_interval
         return guidance_scales(self.counts, cfg_scale, schedule, *how)
-
-    def start(self, batch_size: int) -> "SampleState":
-        """Nothing revealed yet."""
-        tokens = jnp.zeros((batch_size, self.model.num_tokens, self.model.token_dim))
-        return SampleState(tokens=tokens, num_visible=jnp.zeros((), jnp.int32))
 
 
 @jax.tree_util.register_dataclass
@@ -143,6 +138,7 @@ class SampleState:
 
     tokens: jax.Array  # [B, N, C] in order coordinates; zero where not yet revealed
     num_visible: jax.Array  # scalar, the same for all samples
+    gap: jax.Array | None = None  # [B, N, D] in order coordinates, null less cond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,20 +173,19 @@ def ar_step(
     """
     num_tokens, loss = config.model.num_tokens, config.loss_at(segment.start)
     if config.guided and not segment.guided:
-        config = dataclasses.replace(config, guided=False)
-        condition = jax.tree.map(lambda x: rearrange(x, "(b g) ... -> g b ...", g=2)[0], condition)
+        config, condition = without_guidance(config, condition)
 
     def step(state: SampleState, num_new, cfg_scale, temperature) -> SampleState:
         """Reveal the next `num_new` tokens."""
         places = state.num_visible + jnp.arange(segment.new)  # [K]
         query_ids = jnp.minimum(places, num_tokens - 1)
-        cond = predict(config, model, state, draws.order, condition, query_ids, segment.visible)
+        cond, gap = predict_halves(config, model, state, draws.order, condition, query_ids, segment)
         noise = draws.noise_of(query_ids)[:, :, : loss.noises_per_token]  # [B, K, S, C]
         new = loss.sample(denoiser, cond, noise, cfg_scale, temperature)
         is_new = jnp.arange(segment.new) < num_new
         target = jnp.where(is_new, places, num_tokens)  # out of range is dropped
         tokens = state.tokens.at[:, target].set(new, mode="drop")
-        return SampleState(tokens=tokens, num_visible=state.num_visible + num_new)
+        return SampleState(tokens, state.num_visible + num_new, gap)
 
     return step
 
@@ -212,12 +207,50 @@ def predict(config: SamplerConfig, model, state, order, condition, query_ids, ma
     return sum(jnp.where((own == r)[..., None], each, 0) for r, each in enumerate(cond))
 
 
+def without_guidance(config: SamplerConfig, condition: Condition):
+    """The same without the unconditional half of what `embed_guided` gave."""
+    half = jax.tree.map(lambda x: rearrange(x, "(b g) ... -> g b ...", g=2)[0], condition)
+    return dataclasses.replace(config, guided=False), half
+
+
+def predict_halves(config, model, state, order, condition, query_ids, segment: Segment):
+    """Predictor features at `query_ids` `[G, B, K, D]`, perhaps at less work, and the new gap.
+
+    With `reuse_unconditional`, steps of `segment.paired` run both halves, and keep how far apart
+    they are at all places that are revealed before the next of them. The others run the conditional
+    half alone, and add that to it (after LazyMAR, 2503.12450).
+    """
+    visible = segment.visible
+    if not config.reuses:
+        return predict(config, model, state, order, condition, query_ids, visible), state.gap
+
+    def both():
+        ahead = state.num_visible + jnp.arange(segment.ahead)  # [A], the first K are query_ids
+        ids = jnp.minimum(ahead, config.model.num_tokens - 1)
+        cond = predict(config, model, state, order, condition, ids, visible)
+        gap = state.gap.at[:, ahead].set(cond[1] - cond[0], mode="drop")
+        return cond[:, :, : segment.new], gap
+
+    def one():
+        alone, half = without_guidance(config, condition)
+        cond = predict(alone, model, state, order, half, query_ids, visible)[0]
+        return jnp.stack([cond, cond + state.gap[:, query_ids]]), state.gap
+
+    if len(segment.paired) in (0, segment.stop - segment.start):
+        return both() if segment.paired else one()
+    visible_before = np.cumsum([config.num_known, *config.counts])[list(segment.paired)]
+    return jax.lax.cond(jnp.isin(state.num_visible, visible_before), both, one)
+
+
 def first_state(config: SamplerConfig, draws: Draws, known: Known | None) -> SampleState:
     """What is visible before the first step: nothing, or what is given."""
+    model, shape = config.model, draws.order.shape
+    gap = jnp.zeros((*shape, model.width), model.dtype) if config.reuses else None
     if known is None:
-        return config.start(len(draws.order))
+        tokens = jnp.zeros((*shape, model.token_dim))
+        return SampleState(tokens, jnp.zeros((), jnp.int32), gap)
     tokens = to_order(jnp.where(known.mask[..., None], known.tokens, 0), draws.order)
-    return SampleState(tokens=tokens, num_visible=jnp.asarray(config.num_known, jnp.int32))
+    return SampleState(tokens, jnp.asarray(config.num_known, jnp.int32), gap)
 
 
 def run_steps(

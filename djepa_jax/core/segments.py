@@ -5,7 +5,10 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from djepa_jax.core import flops
+from djepa_jax.core.schedules import guided_steps
 
 if TYPE_CHECKING:
     from djepa_jax.core.sampler import SamplerConfig
@@ -15,7 +18,8 @@ if TYPE_CHECKING:
 class Segment:
     """Steps [start, stop) that share padded shapes: V visible places, K new ones.
 
-    They have the token loss of the first of them, and guidance if one of them has.
+    They have the token loss of the first of them, and guidance if one of them has. The steps
+    `paired` run the networks for both halves of it, and read out A = `ahead` places.
     """
 
     start: int
@@ -24,18 +28,26 @@ class Segment:
     new: int
     guided: bool
     denoiser_calls: int
+    paired: tuple[int, ...]
+    ahead: int
 
 
 def plan_segments(config: "SamplerConfig") -> list[Segment]:
     """Cut the steps into at most `num_segments` runs of least work, by dynamic programming."""
-    counts, known = config.counts, config.num_known
+    counts, known, every = config.counts, config.num_known, config.reuse_unconditional
+    is_guided = config.guided & guided_steps(len(counts), config.cfg_interval)  # [T]
+    due = np.flatnonzero(is_guided)[::every].tolist()
     before = [known + sum(counts[:s]) for s in range(len(counts))]  # visible when step s starts
 
     @functools.cache
     def priced(start: int, stop: int) -> tuple[float, Segment]:
-        shapes = before[stop - 1], max(counts[start:stop])
-        calls, guided = config.loss_at(start).denoiser_calls, config.guided_at(range(start, stop))
-        segment = Segment(start, stop, *shapes, guided, calls)
+        new = max(counts[start:stop])
+        calls, guided = config.loss_at(start).denoiser_calls, bool(is_guided[start:stop].any())
+        paired = tuple(range(start, stop) if guided else ())
+        if every > 1:
+            paired = tuple(s for s in due if start <= s < stop)
+        ahead = max([new, *(sum(counts[s : s + every]) for s in paired)])
+        segment = Segment(start, stop, before[stop - 1], new, guided, calls, paired, ahead)
         return flops.padded_sample_image(config.model, [segment]), segment
 
     @functools.cache

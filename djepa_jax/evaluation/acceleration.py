@@ -53,6 +53,7 @@ def ways(experiment: Experiment) -> list[dict]:
         rows += [falling, falling | {"num_ar_steps": fewer}]
     if experiment.sampler.guided:
         rows += [first | {"cfg_start": 0.5}, rows[-1] | {"cfg_start": 0.5}]
+        rows += [first | {"reuse_unconditional": every} for every in (2, 4)]
     return list({name_of(row, 0): row for row in rows}.values())
 
 
@@ -60,6 +61,7 @@ class Acceleration(Search):
     """A search over a list of ways, which are timed alone, too."""
 
     axes = (*AXES, "order", "reveal", "final_denoise_steps", "cfg_start", "cfg_stop")
+    axes += ("reuse_unconditional",)  # the last, since earlier versions wrote cells without it
     stem = "acceleration"
 
     def also(self, experiment: Experiment) -> dict:

@@ -20,7 +20,7 @@ from etils import epath
 from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.experiment import Experiment
-from djepa_jax.config.stored import changes
+from djepa_jax.config.stored import LATER, changes
 from djepa_jax.core import sharding
 from djepa_jax.data.captions import conditions_to_judge
 from djepa_jax.evaluation.evaluate import as_pictures, describe, subject
@@ -115,8 +115,10 @@ class Search:
             ):
                 figures = dict.fromkeys(key.partition("/")[2] for key in arrays)
                 for cell in self.cells:
-                    name = name_of(cell["settings"], cell["count"])
-                    self.moved[name] = {figure: arrays[f"{name}/{figure}"] for figure in figures}
+                    written, own = name_of(cell["settings"], cell["count"]), cell["settings"]
+                    own |= {axis: LATER["sample"][axis] for axis in self.axes if axis not in own}
+                    moved = {figure: arrays[f"{written}/{figure}"] for figure in figures}
+                    self.moved[name_of(own, cell["count"])] = moved
         except Exception as error:  # damaged files fail in ways that nobody has listed
             raise PathError(f"{path} or its .npz is damaged ({error!r}); {remedy}.") from error
         if differing:

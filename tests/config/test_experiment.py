@@ -35,6 +35,7 @@ REFUSED = [
     ("sample.num_ar_steps", 17, "number of tokens, 16"),
     ("sample.num_denoise_steps", 1, "at least 2"),
     ("sample.labels", "3,10", "0 to 9"),
+    ("sample.reuse_unconditional", 0, "at least 1"),
     ("evaluation.count", 1, "at least 2"),
     ("grad_accumulation_steps", 3, "packs of 16"),
     ("seed", True, "a whole number"),

@@ -157,8 +157,11 @@ def test_padded_count_is_what_the_training_step_does(loss):
 
 @pytest.mark.parametrize("loss", TOKEN_LOSSES)
 def test_padded_count_is_what_the_sampler_does(loss):
-    for name in TOKEN_LOSSES[loss].samplers:
-        config = base_widths(loss, sampler=name).sampler
+    # Where every step is a segment, none of them chooses what it runs
+    reusing = {"reuse_unconditional": 2, "num_segments": 6}
+    samplers = TOKEN_LOSSES[loss].samplers
+    for name, more in (*((name, {}) for name in samplers), (samplers[0], reusing)):
+        config = base_widths(loss, sampler=name, **more).sampler
         params = jax.eval_shape(lambda c=config.model: init_params(c, jax.random.key(0)))
         ids = np.arange(64, dtype=np.int32)  # they share the embedded times, not counted here
         inputs = SampleInputs(ids, ids, 0, np.ones(6, np.float32), 1.0)
@@ -167,8 +170,11 @@ def test_padded_count_is_what_the_sampler_does(loss):
         padded = flops.padded_sample_image(config.model, plan)
         # the predictor's last layer projects q at all 64 + 256 places, though it uses new ones
         # only (0.3 % of B's sampling)
-        unused = sum((s.stop - s.start) * 2 * 768**2 * (320 - s.new) for s in plan)
-        unused *= 2 if config.guided else 1
+        rows = sum(
+            2 * len(s.paired) * (320 - s.ahead) + (s.stop - s.start - len(s.paired)) * (320 - s.new)
+            for s in plan
+        )
+        unused = 2 * 768**2 * rows
         counted = flops.count_products(jaxpr)
         assert counted / (64 * (padded + unused)) == pytest.approx(1, abs=0.003), name
 
