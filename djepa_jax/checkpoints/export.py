@@ -25,12 +25,13 @@ from djepa_jax.checkpoints.model_card import Provenance, copy_grid, model_card, 
 from djepa_jax.checkpoints.restore import OFFICIAL, ORBAX, SAFETENSORS, StoredModel
 from djepa_jax.checkpoints.stablehlo import STABLEHLO
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.config.settings import PATHS
 from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
 
 # Places on this machine are nobody's business.
-PRIVATE = {"data.path": "", "data.staging": "", "prepare.path": "", "autoencoder.path": ""}
+PRIVATE = {key: "" for key in PATHS if key != "data.class_names"}
 
 
 def run_export(
@@ -140,7 +141,9 @@ def _describe(
         "class_names": list(experiment.class_names),
         **({"sampler": sampler} if form == STABLEHLO else {}),
         "provenance": dataclasses.asdict(provenance),
-        "config": to_stored(experiment.updated(PRIVATE)),
+        "config": to_stored(
+            experiment.updated(PRIVATE | dict.fromkeys(experiment.data.places, ""))
+        ),
     }
     write_json(folder / restore.CONFIG_NAME, record)
     write_manifest(folder)

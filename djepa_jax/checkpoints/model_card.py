@@ -15,11 +15,16 @@ from PIL import Image
 from djepa_jax.checkpoints.restore import StoredModel, is_export, read_record
 from djepa_jax.checkpoints.stablehlo import ARRAYS_NAME, SAMPLER_NAME, STABLEHLO, arguments
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.models.text import Text
 
 FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
 MAX_NAMES = 12  # of classes
+# What `model.sample` gives, and where to write it, of modalities other than pictures
+MADE = {"audio_mel": ("sound", "samples.wav"), "joint": ("pairs", "samples/")}
+MADE |= {"video_pixels": ("clips", "samples.png")}
+NO_CLASSES = " \\\n        --config.data.num_classes=0 --config.data.class_names="
 ASSETS = pathlib.Path(__file__).with_name("assets")
 
 
@@ -98,7 +103,10 @@ def model_card(
     decoder = f" The autoencoder that turns its latents, divided by {scale}, into pictures: "
     decoder += f"sha256 `{sha256}`." if sha256 else "not known."
     _, abstract = split_model(experiment.network)
-    names = arguments(experiment.sampler.guided)
+    names, size = arguments(experiment.sampler.guided), experiment.sample.batch_size
+    leaves = jax.tree.leaves(experiment.network.conditioner.in_turn(size))
+    labels = ", ".join(f"np.zeros({leaf.shape}, np.{leaf.dtype})" for leaf in leaves)
+    told = isinstance(trained.network.conditioner, Classes | Sum)
     literals = {name: f"np.float32({getattr(experiment.sample, name)})" for name in names[4:]}
     literals["seed"] = "0"
     values = {
@@ -106,11 +114,13 @@ def model_card(
         **vars(trained.data),
         **vars(trained.optimizer),
         **vars(experiment.network),
-        **_commands(trained, push),
+        **_commands(trained, push, told),
         "num_tokens": experiment.network.num_tokens,
+        "modality": trained.modality,
+        "classes": f" of {trained.data.num_classes} classes" if told else "",
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(abstract)):,}",
         "loss": trained.loss.name,
-        "data": _describe_data(trained),
+        "data": _describe_data(trained, told),
         "grid": f"![Samples of step {int(grid[5:-4])}]({grid})\n\n" if grid else "",
         "step": model.step,
         "own_steps": model.step - (imported["step"] if imported else 0),
@@ -119,7 +129,8 @@ def model_card(
         "evaluation": "None of these weights was recorded.",
         "licence": provenance.licence or "not stated",
         "autoencoder": decoder if trained.modality.needs_decoder else "",
-        "size": experiment.sample.batch_size,
+        "size": size,
+        "labels": labels if len(leaves) == 1 else f"({labels})",
         "sampler": SAMPLER_NAME,
         "arrays": ARRAYS_NAME,
         "call": ", ".join(literals.get(name, name) for name in names),
@@ -136,27 +147,38 @@ def model_card(
     return _fill("model_card", values)
 
 
-def _describe_data(trained: Experiment) -> str:
-    """Source, the last part of its path, and the classes, of many the first."""
+def _describe_data(trained: Experiment, told: bool) -> str:
+    """Source, the last part of its paths, and the classes, of many the first."""
     data, names = trained.data, trained.class_names
-    place = data.path.partition("@")[0] if data.source == "tfds" else data.path
-    place = pathlib.PurePath(place).name
-    where = f"`{data.source}`" + (f" `{place}`" if place else "")
+    places = [
+        place.partition("@")[0] if data.source == "tfds" else place
+        for place in data.places.values()
+    ]
+    where = " ".join(f"`{pathlib.PurePath(x).name}`" for x in (data.source, *places) if x)
+    if not told:
+        return f"Source {where}."
     shown = ", ".join(f"`{name}`" for name in names[:MAX_NAMES])
     rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return f"Source {where}, {len(names)} classes: {shown}{rest}."
 
 
-def _commands(trained: Experiment, push: str) -> dict:
+def _commands(trained: Experiment, push: str, told: bool) -> dict:
     """What the ways of using an export are filled with."""
     place, decoder = "PATH OF THIS FOLDER", "WEIGHTS OF ITS AUTOENCODER"
     latents = trained.modality.needs_decoder
-    reads = isinstance(trained.network.conditioner, Text)
+    asked = f"labels={list(trained.class_names[:2]) if told else [None, None]}"
+    if isinstance(trained.network.conditioner, Text):
+        asked = 'prompts=["a red circle"]'
+    made, out = MADE.get(trained.data.modality, ("images", "samples.png"))
     return {
+        "made": made,
+        "out": out,
+        "asked": asked,
+        "data_flags": " ".join(f"--config.{key}=PATH" for key in trained.data.places),
+        "no_classes": NO_CLASSES if told else "",
         "address": f"hf://{push}" if push else place,
         "download": f"hf download {push} --local-dir export\n" if push else "",
         "folder": "export" if push else f'"{place}"',
-        "asked": 'prompts=["a red circle"]' if reads else f"labels={list(trained.class_names[:2])}",
         "decoded": f', autoencoder="{decoder}"' if latents else "",
         "decoder": f' --config.autoencoder.path="{decoder}"' if latents else "",
     }

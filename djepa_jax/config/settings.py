@@ -164,6 +164,12 @@ class DataSettings(Settings):
                 f"num_classes is {self.num_classes}; with data.unconditional it must be 1."
             )
 
+    @property
+    def places(self) -> dict[str, str]:
+        """The keys that say where the data lie, and what they say."""
+        options = {f"data.source_options.{key}": x for key, x in self.source_options.items()}
+        return {key: x for key, x in options.items() if "/" in str(x)} or {"data.path": self.path}
+
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings(Settings):

@@ -32,6 +32,7 @@ from djepa_jax.data.sources import SingleClass, open_training_data
 from djepa_jax.evaluation.features.classifier import Classifier, Recipe, split_rows
 from djepa_jax.evaluation.metrics.intervals import bootstrap
 from djepa_jax.evaluation.metrics.pictures import read_pictures
+from djepa_jax.evaluation.noise_levels import loss_per_noise_level
 from djepa_jax.runtime.progress import Progress, say
 from djepa_jax.runtime.storage import as_path, check_writable, write_json
 from djepa_jax.sampling.encoder import make_encoder
@@ -227,8 +228,8 @@ def run_probe(
         ConfigError: no such layer, or another model than the checkpoint's.
         CheckpointError: there is no usable checkpoint.
     """
-    source, experiment = open_training_data(experiment)
-    source = source.source if isinstance(source, SingleClass) else source
+    trained_on, experiment = open_training_data(experiment)
+    source = trained_on.source if isinstance(trained_on, SingleClass) else trained_on
     experiment = experiment.updated({"model.attention": "auto"})
     model, network = latest_model(experiment, workdir), experiment.network
     depths = find_layers(layers, network.encoder_depth)
@@ -251,8 +252,10 @@ def run_probe(
     if example.dtype == np.uint8 and example.ndim == 3:
         figures["classifier"] = own_classifier(source, workdir)
     data, (train, test) = unwrapped(source), split_rows(labels, FIFTH)
+    params = model.restore(placed_params(experiment, mesh))
     record = {
         "figures": figures,
+        "loss_per_noise_level": loss_per_noise_level(experiment.train, trained_on, params, mesh),
         "step": model.step,
         "settings": {"with_prefix": with_prefix, "layers": depths, "condition": "null"},
         "pictures": {"all": len(source), "train": len(train), "test": len(test)},

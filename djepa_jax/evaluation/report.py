@@ -22,7 +22,7 @@ from djepa_jax.config.convert import flatten
 from djepa_jax.config.flags import program
 from djepa_jax.config.stored import FILE_NAME, from_stored, models_near, upgrade
 from djepa_jax.core.models.djepa import split_model
-from djepa_jax.evaluation.report_curves import AXES, Curve, chart
+from djepa_jax.evaluation.report_curves import AXES, Curve, by_time, chart
 from djepa_jax.runtime.errors import UserError
 from djepa_jax.runtime.lock import is_locked
 from djepa_jax.runtime.metric_writer import METRICS_NAME, STARTS_NAME, read_lines
@@ -37,6 +37,9 @@ MAX_PICTURES = 24  # of a kind
 MAX_BYTES, MAX_SIDE = 500_000, 1280  # of a picture; larger ones are shrunk
 RECORDS = {"evaluation": "evaluation.json", "probe": "probe.json", "search": "search.json"}
 RECORDS |= {"benchmark": "benchmark*.json"}
+BY_TIME = "loss_per_noise_level"  # of a probe
+# Judges, and a place for samples, of examples that are no pictures
+OTHERS = {"audio_mel": ("classifier", "samples.wav"), "joint": ("say_and_draw", "samples/")}
 PICTURES = {"grids": "samples/step_*.png", "real": "samples/real.png", "search": "search_*.png"}
 
 
@@ -65,6 +68,9 @@ class Run:
         self.step = max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
         self.records = {name: self._records(name) for name in RECORDS}
         self.pictures = {name: self._pictures(name) for name in PICTURES}
+        with self.noting("probe", RECORDS["probe"]):
+            if bins := self.records["probe"].get("probe", {}).get(BY_TIME):
+                self.curves[BY_TIME] = by_time(bins)
 
     @contextlib.contextmanager
     def noting(self, section: str, name: str) -> Iterator[None]:
@@ -138,9 +144,11 @@ class Run:
             _, abstract = split_model(self.experiment.network)
             count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
             facts["model"] = f"{self.experiment.model.size}, {count:,} parameters"
-            data, shape = self.experiment.data, self.experiment.modality.example_shape
+            data, modality = self.experiment.data, self.experiment.modality
+            parts = getattr(modality, "parts", [modality])
+            shapes = (" x ".join(map(str, part.example_shape)) for part in parts)
             place = f"{data.source} {epath.Path(data.path).name}".strip()
-            facts["data"] = f"{place}, {' x '.join(map(str, shape))}, {data.num_classes} classes"
+            facts["data"] = f"{place}, {' and '.join(shapes)}, {data.num_classes} classes"
         if rate := self.curves.get("images_per_second"):
             images = np.diff(rate.steps, prepend=0) * self.values.get("batch_size", np.nan)
             seconds = np.nansum(images / np.where(rate.values > 0, rate.values, np.nan))
@@ -156,9 +164,11 @@ class Run:
     def commands(self) -> dict[str, str]:
         """What to do next, as commands to be pasted."""
         judged = self.values.get("evaluation.kind", "none") != "none"
-        judge = [] if judged else ["--config.evaluation.kind=efficientnet_lite0"]
+        usual = ("efficientnet_lite0", "samples.png")
+        judge, out = OTHERS.get(self.values.get("data.modality"), usual)
+        judge = [] if judged else [f"--config.evaluation.kind={judge}"]
         words = {"go on": []} if self.state == "stopped" else {}
-        words |= {"sample": ["--mode=sample", "--out=samples.png"]}
+        words |= {"sample": ["--mode=sample", f"--out={out}"]}
         words |= {"evaluate": ["--mode=evaluate", *judge]}
         own = [*program(), f"--workdir={self.path}"]
         return {name: shlex.join([*own, *extra]) for name, extra in words.items()}
@@ -179,7 +189,7 @@ def data_address(path: epath.Path) -> str:
 
 
 def charts_of(runs: list[Run]) -> dict[str, dict]:
-    """A chart for every metric of which one of the runs has logged two steps."""
+    """A chart for every metric of which one of the runs has two points."""
     charts = {}
     for name in sorted({name for run in runs for name in run.curves}):
         curves = {i: run.curves[name] for i, run in enumerate(runs) if name in run.curves}

@@ -19,6 +19,7 @@ class Curve:
     steps: np.ndarray  # [n]
     values: np.ndarray  # [n], NaN where it is not finite
     marks: tuple[int, ...] = ()  # steps that were not finite
+    over: str = "step"  # what stands in for a step
 
 
 def binned(curve: Curve) -> Curve:
@@ -91,9 +92,16 @@ def draw(curves: dict[int, Curve], columns: dict[int, np.ndarray], is_log: bool)
     }
 
 
+def by_time(bins: list[dict]) -> Curve:
+    """The token loss in bins of time, as a probe has it, over per cent of the time."""
+    middles = [50 * (each["from"] + each["to"]) / bins[-1]["to"] for each in bins]
+    return Curve(np.array(middles), np.array([each["loss"] for each in bins]), over="time")
+
+
 def chart(full: dict[int, Curve]) -> dict:
     """What the template draws of a metric, given its curves by the number of the run."""
     curves = {run: binned(curve) for run, curve in full.items()}
+    over = next(iter(full.values())).over
     first, last = limits([curve.steps for curve in full.values()])
     first, last = max(first, 0.0), max(curve.steps[-1] for curve in full.values())
 
@@ -110,12 +118,13 @@ def chart(full: dict[int, Curve]) -> dict:
         "ticks": [(f"{column(t):.1f}", f"{t:,.0f}") for t in even_ticks(first, last) if t % 1 == 0],
         "marks": {f"{column(step):.0f}": step for step in sorted(marks)},
         "ends": {
-            run: f"{full[run].values[i]:.4g} at step {full[run].steps[i]:,}"
+            run: f"{full[run].values[i]:.4g} at {over} {full[run].steps[i]:,}"
             for run, places in ends.items()
             for i in places
         },
         "per_point": max(-(-len(curve.steps) // MAX_POINTS) for curve in full.values()),
         "data": {
+            "over": over,
             "range": [float(first), float(last)],
             "steps": {run: np.round(curve.steps).tolist() for run, curve in curves.items()},
             "values": {

@@ -9,13 +9,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close
 from filled import save_model
 from flax import traverse_util
 from jax import export as jax_export
-from tiny import tiny_config
+from pairs import pairs_config
+from tiny import TINY, load_config, tiny_config
 from waiting import LIMIT
 
 import djepa_jax
@@ -23,6 +25,7 @@ from djepa_jax.checkpoints import stablehlo
 from djepa_jax.checkpoints.export import run_export
 from djepa_jax.checkpoints.restore import find_model, placed_params
 from djepa_jax.core import sharding
+from djepa_jax.core.sampler import SampleInputs
 from djepa_jax.sampling.generator import Generator
 
 BATCH, SEED, TEMPERATURE = 4, 7, 0.8
@@ -175,3 +178,43 @@ def test_one_scale_stands_for_the_whole_schedule(monkeypatch):
             draw({}, [0], [0], 0, scale, 1.0)
             expected = experiment.updated({"sample.cfg_scale": scale}).cfg_scales
             assert_close(seen[-1], expected, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sound", "pairs"])
+def test_sounds_and_pairs_come_out_of_a_file(kind, tmp_path, monkeypatch):
+    """Of a sampler that takes no time to compile; the program of the card is run as it stands."""
+
+    def make_sampler(config):
+        shape = (config.model.num_tokens, config.model.token_dim)
+
+        def draw(params, inputs):
+            first, *second = jax.tree.leaves(inputs.conditions)
+            mark = inputs.sample_ids + 3 * first + sum(7 * leaf for leaf in second)  # [B]
+            return jnp.cos(mark[:, None, None] + jnp.arange(np.prod(shape)).reshape(shape))
+
+        return draw
+
+    monkeypatch.setattr(stablehlo, "make_sampler", make_sampler)
+    few = ("--config.sample.batch_size=2", "--config.data.num_classes=10")
+    sound = ("--config.data.options.frames=16", "--config.model.condition_options.second_classes=2")
+    if kind == "sound":
+        config = load_config("spoken_digits", *TINY, *few, *sound)
+    else:
+        config = pairs_config({"pictures": "a", "sounds": "b"}, *few)
+    workdir = save_model(tmp_path / "run", config)
+    folder = run_export(config, workdir, str(tmp_path / "out"), "stablehlo")
+    card, found = (folder / "README.md").read_text("utf-8"), {}
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(program, found)
+    result, ids = found["result"], found["sample_ids"]
+    tokens = make_sampler(config.sampler)(None, SampleInputs(found["labels"], ids, 0, 1, 1))
+    expected = {"tokens": tokens, "sound": np.zeros((2, 1024))}  # of which the pairs are compared
+    if kind == "pairs":
+        expected = {"tokens": tokens, **config.modality.export(tokens)}
+        assert result.keys() == expected.keys() and result["images"].dtype == np.uint8
+    for name, array in expected.items():
+        assert result[name].shape == array.shape
+        difference = np.abs(np.asarray(array, float) - np.asarray(result[name], float)).max()
+        bound = {"images": 1, "sound": 1e-3 if kind == "pairs" else 1}.get(name, 1e-3)
+        assert difference <= bound, name

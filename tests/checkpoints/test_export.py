@@ -180,6 +180,22 @@ CARDS = {  # settings of a model -> what its card must say, and may not
         ["`latents` `cache`", "autoencoder=", "--config.autoencoder.path", "divided by 0.2325"],
         ["secret"],
     ),
+    "spoken_digits": (
+        {"data.path": "/home/me/secret/recordings", "data.num_classes": 10},
+        ["sound = model.sample(labels=['0', '1']", "--out=samples.wav", "`recordings`, 10 classes"]
+        + ["`AudioMel(rate=8000", "makes sound of 10 classes"],
+        ["secret", "images", "8 x 8"],
+    ),
+    "say_and_draw": (
+        {
+            "data.source_options.pictures": "/secret/a.npz",
+            "data.source_options.sounds": "/secret/b",
+        },
+        ["pairs = model.sample(labels=[None, None]", "--out=samples/", "`paired` `a.npz` `b`."]
+        + ["source_options.pictures=PATH", "makes pairs in", "AudioMel("],
+        ["secret", "classes", "data.path"],
+    ),
+    "emoji": ({"data.path": "/secret/x"}, ['prompts=["a red circle"]'], ["classes", "secret"]),
 }
 
 
@@ -192,6 +208,18 @@ def test_cards_of_many_kinds_of_models(name):
     for word in present:
         assert word in card, word
     assert not any(word in card for word in absent)
+
+
+def test_a_record_names_no_places_of_this_machine(tmp_path):
+    named = {"pictures": "/secret/a.npz", "sounds": "/secret/b"}
+    changes = {f"data.source_options.{key}": value for key, value in named.items()}
+    changes |= {"data.staging": "/secret", "evaluation.reference": "/secret/c.npz"}
+    experiment = load_config("say_and_draw").updated(changes)
+    model = StoredModel(GOLDEN, experiment, 5, lambda abstract: {})
+    exporting._describe(tmp_path, model, experiment, "orbax", Provenance(), "")
+    assert all(b"secret" not in data for data in contents(tmp_path).values())
+    options = read_record(tmp_path)["config"]["data"]["source_options"]
+    assert options == experiment.data.source_options | {"pictures": "", "sounds": ""}
 
 
 def test_a_card_of_one_class_asks_for_that_class():

@@ -132,6 +132,8 @@ def test_the_command_writes_what_it_shows(workdir, monkeypatch, capsys):
     monkeypatch.setattr(probing, "own_classifier", lambda source, folder: {})
     figures = {"linear": 0.5, "linear_low": 0.25, "linear_high": 0.75}
     monkeypatch.setattr(probing, "probe", lambda x, labels: figures)
+    bins, asked = [{"from": 0.0, "to": 1.0, "loss": 2.5}], []
+    monkeypatch.setattr(probing, "loss_per_noise_level", lambda *of: asked.extend(of) or bins)
     features = []
     monkeypatch.setattr(probing, "signs_of_collapse", lambda x: features.append(x) or {})
     status = run(TWO_LAYERS, "--mode=probe", f"--workdir={workdir}")
@@ -139,12 +141,16 @@ def test_the_command_writes_what_it_shows(workdir, monkeypatch, capsys):
     assert status == 0, output.err
     record = json.loads((workdir / "probe.json").read_text())
     assert record["step"] == 7 and record["pictures"] == {"all": 1797, "train": 240, "test": 60}
+    (step, source, params, _), model = asked, load(workdir)
+    assert record["loss_per_noise_level"] == bins and step.model == model.config.network
+    assert source[3]["condition"] == DIGITS.labels[3]
+    jax.tree.map(np.testing.assert_array_equal, params, model.params)  # the moving average
     for name in ("inputs", "context_encoder, layer 2", "target_encoder, layer 2", "untrained"):
         assert name in output.out and any(key.startswith(name) for key in record["figures"])
     assert "0.500 (0.250 to 0.750)" in output.out and "300 of 1,797" in output.out
     rows = np.sort(np.random.default_rng(0).permutation(1797)[:300])
     assert np.array_equal(features[0], DIGITS.images[rows].reshape(300, -1))
-    expected = load(workdir).encode(DIGITS.images[rows]).mean(1)  # of the average, told no class
+    expected = model.encode(DIGITS.images[rows]).mean(1)  # of the average, told no class
     np.testing.assert_allclose(features[2], expected, atol=1e-5)
     assert not np.allclose(features[1], features[2]) and not np.allclose(features[2], features[3])
 

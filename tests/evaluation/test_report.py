@@ -10,8 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+from pairs import pairs_config
 from PIL import Image
-from tiny import run, tiny_config
+from tiny import TINY, load_config, run, tiny_config
 
 from djepa_jax.config.stored import to_stored
 from djepa_jax.evaluation.report import MARK
@@ -33,7 +34,14 @@ RECORDS = {
         "step": 3,
         "judged_by": {"network": "a judge", "caveats": ["few samples"]},
     },
-    "probe.json": {"figures": {"inputs": {"linear": 0.625, "std": 4.0}}, "caveats": ["one run"]},
+    "probe.json": {
+        "figures": {"inputs": {"linear": 0.625, "std": 4.0}},
+        "loss_per_noise_level": [
+            {"from": 0.0, "to": 500.0, "loss": 0.25, "standard_error": 0.03125},
+            {"from": 500.0, "to": 1000.0, "loss": 0.75, "standard_error": 0.0625},
+        ],
+        "caveats": ["one run"],
+    },
     "search.json": {"of": {"step": 3}, "cells": CELLS, "best": BEST, "caveats": ["a trend"]},
     "benchmark.json": {
         "train": {"batch_size": 16, "milliseconds": {"median": 7.5}, "images_per_second": 2133.0},
@@ -102,10 +110,11 @@ def test_every_section_shows_what_the_workdir_has(tmp_path):
     expected = {
         "overview": ("finished", "8 of 8", "parameters", "8 x TPU", "2026-01-02 03:04", "16 s")
         + ("--mode=sample", "--mode=evaluate", f"--workdir={tmp_path}/mine"),
-        "curves": ("loss", "0.5 at step 8", "images_per_second", "1 steps were skipped"),
+        "curves": ("loss", "0.5 at step 8", "images_per_second", "1 steps were skipped")
+        + ("loss_per_noise_level", "0.75 at time 75"),
         "samples": ("arrow keys", "Real examples"),
         "evaluation": ("Figures of step 3", "0.875 (0.75 to 0.9375)", "a judge", "few samples"),
-        "probe": ("inputs", "0.625", "one run"),
+        "probe": ("inputs", "0.625", "one run", "0.0625"),
         "search": ("2.5 (2.25 to 2.75)", "cfg_scale", "fd_classifier", "a trend", "accuracy")
         + ("runner_up.cfg_scale", "1.25"),
         "benchmark": ("train", "7.5", "2133"),
@@ -148,6 +157,19 @@ def test_a_fresh_workdir_and_one_that_is_going_on(tmp_path):
     assert not is_locked(folder)
 
 
+@pytest.mark.parametrize("name", ["sound", "pairs"])
+def test_what_is_no_picture_is_called_by_its_sizes(name, tmp_path):
+    folder, files = make(tmp_path / "mine"), {"pictures": "/x/a.npz", "sounds": "/x/b.npz"}
+    sound = load_config("spoken_digits", *TINY, "--config.data.num_classes=10")
+    config = sound if name == "sound" else pairs_config(files)
+    stored = to_stored(config.updated({"evaluation.kind": "none"}))
+    (folder / "config.json").write_text(json.dumps(stored))
+    text = report(folder).text["overview"]
+    words = ("8192,", "--out=samples.wav", "kind=classifier")
+    pairs = ("8 x 8 x 1 and 512,", "--out=samples/", "kind=say_and_draw")
+    assert all(word in text for word in (words if name == "sound" else pairs)), text
+
+
 def test_runs_are_put_side_by_side(tmp_path):
     one = make(tmp_path / "a" / "run")
     two = make(tmp_path / "b" / "run", "--config.seed=7", losses=(2.0, 1.0))
@@ -171,10 +193,11 @@ def test_what_runs_are_called_is_text(tmp_path):
     assert not page.of("b") and evil in page.text["configuration"]
     assert evil in page.text["evaluation"] and evil in page.text["curves"]
     assert "<b>'x" in page.text[""]
-    assert all(json.loads(script) for script in page.scripts[:-1]) and len(page.scripts) == 4
+    assert all(json.loads(script) for script in page.scripts[:-1]) and len(page.scripts) == 5
 
 
-DAMAGE = [b"", b"{", b"[1]", b"\xff\x00", b'{"metrics": 3, "cells": [1], "best": {"x": 1}}']
+DAMAGE = [b"", b"{", b"[1]", b"\xff\x00"]
+DAMAGE += [b'{"metrics": 3, "cells": [1], "best": {"x": 1}, "loss_per_noise_level": [{"to": "x"}]}']
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -190,6 +213,7 @@ def test_damaged_files_are_told_and_the_rest_is_shown(damage, tmp_path):
     assert "step_00000008.png cannot be read" in page.text["samples"]
     if b"metrics" not in damage:
         assert "evaluation.json cannot be read" in page.text["evaluation"]
+    assert "probe.json cannot be read" in page.text["probe"]
 
 
 def test_own_reports_are_replaced_and_files_of_others_are_not(tmp_path, capsys):
