@@ -97,8 +97,7 @@ def model_card(
     `grid` is the name of a picture beside the card, `push` where the export is on the Hub, if any.
     """
     trained = model.config
-    imported = provenance.imported
-    metrics = provenance.metrics
+    imported, metrics = provenance.imported, provenance.metrics
     sha256, scale = trained.autoencoder.sha256, trained.data.latent_scale
     decoder = f" The autoencoder that turns its latents, divided by {scale}, into pictures: "
     decoder += f"sha256 `{sha256}`." if sha256 else "not known."

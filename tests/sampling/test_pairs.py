@@ -14,6 +14,7 @@ import djepa_jax
 from djepa_jax.config.stored import to_stored
 from djepa_jax.data.sources import open_data
 from djepa_jax.main import main
+from djepa_jax.sampling import generator
 
 FEW = ("--config.sample.count=2", "--config.sample.batch_size=2")
 
@@ -97,3 +98,27 @@ def test_judges_of_other_examples_say_so(workdir, capsys):
 def test_the_flags_of_parts_are_flags(files):
     assert "--config.data.options.second.frames=8" in pairs_flags(files)
     assert pairs_config(files).network.grid == ((2, 2), (2, 2))
+
+
+def test_an_export_is_the_same_model(workdir, model, files, tmp_path, monkeypatch):
+    assert command(workdir, "--mode=export", f"--out={tmp_path / 'out'}") == 0
+    exported, expected = djepa_jax.load(tmp_path / "out"), model.sample([None] * 2)
+    found = exported.sample([None] * 2)
+    assert found.keys() == expected.keys() == {"images", "sound"}
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    example = open_data(pairs_config(files))[3]["example"][None]
+    features = exported.encode(example)
+    assert features.shape == (1, 8, 16)
+    np.testing.assert_array_equal(features, model.encode(example))
+    tokens = np.asarray(model.config.modality.tokenize(example))  # [1, N, C]
+    steps = iter([0 * tokens, tokens])
+    monkeypatch.setattr(generator, "grow", lambda config, params, inputs: steps)
+    *_, grown = exported.stream()
+    np.testing.assert_array_equal(grown["images"], model.config.modality.named(example)["images"])
+    assert grown["sound"].shape == (1, 512)
+
+
+def test_a_report_shows_pairs(workdir):
+    assert command(workdir, "--mode=report") == 0
+    with open(f"{workdir}/report.html") as file:
+        assert "8 x 8 x 1 and 512" in file.read()

@@ -10,6 +10,7 @@ from tiny import TINY, arrays_of
 
 import djepa_jax
 from djepa_jax.main import main
+from djepa_jax.sampling import generator
 from djepa_jax.training import compile_step
 
 
@@ -125,3 +126,21 @@ def test_the_command_fills_a_gap_of_a_recording(workdir, model, tmp_path, capsys
     for words in (["--source=none.wav", mask], [f"--source={source}", "--mask=seconds:0.1-0.2"]):
         assert main([*flags, *words]) == 2
         assert "none.wav" in (said := capsys.readouterr().err) or "0 to 0.128" in said
+
+
+def test_an_export_is_the_same_model(workdir, model, tmp_path, monkeypatch):
+    out = f"--out={tmp_path / 'out'}"
+    assert main(["djepa", "--mode=export", f"--workdir={workdir}", out]) == 0
+    exported = djepa_jax.load(tmp_path / "out")
+    sound = model.sample([3, 4, 7, 0])
+    np.testing.assert_array_equal(exported.sample([3, 4, 7, 0]), sound)
+    features = exported.encode(WAVE[None], 3)
+    assert features.shape == (1, 20, 16)
+    np.testing.assert_array_equal(features, model.encode(WAVE[None], 3))
+    tokens = np.asarray(model.config.modality.tokenize(WAVE[None]))  # [1, N, C]
+    steps = iter([0 * tokens, tokens])
+    monkeypatch.setattr(generator, "grow", lambda config, params, inputs: steps)
+    grown = list(exported.stream(3))
+    assert [step.shape for step in grown] == [(1, 1024)] * 2
+    expected = model.config.modality.export(tokens)["sound"]
+    np.testing.assert_allclose(grown[1], expected, atol=1e-4)
