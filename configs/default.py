@@ -228,10 +228,10 @@ def _evaluation() -> ConfigDict:
     # none; small_images (of few pixels: a support-vector classifier, and a Frechet distance of raw
     # pixels); spoken_digits (a speech recogniser; pip install djepa_jax[evaluation]); moving_digits
     # (of clips: the digit, and how it moves); captions (are pictures told by theirs: docs/text.md);
-    # say_and_draw (of pairs: is it the same digit?); or a network whose features of pictures or
-    # spectrograms are compared: classifier (learns the data's own classes), efficientnet_lite0 (of
-    # ImageNet; the same extra), inception (FID), dinov2. Several are joined by +. auto: classifier
-    # for pictures of two classes or more, else none
+    # speech (a recogniser hears the words); say_and_draw (of pairs: is it the same digit?); or a
+    # network whose features of pictures or spectrograms are compared: classifier (learns the data's
+    # own classes), efficientnet_lite0 (of ImageNet; the same extra), inception (FID), dinov2.
+    # Several are joined by +. auto: classifier for pictures of two classes or more, else none
     evaluation.kind = "none"
     # none; or paper_no_cfg, paper_cfg, adm, trend: on the command line it sets kind and count, and
     # how samples are drawn (config/presets.py); keys beside it on the command line win

@@ -34,7 +34,9 @@ from djepa_jax.config.files import builtin
 def get_config(variant: str = "cpu") -> ConfigDict:
     """The recipe of own pictures (or its `gpu`), with a reader of names in place of classes."""
     own_pictures = builtin("own_pictures")
-    config = own_pictures.get_config(variant)
+    if variant not in own_pictures.VARIANTS:
+        raise ValueError(f'emoji.py has no variant "{variant}"; it has cpu and gpu.')
+    config = own_pictures.get_config()
     config.num_steps = 7000
     config.batch_size = 32
     config.checkpoint_every = 500

@@ -46,7 +46,7 @@ def get_config(variant: str = "cpu") -> ConfigDict:
 def _set_data(data: ConfigDict) -> None:
     """One digit; 64 boxes of 2 x 8 x 8, of which a step costs a quarter of 256 of 2 x 4 x 4.
 
-    Boxes of pixels gave specks in place of digits after as many steps (docs/video.md).
+    Boxes of pixels, `video_pixels`, gave specks in the place of digits (docs/video.md).
     """
     data.source = "moving_mnist"
     data.source_options = ConfigDict({"num_digits": 1, "digit_size": 36, "num_clips": 60_000})

@@ -105,7 +105,7 @@ def settings(source: str, path="", num_classes: int = 2, **others) -> types.Simp
     """What `config.data` is for a source."""
     defaults = {"class_names": "", "unconditional": False, "random_flip": False}
     defaults |= {"staging": "", "max_broken": 100, "labels": "", "source_options": {}}
-    defaults |= {"captions": "", "held_out": 0.0}
+    defaults |= {"captions": "", "held_out": 0.0, "modality": "image_latents", "options": {}}
     values = {"source": source, "path": str(path), "num_classes": num_classes}
     return types.SimpleNamespace(**defaults | values | others)
 

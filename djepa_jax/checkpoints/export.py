@@ -132,6 +132,8 @@ def _describe(
         "arguments": stablehlo.arguments(experiment.sampler.guided),
         "batch_size": experiment.sample.batch_size,
     }
+    private = PRIVATE | dict.fromkeys(experiment.data.places, "")
+    private["data.captions"] = pathlib.PurePath(experiment.data.captions).name
     record = {
         "kind": restore.KIND,
         "format": restore.EXPORT_FORMAT,
@@ -141,9 +143,7 @@ def _describe(
         "class_names": list(experiment.class_names),
         **({"sampler": sampler} if form == STABLEHLO else {}),
         "provenance": dataclasses.asdict(provenance),
-        "config": to_stored(
-            experiment.updated(PRIVATE | dict.fromkeys(experiment.data.places, ""))
-        ),
+        "config": to_stored(experiment.updated(private)),
     }
     write_json(folder / restore.CONFIG_NAME, record)
     write_manifest(folder)

@@ -15,15 +15,14 @@ from PIL import Image
 from djepa_jax.checkpoints.restore import StoredModel, is_export, read_record
 from djepa_jax.checkpoints.stablehlo import ARRAYS_NAME, SAMPLER_NAME, STABLEHLO, arguments
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.modalities import made_by
 from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.models.text import Text
 
 FIGURES = ("loss", "token_loss", "jepa_loss", "grad_norm")
 MAX_NAMES = 12  # of classes
-# What `model.sample` gives, and where to write it, of modalities other than pictures
-MADE = {"audio_mel": ("sound", "samples.wav"), "joint": ("pairs", "samples/")}
-MADE |= {"video_pixels": ("clips", "samples.png")}
+OUT = {"sound": "samples.wav", "pairs": "samples/"}  # where samples go that are not pictures
 NO_CLASSES = " \\\n        --config.data.num_classes=0 --config.data.class_names="
 ASSETS = pathlib.Path(__file__).with_name("assets")
 
@@ -168,10 +167,10 @@ def _commands(trained: Experiment, push: str, told: bool) -> dict:
     asked = f"labels={list(trained.class_names[:2]) if told else [None, None]}"
     if isinstance(trained.network.conditioner, Text):
         asked = 'prompts=["a red circle"]'
-    made, out = MADE.get(trained.data.modality, ("images", "samples.png"))
+    made = made_by(trained.modality)
     return {
         "made": made,
-        "out": out,
+        "out": OUT.get(made, "samples.png"),
         "asked": asked,
         "data_flags": " ".join(f"--config.{key}=PATH" for key in trained.data.places),
         "no_classes": NO_CLASSES if told else "",

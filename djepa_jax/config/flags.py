@@ -7,6 +7,7 @@ has one needs neither.
 
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import pathlib
@@ -262,8 +263,10 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     with config.unlocked():
         if changes.get("data.source", config.data.source) != config.data.source:
             config.data.source_options = ConfigDict()  # which are another source's
-        if modality := MODALITIES.get(changes.get("data.modality")):
-            fields, options = modality.__dataclass_fields__, config.data.options.items()
+        named = changes.get("data.modality", config.data.modality)
+        if named != config.data.modality and named in MODALITIES:
+            fields = inspect.signature(MODALITIES[named]).parameters
+            options = config.data.options.items()
             config.data.options = ConfigDict({k: v for k, v in options if k in fields})
         _complete_options(config, changes.get("loss.name", config.loss.name))
     known = keys_of(Experiment)

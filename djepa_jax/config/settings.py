@@ -33,6 +33,7 @@ from djepa_jax.core.schedules import GUIDANCE, ORDERS, REVEALS
 
 Options = dict[str, Any]  # keyword arguments of what a table names
 # Keys that name files and folders; data.class_names may also be the names themselves.
+FILES_OF_PAIRS = ("pictures", "sounds")  # options of the source `paired`
 PATHS = ("data.path", "data.staging", "data.class_names", "prepare.path", "autoencoder.path")
 PATHS += ("evaluation.weights", "evaluation.reference", "evaluation.captions")
 Several = Annotated[int, Bound(lambda x: x >= 2, "at least 2")]
@@ -167,8 +168,9 @@ class DataSettings(Settings):
     @property
     def places(self) -> dict[str, str]:
         """The keys that say where the data lie, and what they say."""
-        options = {f"data.source_options.{key}": x for key, x in self.source_options.items()}
-        return {key: x for key, x in options.items() if "/" in str(x)} or {"data.path": self.path}
+        options = {key: self.source_options.get(key) for key in FILES_OF_PAIRS}
+        named = {f"data.source_options.{key}": x for key, x in options.items() if x is not None}
+        return named or {"data.path": self.path}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,16 @@ from collections.abc import Iterable
 import numpy as np
 
 from djepa_jax.config.class_names import in_order
-from djepa_jax.data.images import CLIPS, ENDINGS, FORMATS, MP4, NO_MP4, BrokenImage, is_image
+from djepa_jax.data.images import (
+    CLIP_ENDINGS,
+    CLIPS,
+    ENDINGS,
+    FORMATS,
+    MP4,
+    NO_MP4,
+    BrokenImage,
+    is_image,
+)
 from djepa_jax.data.records import MAX_FILE_BYTES, NO_ENDING, DataError, checksum, counted
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -77,7 +86,7 @@ def open_folder(path: str, where: str, clips: bool = False) -> FolderRecords:
     For `clips` mp4 files are taken, too.
     """
     root, left_out = pathlib.Path(path), Counter()
-    formats, endings = (CLIPS, (*ENDINGS, MP4)) if clips else (FORMATS, ENDINGS)
+    formats, endings = (CLIPS, CLIP_ENDINGS) if clips else (FORMATS, ENDINGS)
     try:
         entries = _own([entry.name for entry in root.iterdir()], left_out)
         folders = in_order(name for name in entries if (root / name).is_dir())

@@ -20,7 +20,9 @@ CLIPS, MP4 = ("GIF", "WEBP", "PNG", "MP4"), ".mp4"  # what may hold clips
 NO_MP4 = 'mp4 needs the package av: pip install "djepa_jax[video]", or make it GIF or WebP'
 
 Image.init()  # fills Image.OPEN, the table of formats
-ENDINGS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+KINDS = Image.registered_extensions().items()
+ENDINGS = tuple(ending for ending, name in KINDS if name in FORMATS)
+CLIP_ENDINGS = (*(ending for ending, name in KINDS if name in CLIPS), MP4)
 
 
 class BrokenImage(UserError, ValueError):
@@ -52,25 +54,27 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def decode_frames(data: bytes, max_pixels: int, count: int) -> list[Image.Image]:
+def decode_frames(data: bytes, max_pixels: int, count: int) -> Iterator[Image.Image]:
     """The first `count` frames of an animation (GIF, WebP, PNG, or mp4 where `av` is) as RGB.
 
-    Transparent parts show white.
+    Transparent parts show white. One frame is in memory at a time.
     """
+    found = 0
     try:
         is_mp4 = data[4:8] == b"ftyp"
         (width, height), frames = _open_mp4(data) if is_mp4 else _open_animation(data)
-        if width * height * count > max_pixels:
+        if width * height > max_pixels:
             size = f"frames of {width} x {height} pixels"
-            raise BrokenImage(f"it has {size}, the limit is {max_pixels} in {count} frames")
-        found = list(itertools.islice(frames, count))
+            raise BrokenImage(f"it has {size}, the limit is {max_pixels}")
+        for frame in itertools.islice(frames, count):
+            found += 1
+            yield frame
     except BrokenImage:
         raise
     except Exception as error:  # as above
         raise BrokenImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
-    if len(found) < count:
-        raise BrokenImage(f"it has {len(found)} frames, and clips have {count}")
-    return found
+    if found < count:
+        raise BrokenImage(f"it has {found} frames, and clips have {count}")
 
 
 def _open_animation(data: bytes) -> tuple[tuple[int, int], Iterator[Image.Image]]:

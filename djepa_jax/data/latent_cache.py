@@ -249,10 +249,17 @@ def check_cache(metadata: Metadata, data, any_class: bool = False) -> None:
         "latent_scale": metadata.scale,
         "latent_shift": metadata.shift,
     }
+    now = {key: getattr(data, key) for key in keys}
+    if metadata.num_frames and data.modality == "video_latents":
+        keys["options.num_frames"] = metadata.num_frames
+        now["options.num_frames"] = data.options.get("num_frames", 8)
+    elif metadata.num_frames or data.modality == "video_latents":
+        keys["modality"] = "video_latents" if metadata.num_frames else "image_latents"
+        now["modality"] = data.modality
     wrong = [
-        f"--config.data.{key}={value!r} (now {getattr(data, key)!r})"
+        f"--config.data.{key}={value!r} (now {now[key]!r})"
         for key, value in keys.items()
-        if value != getattr(data, key)
+        if value != now[key]
     ]
     if wrong:
         raise DataError(

@@ -76,8 +76,10 @@ def cut_file(data: bytes, shape: Sequence[int]) -> tuple[np.ndarray, tuple[int, 
     """
     *count, size, _, channels = shape
     images = decode_frames(data, MAX_PIXELS, *count) if count else [decode_image(data, MAX_PIXELS)]
-    pixels = np.stack([center_crop(image, size, channels) for image in images])
-    return pixels.reshape(shape), images[0].size
+    pixels = []
+    for image in images:
+        pixels.append(center_crop(image, size, channels))
+    return np.stack(pixels).reshape(shape), image.size
 
 
 class ImageSource(Source):

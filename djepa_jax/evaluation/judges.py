@@ -87,7 +87,7 @@ def _open_one(kind: str, experiment: Experiment, source, workdir) -> Metric:
     if isinstance(experiment.network.conditioner, Reader) and kind in BY_CLASS:
         raise ConfigError(
             f'config.evaluation.kind "{kind}" judges by classes, and this model is told texts; use '
-            "captions, or none."
+            "captions, speech (of recordings), or none."
         )
     if kind in METRICS and hasattr(METRICS[kind], "from_settings"):
         return METRICS[kind].from_settings(source, settings, workdir)

@@ -79,7 +79,7 @@ def loss_per_noise_level(config: TrainStepConfig, source, params, mesh) -> list[
     """
     divisor, place = sharding.batch_divisor(mesh), sharding.batch_sharding(mesh)
     size = -(-BATCH_SIZE // divisor) * divisor
-    if hasattr(source, "held_out"):
+    if callable(getattr(source, "held_out", None)):
         source = ArraySource(*source.held_out(NUM_BATCHES * size))
     rows = np.resize(np.random.default_rng(0).permutation(len(source)), NUM_BATCHES * size)
     token_losses, found = make_token_losses(config, size), []

@@ -21,6 +21,7 @@ from djepa_jax.config import files
 from djepa_jax.config.convert import flatten
 from djepa_jax.config.flags import program
 from djepa_jax.config.stored import FILE_NAME, from_stored, models_near, upgrade
+from djepa_jax.core.modalities import made_by
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.evaluation.report_curves import AXES, Curve, by_time, chart
 from djepa_jax.runtime.errors import UserError
@@ -38,8 +39,9 @@ MAX_BYTES, MAX_SIDE = 500_000, 1280  # of a picture; larger ones are shrunk
 RECORDS = {"evaluation": "evaluation.json", "probe": "probe.json", "search": "search.json"}
 RECORDS |= {"benchmark": "benchmark*.json"}
 BY_TIME = "loss_per_noise_level"  # of a probe
-# Judges, and a place for samples, of examples that are no pictures
-OTHERS = {"audio_mel": ("classifier", "samples.wav"), "joint": ("say_and_draw", "samples/")}
+# A judge of what a model makes, and a place for it; of clips there is none for all
+USUAL = {"images": ("efficientnet_lite0", "samples.png"), "clips": ("", "samples.png")}
+USUAL |= {"sound": ("classifier", "samples.wav"), "pairs": ("say_and_draw", "samples/")}
 PICTURES = {"grids": "samples/step_*.png", "real": "samples/real.png", "search": "search_*.png"}
 
 
@@ -164,12 +166,15 @@ class Run:
     def commands(self) -> dict[str, str]:
         """What to do next, as commands to be pasted."""
         judged = self.values.get("evaluation.kind", "none") != "none"
-        usual = ("efficientnet_lite0", "samples.png")
-        judge, out = OTHERS.get(self.values.get("data.modality"), usual)
-        judge = [] if judged else [f"--config.evaluation.kind={judge}"]
+        made = made_by(self.experiment.modality) if self.experiment else "images"
+        judge, out = USUAL[made]
+        if made == "sound" and self.values.get("model.condition") == "text":
+            judge = "speech"
         words = {"go on": []} if self.state == "stopped" else {}
         words |= {"sample": ["--mode=sample", f"--out={out}"]}
-        words |= {"evaluate": ["--mode=evaluate", *judge]}
+        if judged or judge:
+            kind = [] if judged else [f"--config.evaluation.kind={judge}"]
+            words |= {"evaluate": ["--mode=evaluate", *kind]}
         own = [*program(), f"--workdir={self.path}"]
         return {name: shlex.join([*own, *extra]) for name, extra in words.items()}
 

@@ -165,6 +165,7 @@ def test_the_newest_grid_goes_along_without_paths(trained, exports, tmp_path):
 
 
 CARDS = {  # settings of a model -> what its card must say, and may not
+    "moving_digits": ({}, ["clips = model.sample", "makes clips"], ["images = model"]),
     "digits": (
         {"data.path": "/home/me/secret/pets"},
         ["`pets`", "--init_from="],

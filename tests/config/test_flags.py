@@ -134,5 +134,6 @@ def test_options_of_another_modality_do_not_stay():
     """But those that both have."""
     config = read_config("moving_digits", None, ["--config.data.modality=video_pixels"])
     assert config.data.options == {"num_frames": 8, "patch_frames": 2}
-    config = read_config("moving_digits", None, ["--config.data.options.num_frames=4"])
-    assert {"cutoff", "num_frames"} <= config.data.options.keys()
+    for flag in ("options.num_frames=4", "modality=video_lapped"):
+        config = read_config("moving_digits", None, [f"--config.data.{flag}"])
+        assert {"cutoff", "num_frames"} <= config.data.options.keys()

@@ -18,4 +18,12 @@ MODALITIES: dict[str, type[Modality]] = {
     "joint": Joint,
 }
 
-__all__ = ["MODALITIES", "Modality"]
+
+def made_by(modality: Modality) -> str:
+    """What people call examples of a modality."""
+    if hasattr(modality, "parts"):
+        return "pairs"
+    return {1: "sound", 4: "clips"}.get(len(modality.example_shape), "images")
+
+
+__all__ = ["MODALITIES", "Modality", "made_by"]

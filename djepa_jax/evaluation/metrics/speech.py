@@ -23,7 +23,8 @@ MOST, BATCH = 100, 10  # recordings or samples that are listened to; at a time
 class Speech:
     """Mean share of the words of a caption that the recogniser hears, in their order.
 
-    Of samples (`words`), real recordings, and these after they were made tokens and sound again.
+    Of samples (`words`), recordings of the same captions, and these after they were made tokens and
+    sound again.
     """
 
     def __init__(self, pairs, modality):
@@ -44,9 +45,10 @@ class Speech:
         return cls(pairs, modality)
 
     def update(self, arrays: dict[str, np.ndarray], conditions: Any) -> None:
-        """Keep `sound` `[n, S]` and the texts asked for."""
-        self._sounds.extend(arrays["sound"])
-        self._asked += map(self._pairs.reader.decode, np.asarray(conditions))
+        """Keep `sound` `[n, S]` and the texts asked for, of at most `MOST`."""
+        left = MOST - len(self._asked)
+        self._sounds.extend(arrays["sound"][:left])
+        self._asked += map(self._pairs.reader.decode, np.asarray(conditions)[:left])
 
     def merge(self, other: "Speech") -> None:
         """Take in the samples of another one."""
@@ -56,10 +58,12 @@ class Speech:
     def result(self) -> dict[str, float]:
         """The figures."""
         rate = self._modality.rate
-        found = words_heard(self._sounds[:MOST], self._asked, rate)
+        found = words_heard(self._sounds, self._asked, rate)
         low, high = intervals.bootstrap(found)
         figures = {"words": found.mean(), "words_low": low, "words_high": high}
-        rows = np.random.default_rng(0).permutation(len(self._pairs.captions))[:MOST]
+        reader = self._pairs.reader
+        read = [reader.decode(reader.encode(caption)) for caption in self._pairs.captions]
+        rows = [row for row, caption in enumerate(read) if caption in set(self._asked)][:MOST]
         waves, captions = self._pairs.pairs(rows)
         figures["words_real"] = words_heard(waves / 2**15, captions, rate).mean()
         decoded = [
