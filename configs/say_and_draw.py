@@ -5,8 +5,8 @@
         --config.data.source_options.sounds=free-spoken-digit-dataset/recordings
 
 The pictures are those of the MNIST configuration (docs/benchmarks.md), the recordings those of
-spoken_digits, as wav files or an npz file; docs/audio.md says more. It is estimated to
-take an hour on two CPU cores.
+spoken_digits, as wav files or an npz file; docs/audio.md says more. Its 7,000 steps take
+75 minutes of a CPU core, too few to learn which picture belongs to which sound.
 """
 
 from ml_collections import ConfigDict
