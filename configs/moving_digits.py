@@ -44,16 +44,11 @@ def get_config(variant: str = "cpu") -> ConfigDict:
 
 
 def _set_data(data: ConfigDict) -> None:
-    """One digit; 64 boxes of 2 x 8 x 8, of which a step costs a quarter of 256 of 2 x 4 x 4.
-
-    Boxes of pixels, `video_pixels`, gave specks in the place of digits (docs/video.md).
-    """
+    """One digit; 64 boxes of 2 x 8 x 8, of which a step costs a quarter of 256 of 2 x 4 x 4."""
     data.source = "moving_mnist"
     data.source_options = ConfigDict({"num_digits": 1, "digit_size": 36, "num_clips": 60_000})
-    data.modality = "video_lapped"
-    data.options = ConfigDict(
-        {"num_frames": 8, "patch_frames": 2, "cutoff": 1.0, "colour_cutoff": 1.0}
-    )
+    data.modality = "video_pixels"
+    data.options = ConfigDict({"num_frames": 8, "patch_frames": 2})
     data.image_size = 32
     data.patch_size = 8
 

@@ -132,8 +132,8 @@ def test_the_defaults_name_every_key_with_a_comment():
 
 def test_options_of_another_modality_do_not_stay():
     """But those that both have."""
-    config = read_config("moving_digits", None, ["--config.data.modality=video_pixels"])
-    assert config.data.options == {"num_frames": 8, "patch_frames": 2}
-    for flag in ("options.num_frames=4", "modality=video_lapped"):
-        config = read_config("moving_digits", None, [f"--config.data.{flag}"])
-        assert {"cutoff", "num_frames"} <= config.data.options.keys()
+    config = read_config("own_pictures", None, ["--config.data.modality=image_pixels"])
+    assert config.data.options == {}
+    for flag in ("options.cutoff=0.6", "modality=image_lapped", "modality=video_lapped"):
+        config = read_config("own_pictures", None, [f"--config.data.{flag}"])
+        assert {"cutoff", "colour_cutoff"} == config.data.options.keys()
