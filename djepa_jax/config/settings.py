@@ -32,8 +32,8 @@ from djepa_jax.core.models.vit import REMAT_POLICIES
 from djepa_jax.core.schedules import GUIDANCE, ORDERS, REVEALS
 
 Options = dict[str, Any]  # keyword arguments of what a table names
-# Keys that name files and folders; data.class_names may also be the names themselves.
 FILES_OF_PAIRS = ("pictures", "sounds")  # options of the source `paired`
+# Keys that name files and folders; data.class_names may also be the names themselves.
 PATHS = ("data.path", "data.staging", "data.class_names", "prepare.path", "autoencoder.path")
 PATHS += ("evaluation.weights", "evaluation.reference", "evaluation.captions")
 Several = Annotated[int, Bound(lambda x: x >= 2, "at least 2")]

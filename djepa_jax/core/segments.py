@@ -41,6 +41,7 @@ def plan_segments(config: "SamplerConfig") -> list[Segment]:
 
     @functools.cache
     def priced(start: int, stop: int) -> tuple[float, Segment]:
+        """Work of one segment of these steps, and the segment."""
         new = max(counts[start:stop])
         calls, guided = config.loss_at(start).denoiser_calls, bool(is_guided[start:stop].any())
         paired = tuple(range(start, stop) if guided else ())

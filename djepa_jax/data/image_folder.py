@@ -83,7 +83,7 @@ def open_folder(path: str, where: str, clips: bool = False) -> FolderRecords:
     Without folders in it, its own images are those of one class. Images may lie in folders inside
     those of their class. What counts as one is said by its ending, or else by its content. Hidden
     files and folders are left out; links to folders are followed for classes only.
-    For `clips` mp4 files are taken, too.
+    With `clips` these are files of formats that hold animations, mp4 among them.
     """
     root, left_out = pathlib.Path(path), Counter()
     formats, endings = (CLIPS, CLIP_ENDINGS) if clips else (FORMATS, ENDINGS)
