@@ -16,15 +16,16 @@ import numpy as np
 from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.places import EditError, places_shape
+from djepa_jax.core.modalities.base import MADE
 from djepa_jax.core.sampler import Known
-from djepa_jax.sampling.generator import NAMES, Generator
+from djepa_jax.sampling.generator import Generator
 
 
 def named(modality, examples: np.ndarray) -> dict[str, np.ndarray]:
     """Examples `[n, ...]` as exported arrays are called; of pairs both."""
     if hasattr(modality, "named"):
         return modality.named(examples)
-    return {NAMES[examples.ndim]: examples}
+    return {MADE[examples.ndim - 1]: examples}
 
 
 def hidden_tokens(modality, mask: np.ndarray, keep: float, seed: int) -> np.ndarray:

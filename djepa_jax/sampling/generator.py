@@ -13,6 +13,7 @@ from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
+from djepa_jax.core.modalities.base import MADE
 from djepa_jax.core.sampler import (
     Known,
     SampleInputs,
@@ -26,8 +27,6 @@ from djepa_jax.runtime import distributed
 from djepa_jax.runtime.compilation_cache import without_alarms
 from djepa_jax.runtime.errors import OUT_OF_MEMORY
 from djepa_jax.runtime.progress import Progress, say
-
-NAMES = {2: "sound", 4: "images", 5: "clips"}  # of examples by their axes
 
 
 class Stopped(Exception):
@@ -236,7 +235,7 @@ def export_unheard(modality: Modality, tokens: jax.Array) -> dict[str, jax.Array
 def decoded(autoencoder: Autoencoder, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The pictures or clips of `latents`, by their name."""
     pictures = autoencoder.decode(np.asarray(arrays["latents"]))
-    return {NAMES[pictures.ndim]: pictures}
+    return {MADE[pictures.ndim - 1]: pictures}
 
 
 def result_of(modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray | dict | None:

@@ -1,7 +1,7 @@
 """Modalities by name."""
 
 from djepa_jax.core.modalities.audio import AudioMel
-from djepa_jax.core.modalities.base import Modality
+from djepa_jax.core.modalities.base import MADE, Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
 from djepa_jax.core.modalities.joint import Joint
 from djepa_jax.core.modalities.lapped import ImageLapped
@@ -23,7 +23,7 @@ def made_by(modality: Modality) -> str:
     """What people call examples of a modality."""
     if hasattr(modality, "parts"):
         return "pairs"
-    return {1: "sound", 4: "clips"}.get(len(modality.example_shape), "images")
+    return MADE.get(len(modality.example_shape), "images")
 
 
 __all__ = ["MODALITIES", "Modality", "made_by"]

@@ -8,6 +8,8 @@ import numpy as np
 
 from djepa_jax.core.schedules import Grid
 
+MADE = {1: "sound", 3: "images", 4: "clips"}  # what people call examples, by their axes
+
 
 class Modality(Protocol):
     """Turns data into tokens and back; implementations are frozen dataclasses in `MODALITIES`."""

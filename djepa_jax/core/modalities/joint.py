@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from djepa_jax.core.modalities.base import Modality
+from djepa_jax.core.modalities.base import MADE, Modality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Joint:
     @property
     def names(self) -> tuple[str, ...]:
         """What both export for people: images, clips or sound."""
-        kinds = {1: "sound", 3: "images", 4: "clips"}
-        return tuple(kinds.get(len(part.example_shape), "others") for part in self.parts)
+        return tuple(MADE.get(len(part.example_shape), "others") for part in self.parts)
 
     @property
     def grid(self) -> tuple[tuple[int, ...], ...]:
