@@ -301,7 +301,8 @@ class Experiment(Settings):
             model=dataclasses.replace(self.network, scan_unroll=1, conditioner=conditioner),
             token_loss=self.token_loss,
             num_ar_steps=sample.num_ar_steps,
-            guided=sample.cfg_scale != 1,
+            # Of those that are told nothing, samples beside given tokens alone are (`Generator`)
+            guided=sample.cfg_scale != 1 and not isinstance(conditioner, Nothing),
             num_segments=sample.num_segments,
             order=sample.order,
             reveal=sample.reveal,

@@ -7,7 +7,8 @@
    halves share it.
 5. After T steps the tokens are put back into raster order.
 
-Tokens that are given (`Known`) stand in front of the order, and are visible from the start.
+Tokens that are given (`Known`) stand in front of the order, and are visible from the start. Where a
+model is told nothing else, guidance is by them: the unconditional half does not see them.
 
 The noise of a token depends on (seed, sample index, its place in the order) alone. So sample i is
 the same whatever the batch size, the number of devices or the cutting into segments.
@@ -19,7 +20,6 @@ S noises per token, G halves of guidance, T autoregressive steps.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +31,9 @@ from flax import nnx
 
 from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.masking import to_order, to_raster
-from djepa_jax.core.models.conditioning import Condition
+from djepa_jax.core.models.conditioning import Condition, Nothing
 from djepa_jax.core.models.denoiser import LoopDenoiser
-from djepa_jax.core.models.djepa import ModelConfig, split_model
+from djepa_jax.core.models.djepa import ModelConfig, cast_linear, split_model
 from djepa_jax.core.schedules import (
     ORDERS,
     falling_steps,
@@ -42,10 +42,7 @@ from djepa_jax.core.schedules import (
     reveal_counts,
 )
 from djepa_jax.core.segments import Segment, plan_segments
-from djepa_jax.core.sharding import path_name
 
-CAST = re.compile(r"/(kernel|bias)$")
-EXACT = re.compile(r"/time_embedding/|norm/bias$")  # what is computed in float32
 ORDER_STREAM, NOISE_STREAM = 0, 1
 
 
@@ -97,6 +94,12 @@ class SamplerConfig:
             return dataclasses.replace(self.token_loss, num_denoise_steps=steps[step])
         except ValueError as error:
             raise ValueError(f"final_denoise_steps: {error}") from error
+
+    @property
+    def guides_by_known(self) -> bool:
+        """Whether the unconditional half does not see what is given, since nothing else is told."""
+        is_untold = isinstance(self.model.conditioner, Nothing)
+        return bool(self.guided and self.num_known and is_untold)
 
     @property
     def reuses(self) -> bool:
@@ -197,9 +200,12 @@ def predict(config: SamplerConfig, model, state, order, condition, query_ids, ma
     orders = repeat(order, "b n -> (b c) n", c=copies)
     tokens = repeat(state.tokens[:, :max_visible], "b v c -> (b r) v c", r=copies)
     num_visible = jnp.full(len(orders), state.num_visible)
-    seen = tokens, orders[:, :max_visible]
-    encoded = model.context_encoder(*seen, condition, num_visible=num_visible)
-    cond = model.predictor(encoded, orders, num_visible, condition.mask, query_ids=query_ids)
+    seen, how = (tokens, orders[:, :max_visible]), {}
+    if config.guides_by_known:
+        how["num_unseen"] = jnp.tile(jnp.array([0, config.num_known]), len(orders) // 2)
+    encoded = model.context_encoder(*seen, condition, num_visible=num_visible, **how)
+    how["query_ids"] = query_ids
+    cond = model.predictor(encoded, orders, num_visible, condition.mask, **how)
     cond = rearrange(cond, "(b r g) k d -> r g b k d", g=guidance, r=config.num_regions)
     if config.num_regions == 1:
         return cond[0]
@@ -288,16 +294,6 @@ def make_draws(config: SamplerConfig, seed, sample_ids, known: Known | None = No
     if known is not None:
         order = jax.vmap(known_first)(order, known.mask)
     return Draws(order, functools.partial(noise_at_all, keys))
-
-
-def cast_linear(params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters of which linear maps' have the type of products: cast once, not in every step."""
-
-    def cast(path, x):
-        is_linear = CAST.search(path_name(path)) and not EXACT.search(path_name(path))
-        return x.astype(dtype) if is_linear else x
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def make_sampler(config: SamplerConfig) -> Callable:

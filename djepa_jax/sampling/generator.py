@@ -103,7 +103,8 @@ class Generator:
         if known is not None:
             num_known = int(known.mask[0].sum())
             steps = min(self.config.num_ar_steps, self.config.model.num_tokens - num_known)
-            self.config = dataclasses.replace(self.config, num_known=num_known, num_ar_steps=steps)
+            given = {"num_known": num_known, "guided": experiment.sample.cfg_scale != 1}
+            self.config = dataclasses.replace(self.config, num_ar_steps=steps, **given)
         sample = experiment.sample
         self.cfg_scales = self.config.guidance(sample.cfg_scale, sample.cfg_schedule)  # [T]
         self.not_finite = np.zeros(0, int)  # numbers of such samples of the last batch

@@ -12,11 +12,10 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import flops, sharding
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, split_autoencoder
 from djepa_jax.core.models.denoiser import LoopDenoiser
-from djepa_jax.core.models.djepa import init_params, split_model
+from djepa_jax.core.models.djepa import cast_linear, init_params, split_model
 from djepa_jax.core.sampler import (
     SampleInputs,
     SamplerConfig,
-    cast_linear,
     make_sampler,
 )
 from djepa_jax.core.segments import plan_segments

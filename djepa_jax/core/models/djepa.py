@@ -12,6 +12,7 @@ H heads, C token channels, L layers, T autoregressive steps.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,11 @@ from djepa_jax.core.models.denoiser import Denoiser
 from djepa_jax.core.models.embedding import look_up
 from djepa_jax.core.models.ragged import Ragged
 from djepa_jax.core.schedules import Grid, num_places, parts_of
+from djepa_jax.core.sharding import path_name
 
+# What `cast_linear` casts, but for what is computed in float32
+CAST = re.compile(r"/(kernel|bias)$")
+EXACT = re.compile(r"/time_embedding/|norm/bias$")
 SIZED = "width", "encoder_depth", "predictor_depth", "num_heads", "denoiser_depth", "denoiser_width"
 SIZES = {  # the published scales
     "B": dict(zip(SIZED, (768, 12, 12, 12, 6, 1024), strict=True)),
@@ -138,17 +143,26 @@ class ContextEncoder(nnx.Module):
         return Condition(self.prefix_table[...] + added.prefix, added.mask)
 
     def __call__(
-        self, tokens, order, condition: Condition, *, num_visible=None, keys=None, lengths=()
+        self,
+        tokens,
+        order,
+        condition: Condition,
+        *,
+        num_visible=None,
+        num_unseen=None,
+        keys=None,
+        lengths=(),
     ):
         """Prefix and tokens `[B, V, C]`, whose raster places are `order` `[B, V]`: `[B, P + V, D]`.
 
-        The first `num_visible` `[B]` are real, None if all are; `keys` `[B]` turn dropout on. Where
-        examples are sorted as `MaskingConfig.lengths` says, less is computed for padding.
+        The first `num_visible` `[B]` are real, None if all are, and of these the first `num_unseen`
+        `[B]` are not seen; `keys` `[B]` turn dropout on. Where examples are sorted as
+        `MaskingConfig.lengths` says, less is computed for padding.
         """
         x = self.input_proj(tokens)  # [B, V, D]
         x = x + position_vectors(self.positions[...], order, self.position_axes, x.dtype)
         prefix = condition.prefix.astype(x.dtype)  # [B, P, D]
-        key_mask = join_masks(condition.mask, num_visible, prefix.shape[1], order.shape)
+        key_mask = join_masks(condition.mask, num_visible, prefix.shape[1], order.shape, num_unseen)
         x = jnp.concatenate([prefix, x], axis=1)  # [B, P + V, D]
         parts = tuple((count, prefix.shape[1] + most) for count, most in lengths)
         ragged = Ragged(parts) if parts else None
@@ -167,18 +181,29 @@ class Predictor(nnx.Module):
         self.positions = nnx.Param(config.init_positions(rngs.params()))
         self.stack = vit.Stack(config, config.predictor_depth, rngs=rngs)
 
-    def __call__(self, encoded, order, num_visible, prefix_mask=None, *, keys=None, query_ids=None):
+    def __call__(
+        self,
+        encoded,
+        order,
+        num_visible,
+        prefix_mask=None,
+        *,
+        num_unseen=None,
+        keys=None,
+        query_ids=None,
+    ):
         """cond at every place, `[B, N, D]`, or at the places `query_ids` `[Q]` only, `[B, Q, D]`.
 
         Places are in order coordinates, `order` is `[B, N]`. Of the V tokens in `encoded`
-        `[B, P + V, D]` the first `num_visible` `[B]` are real. `prefix_mask` `[B, P]` is False at
-        prefix tokens that must not be seen, None for nowhere; `keys` `[B]` turn dropout on.
+        `[B, P + V, D]` the first `num_visible` `[B]` are real, and of these the first `num_unseen`
+        `[B]` are hidden. `prefix_mask` `[B, P]` is False at prefix tokens that must not be seen,
+        None for nowhere; `keys` `[B]` turn dropout on.
         """
         x = self.input_proj(encoded)  # [B, P + V, D]
         prefix, seen = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         batch, num_tokens = order.shape
         mask_token = self.mask_token[...].astype(x.dtype)
-        is_visible = jnp.arange(seen.shape[1]) < num_visible[:, None]  # [B, V]
+        is_visible = between(num_unseen, num_visible, seen.shape[1])  # [B, V]
         seen = jnp.where(is_visible[..., None], seen, mask_token)
         hidden = repeat(mask_token, "d -> b m d", b=batch, m=num_tokens - seen.shape[1])
         positions = position_vectors(self.positions[...], order, self.position_axes, x.dtype)
@@ -208,16 +233,27 @@ def position_vectors(table: jax.Array, order: jax.Array, parts, dtype=None) -> j
     return sum(look_up(table, along[order], dtype) for along in rows)
 
 
-def join_masks(prefix_mask, num_visible, num_prefix: int, shape) -> jax.Array | None:
+def join_masks(
+    prefix_mask, num_visible, num_prefix: int, shape, num_unseen=None
+) -> jax.Array | None:
     """Which of prefix and tokens, of the shape `[B, V]`, are real, as `attend` takes it.
 
-    A mask of the prefix `[B, P]` and a number of tokens `[B]`, either None where all are real.
+    A mask of the prefix `[B, P]` and a number of tokens `[B]`, either None where all are real; and
+    how many of these, from the first, are not seen, `[B]`, None where all are.
     """
-    if prefix_mask is None:
+    if prefix_mask is None and num_unseen is None:
         return None if num_visible is None else num_prefix + num_visible
     num_visible = jnp.full(shape[0], shape[1]) if num_visible is None else num_visible
-    visible = jnp.arange(shape[1]) < num_visible[:, None]
-    return jnp.concatenate([prefix_mask, visible], axis=1)
+    if prefix_mask is None:
+        prefix_mask = jnp.ones((shape[0], num_prefix), bool)
+    return jnp.concatenate([prefix_mask, between(num_unseen, num_visible, shape[1])], axis=1)
+
+
+def between(first, stop, length: int) -> jax.Array:
+    """Which of so many places are from `first` `[B]` on (None: from 0), below `stop` `[B]`."""
+    places = jnp.arange(length)
+    is_below = places < stop[:, None]  # [B, length]
+    return is_below if first is None else is_below & (places >= first[:, None])
 
 
 class DJepa(nnx.Module):
@@ -249,3 +285,13 @@ def split_model(config: ModelConfig):
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh float32 parameters as a nested dict; call it inside `jax.jit` with output shardings."""
     return nnx.to_pure_dict(nnx.state(DJepa(config, rngs=nnx.Rngs(params=key))))
+
+
+def cast_linear(params: dict, dtype: jnp.dtype) -> dict:
+    """Parameters of which linear maps' have the type of products: cast once, not in every step."""
+
+    def cast(path, x):
+        is_linear = CAST.search(path_name(path)) and not EXACT.search(path_name(path))
+        return x.astype(dtype) if is_linear else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
