@@ -19,6 +19,7 @@ from djepa_jax.core.losses.base import guide
 from djepa_jax.core.losses.diffusion import Diffusion, discretised_nll, gaussian_kl, make_schedule
 from djepa_jax.core.losses.flow_matching import FlowMatching
 from djepa_jax.core.losses.shortcut import Shortcut
+from djepa_jax.core.losses.x_prediction import XPrediction
 
 CHANNELS = 3
 POINT = jnp.array([0.5, -1.0, 2.0])
@@ -79,6 +80,7 @@ IDEAL = {
     "diffusion": Field(ideal_noise),
     "flow_matching": Field(ideal_velocity),
     "shortcut": Stretches(lambda xt, time, _: ideal_velocity(xt, time[..., :1], _)),
+    "x_prediction": Field(lambda xt, *_: jnp.broadcast_to(POINT, xt.shape)),
 }
 
 
@@ -180,6 +182,41 @@ def test_flow_finds_the_point(sampler, shift):
     np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_prediction_of_a_point_finds_it(sampler, steps):
+    """In one step, too, which ends at what the network gives."""
+    token_loss = XPrediction(num_denoise_steps=steps + 1, sampler=sampler, time_shift=0.5)
+    start, cond = jax.random.normal(jax.random.key(0), (6, 1, CHANNELS)), jnp.zeros((1, 6, 1))
+    tokens = token_loss.sample(IDEAL["x_prediction"], cond, start, 1.0, 1.0)
+    np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=2e-6)
+
+
+def test_prediction_is_flow_matching_by_another_network():
+    """(x0 - xt) / (1 - t) as the velocity has the same loss, and the same samples by Euler."""
+    flow, prediction = FlowMatching(num_denoise_steps=9), XPrediction(num_denoise_steps=9)
+    found = mixed_field(flow).formula
+    velocity = Field(lambda xt, t, c: (found(xt, t, c) - xt) / (1 - t))
+    x0, cond = (jax.random.normal(jax.random.key(i), (64, CHANNELS)) for i in range(2))
+    t, noise = flow.draw(jax.random.key(3), x0.shape)
+    t = t * (1 - prediction.min_rest)
+    losses = (
+        flow.loss(velocity, x0, cond, t, noise),
+        prediction.loss(Field(found), x0, cond, t, noise),
+    )
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    how = cond[None], noise[:, :1], 1.0, 1.0
+    samples = flow.sample(velocity, *how), prediction.sample(Field(found), *how)
+    np.testing.assert_allclose(*samples, atol=1e-5)
+
+
+def test_times_of_predictions_are_a_logistic_normal():
+    loss = XPrediction(time_mean=0.5, time_deviation=2.0)
+    t = np.asarray(loss.draw(jax.random.key(0), (20_000, CHANNELS))[0], float)
+    logits = np.log(t / (1 - t))
+    assert abs(logits.mean() - 0.5) < 0.05 and abs(logits.std() - 2) < 0.05
+
+
 def test_orders_of_the_integrators():
     """On x' = x Euler's error halves with the step, Heun's falls fourfold and is smaller."""
     noise, cond = jnp.ones((1, 1, CHANNELS)), jnp.zeros((1, 1, CHANNELS))
@@ -263,6 +300,7 @@ def test_temperature_scales_the_added_noise_alone():
         Diffusion(num_denoise_steps=3, sampler="ddim"),
         FlowMatching(num_denoise_steps=3),
         Shortcut(num_denoise_steps=3),
+        XPrediction(num_denoise_steps=3),
     ):
         assert still.noises_per_token == 1
         runs = [still.sample(mixed_field(still), cond, noise[:, :1], 1.0, t) for t in (0.0, 1.0)]

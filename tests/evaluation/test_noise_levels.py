@@ -35,13 +35,18 @@ class Zero:
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_a_denoiser_that_gives_zero(name):
-    """Of tokens that are 2 it leaves E |2 - noise|^2 = 5 at every time; of noise, 1 and a bound."""
+    """Of tokens that are 2 it leaves E |2 - noise|^2 = 5 at every time; of noise, 1 and a bound; of
+    clean tokens, 4 over the square of what is left of the time.
+    """
     loss = TOKEN_LOSSES[name](num_denoise_steps=3)
     x0, key = jnp.full((64, 32, 4), 2.0), jax.random.key(0)
     draw = jax.jit(functools.partial(draw_losses, loss, Zero(loss.out_per_channel)))
     times, losses, counts = map(np.asarray, draw(x0, jnp.zeros((64, 32, 1)), key))
     assert times.shape == losses.shape == counts.shape == (64, 32)
     assert counts.all() or (name == "shortcut" and 0.4 < counts.mean() < 0.6)
+    if name == "x_prediction":
+        np.testing.assert_allclose(losses, 4 / np.maximum(1 - times, loss.min_rest) ** 2, rtol=1e-5)
+        return
     last = loss.time_table_size or 1
     bins = in_bins(times, losses, counts, last)
     assert [of["from"] for of in bins] == pytest.approx(np.arange(10) * last / 10)

@@ -1,0 +1,69 @@
+"""Flow matching whose network gives the clean token (Li and He 2025, arXiv 2511.13720, table 1).
+
+The path, the error that is least and the sampler are those of flow matching. But noise fills all
+values of a token, and a network that gives the velocity has to hand all of it on; clean tokens lie
+close to few of the directions there are. So tokens may have as many values as the denoiser is wide.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from djepa_jax.core.bounds import AboveZero, Finite
+from djepa_jax.core.losses.base import Denoiser, guide
+from djepa_jax.core.losses.flow_matching import FlowMatching
+
+
+@dataclasses.dataclass(frozen=True)
+class XPrediction(FlowMatching):
+    """Flow matching by a network that gives x0; the velocity at xt is (x0 - xt) / (1 - t)."""
+
+    time_mean: Finite = -0.8  # times are drawn as the logistic function of a normal variable
+    time_deviation: AboveZero = 0.8
+    min_rest: AboveZero = 0.05  # 1 - t in the loss is at least that, so that no draw outweighs all
+
+    @property
+    def denoiser_calls(self) -> int:
+        """One per step of the grid, two with Heun but for the last."""
+        steps = self.num_denoise_steps - 1
+        return 2 * steps - 1 if self.sampler == "heun" else steps
+
+    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Times `[..., K]` and noise `[..., K, C]` for tokens of the shape `[..., C]`."""
+        time_key, noise_key = jax.random.split(key)
+        rows = (*shape[:-1], self.noise_multiplicity)
+        logit = self.time_mean + self.time_deviation * jax.random.normal(time_key, rows)
+        return jax.nn.sigmoid(logit), jax.random.normal(noise_key, (*rows, shape[-1]))
+
+    def loss(self, denoiser: Denoiser, x0, cond, t, noise) -> jax.Array:
+        """Mean squared velocity error per token, averaged over the draws: `[...]`."""
+        clean = x0.astype(jnp.float32)[..., None, :]  # [..., 1, C]
+        xt = t[..., None] * clean + (1 - t[..., None]) * noise  # [..., K, C]
+        found = denoiser(xt, denoiser.time(t), denoiser.condition(cond)[..., None, :])
+        error = (found - clean) / jnp.maximum(1 - t, self.min_rest)[..., None]
+        return jnp.square(error).mean((-1, -2))
+
+    def sample(self, denoiser: Denoiser, cond, noise, cfg_scale, temperature) -> jax.Array:
+        """Integrate the field from noise to data; temperature plays no part.
+
+        The last step ends at what the network gives, with Heun, too: at t = 1 there is no velocity.
+        """
+        times = jnp.asarray(self.times())
+        time_table = denoiser.time(times)  # [points, w]
+        condition = denoiser.condition(cond)  # [G, ..., w]
+
+        def slope_at(x, point):
+            found = guide(denoiser(x, time_table[point], condition), cfg_scale)
+            return (found - x) / (1 - times[point])
+
+        def step(x, point, heun=self.sampler == "heun"):
+            dt, slope = times[point + 1] - times[point], slope_at(x, point)
+            if heun:
+                slope = (slope + slope_at(x + dt * slope, point + 1)) / 2
+            return x + dt * slope, None
+
+        start = noise[..., 0, :].astype(jnp.float32)  # [..., C]
+        last = len(times) - 2
+        x, _ = jax.lax.scan(step, start, jnp.arange(last))
+        return step(x, last, heun=False)[0]
