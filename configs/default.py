@@ -71,10 +71,12 @@ def _model() -> ConfigDict:
 def _loss() -> ConfigDict:
     """What is minimised, and what is hidden and masked for it."""
     loss = ConfigDict()
-    loss.name = "diffusion"  # diffusion, flow_matching or shortcut (which goes on from the latter)
+    # diffusion, flow_matching, x_prediction or shortcut (which goes on from flow_matching)
+    loss.name = "diffusion"
     # Arguments of that loss: clip_x0 of diffusion (clip the implied clean token to +- this; 0 =
-    # off), time_shift of flow_matching and shortcut (bends the time grid), flow_share of shortcut
-    # (draws without a length). Those left out have its defaults.
+    # off); time_shift of the others (bends the time grid); flow_share of shortcut (draws without a
+    # length); time_mean, time_deviation (of the logits of times) and min_rest (the least 1 - t) of
+    # x_prediction. Those left out have its defaults.
     loss.options = ConfigDict()
     loss.token_weight = 1.0
     loss.jepa_weight = 1.0  # 0 leaves the JEPA head out
@@ -206,7 +208,7 @@ def _sample() -> ConfigDict:
     sample.num_ar_steps = 64
     sample.num_denoise_steps = 100
     sample.final_denoise_steps = 0  # to which they fall towards the last step; 0 = all the same
-    sample.sampler = "ddpm"  # diffusion: ddpm, ddim; flow_matching: euler, heun
+    sample.sampler = "ddpm"  # ddpm, ddim of diffusion; euler, but for shortcut heun
     sample.batch_size = 64  # pictures per call
     sample.num_segments = 8  # scan segments of the loop: more compile longer and pad less
     return sample

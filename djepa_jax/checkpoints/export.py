@@ -32,6 +32,8 @@ from djepa_jax.runtime.storage import as_path, check_local, check_writable, writ
 
 # Places on this machine are nobody's business.
 PRIVATE = {key: "" for key in PATHS if key != "data.class_names"}
+# What the networks of the authors' code give, with the losses that it has
+AUTHORS_PREDICT = ("noise", "velocity")
 
 
 def run_export(
@@ -55,7 +57,8 @@ def run_export(
         push: USER/NAME on the Hugging Face Hub, where to put the export, too.
 
     Raises:
-        CheckpointError: nothing to export, or `out` exists or cannot be written.
+        CheckpointError: nothing to export, or not in this format, or `out` exists or cannot be
+            written.
         ConfigError: the configuration is of another model.
     """
     model = restore.find_model(workdir)
@@ -64,6 +67,11 @@ def run_export(
     else:
         restore.check_same_model(model.config, experiment)
         experiment = experiment.completed_by(model.config)
+    if form == OFFICIAL and experiment.token_loss.predicts not in AUTHORS_PREDICT:
+        raise CheckpointError(
+            f"--format={form} is for the authors' code, which has no loss like \""
+            f'{experiment.loss.name}", and would draw noise; use --format={SAFETENSORS}.'
+        )
     target = _check_target(out, form, overwrite)
     if push:
         hub.check_push(push, overwrite)

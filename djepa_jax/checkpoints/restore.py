@@ -35,6 +35,7 @@ KIND, EXPORT_FORMAT = "djepa_jax export", 1
 CONFIG_NAME, PARAMS_NAME, TENSORS_NAME = "config.json", "params", "model.safetensors"
 CARD_NAME = "README.md"  # for people to edit: loading does not check it
 # What `weights` of an export may be, besides a compiled sampler.
+OUTPUT = "denoiser/out/"
 ORBAX, SAFETENSORS, OFFICIAL = "orbax", "safetensors", "official"
 
 
@@ -262,18 +263,21 @@ def warm_start(
 ) -> TrainState:
     """A fresh state that begins with a model's average, as far as paths and shapes agree.
 
-    Of stacked layers, as many are taken as both have. ConfigError where next to nothing fits.
+    Of stacked layers, as many are taken as both have; the denoiser's last layer only if it gives
+    the same for both losses. ConfigError where next to nothing fits.
     """
     model = find_model(init_from)
+    is_same_output = model.config.token_loss.predicts == experiment.token_loss.predicts
     fresh = _by_path(state.params)
     abstract = placed_params(model.config, next(iter(fresh.values())).sharding.mesh)
     stored = _by_path(abstract)
     counts, others = {}, set()  # how much of the first axis to take, by path; parts that differ
     for path in fresh.keys() | stored.keys():
         ours, theirs = (tree[path].shape if path in tree else () for tree in (fresh, stored))
-        if ours and theirs and ours[1:] == theirs[1:] and ("/blocks/" in path or ours == theirs):
+        is_other = ours != theirs or (path.startswith(OUTPUT) and not is_same_output)
+        if ours and theirs and ours[1:] == theirs[1:] and ("/blocks/" in path or not is_other):
             counts[path] = min(ours[0], theirs[0])
-        if ours != theirs:
+        if is_other:
             layers = f"[{counts[path]}:]" if path in counts else ""
             others.add("/".join(path.split("/")[:2]) + layers)
     taken = sum(fresh[path].size * n // len(fresh[path]) for path, n in counts.items())

@@ -16,6 +16,7 @@ from djepa_jax.data.arrays import ArraySource
 from djepa_jax.data.loader import in_batches
 from djepa_jax.runtime.progress import Progress
 
+LEAST_EXAMPLES = 10  # of a bin, without which its standard error says nothing
 NUM_BINS, NUM_BATCHES, BATCH_SIZE, NUM_THREADS = 10, 16, 64, 4
 
 
@@ -56,7 +57,7 @@ def make_token_losses(config: TrainStepConfig, batch_size: int) -> Callable:
 
 
 def in_bins(times: np.ndarray, losses: np.ndarray, counts: np.ndarray, last: float) -> list[dict]:
-    """Mean losses of tokens `[E, N]` that count, in bins of time up to `last`, if there are some.
+    """Mean losses of tokens `[E, N]` that count, in bins of time up to `last`, if enough are in it.
 
     Standard errors are of a ratio of sums over examples, whose tokens are not independent.
     """
@@ -65,7 +66,8 @@ def in_bins(times: np.ndarray, losses: np.ndarray, counts: np.ndarray, last: flo
     for place, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
         chosen = counts & (places == place)  # [E, N]
         count, total = chosen.sum(1), losses.sum(1, where=chosen, dtype=float)  # [E]
-        if tokens := int(count.sum()):
+        if np.count_nonzero(count) >= LEAST_EXAMPLES:
+            tokens = int(count.sum())
             mean = float(total.sum() / tokens)
             error = float(np.linalg.norm(total - mean * count) / tokens)
             about = {"from": start, "to": stop, "loss": mean, "standard_error": error}

@@ -103,7 +103,8 @@ class Generator:
         if known is not None:
             num_known = int(known.mask[0].sum())
             steps = min(self.config.num_ar_steps, self.config.model.num_tokens - num_known)
-            given = {"num_known": num_known, "guided": experiment.sample.cfg_scale != 1}
+            guided = self.config.guided or (num_known > 0 and experiment.sample.cfg_scale != 1)
+            given = {"num_known": num_known, "guided": guided}
             self.config = dataclasses.replace(self.config, num_ar_steps=steps, **given)
         sample = experiment.sample
         self.cfg_scales = self.config.guidance(sample.cfg_scale, sample.cfg_schedule)  # [T]

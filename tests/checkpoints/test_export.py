@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import PARITY
+from filled import save_model
 from PIL import Image
 from safetensors import safe_open
 from tiny import load_config, run, tiny_config
@@ -286,6 +287,15 @@ def test_official_names_are_the_authors(exports):
         theirs = {name for name in names if "blocks.1." not in name}  # two blocks there, one here
     with safe_open(exports["official"] / "model.safetensors", "np") as file:
         assert set(file.keys()) == theirs and file.metadata() == {"format": "pt"}
+
+
+def test_the_authors_code_is_not_given_what_it_would_misread(old):
+    """Networks that give clean tokens have the shapes of those that give velocities."""
+    source = save_model(old.parent / "run", tiny_config("--config.loss.name=x_prediction"))
+    assert "x_prediction" in refused(old, source, old) and "safetensors" in refused(
+        old, source, old
+    )
+    assert run_export(None, source, str(old.parent / "new"), "safetensors").exists()
 
 
 def test_config_may_change_sampling_but_not_the_model(trained, exports, tmp_path):

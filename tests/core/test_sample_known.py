@@ -10,8 +10,10 @@ from filled import filled_params
 from flax import nnx
 from tiny import tiny_config
 
+from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.sampler import Known, SampleInputs, make_sampler
+from djepa_jax.sampling.generator import Generator, grow
 
 KNOWN, VISIBLE = 5, 9  # of 16 tokens
 
@@ -70,6 +72,35 @@ def test_the_unconditional_half_does_not_depend_on_what_is_given():
     plain = drawn(config_of("nothing", guided=False), 1.0, 0.5)
     np.testing.assert_allclose(drawn(guided, 1.0, 0.5), plain, rtol=1e-4, atol=1e-4)
     assert np.abs(one - plain).max() > 1e-2
+
+
+def test_steps_of_their_own_give_what_the_loop_gives():
+    """In several segments, of which the first has no guidance."""
+    config = config_of("nothing", guided=True, num_segments=3, cfg_interval=(0.4, 1.0))
+    known = Known(
+        jnp.ones((2, 16, config.model.token_dim)), jnp.tile(jnp.arange(16) < KNOWN, (2, 1))
+    )
+    scales = jnp.asarray(config.guidance(3.0, "constant"))
+    inputs = SampleInputs(jnp.zeros(2, jnp.int32), jnp.arange(2), 0, scales, 1.0, known)
+    params = filled_params(config.model)
+    *_, grown = grow(config, params, inputs)
+    tokens = jax.jit(make_sampler(config))(params, inputs)
+    np.testing.assert_allclose(grown, tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("condition", ["nothing", "classes"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_generator_guides_where_there_is_something_to_guide_by(condition, scale):
+    experiment = tiny_config(f"--config.model.condition={condition}")
+    experiment = experiment.updated({"sample.cfg_scale": scale, "sample.num_ar_steps": 3})
+    told, guides = condition == "classes", scale != 1
+    alone = Generator(experiment, sharding.make_mesh((-1, 1, 1), jax.devices()[:1]))
+    assert alone.config.guided == (guides and told)
+    for num_known in (0, KNOWN):
+        mask = np.tile(np.arange(16) < num_known, (2, 1))
+        config = alone.beside(Known(np.zeros((2, 16, 4)), mask)).config
+        assert config.guided == (guides and (told or num_known > 0))
+        assert config.guides_by_known == (guides and not told and num_known > 0)
 
 
 @pytest.mark.parametrize("changes", [{"guided": False}, {"num_known": 0}, {"condition": "classes"}])

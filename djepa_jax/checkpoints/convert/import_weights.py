@@ -129,7 +129,7 @@ def _read_file(path: pathlib.Path, experiment: Experiment) -> ImportSource:
 
 def _untold(experiment: Experiment) -> str:
     """Keys, with their values, in which models with the same shapes of tensors may differ."""
-    keys = ["data.modality", "data.image_size", "data.channels", "data.patch_size"]
+    keys = ["loss.name", "data.modality", "data.image_size", "data.channels", "data.patch_size"]
     if experiment.modality.needs_decoder:
         keys += ["data.latent_scale", "data.latent_shift"]
     values = flatten(experiment.to_dict())

@@ -33,6 +33,8 @@ class TokenLoss(Protocol):
     """
 
     samplers: tuple[str, ...]  # what `sampler` may be, the default first
+    predicts: str  # what the denoiser gives; of weights that were trained to give something else,
+    # the last layer is of no use
     out_per_channel: int  # denoiser outputs per token channel
     noises_per_token: int  # noise vectors that sampling one token takes (S)
     denoiser_calls: int  # denoiser evaluations that sampling one token takes

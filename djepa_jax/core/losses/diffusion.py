@@ -122,6 +122,7 @@ class Diffusion:
     """
 
     samplers = ("ddpm", "ddim")  # ancestral, deterministic
+    predicts = "noise"
     out_per_channel = 2
     time_table_size = NUM_TRAIN_STEPS
 

@@ -16,6 +16,7 @@ class FlowMatching:
     """Straight paths xt = t x0 + (1 - t) noise to clean tokens x0, with velocity x0 - noise."""
 
     samplers = ("euler", "heun")
+    predicts = "velocity"
     out_per_channel = 1
     noises_per_token = 1
     time_table_size = 0

@@ -1,8 +1,9 @@
 """Flow matching whose network gives the clean token (Li and He 2025, arXiv 2511.13720, table 1).
 
-The path, the error that is least and the sampler are those of flow matching. But noise fills all
-values of a token, and a network that gives the velocity has to hand all of it on; clean tokens lie
-close to few of the directions there are. So tokens may have as many values as the denoiser is wide.
+The path from noise to data is that of flow matching, and so is what a perfect network would draw.
+But noise fills all values of a token, and a network that gives the velocity has to hand all of it
+on; clean tokens lie close to few of the directions there are. So tokens may have as many values as
+the denoiser is wide.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from djepa_jax.core.losses.flow_matching import FlowMatching
 @dataclasses.dataclass(frozen=True)
 class XPrediction(FlowMatching):
     """Flow matching by a network that gives x0; the velocity at xt is (x0 - xt) / (1 - t)."""
+
+    predicts = "token"
 
     time_mean: Finite = -0.8  # times are drawn as the logistic function of a normal variable
     time_deviation: AboveZero = 0.8
