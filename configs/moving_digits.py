@@ -39,6 +39,7 @@ def get_config(variant: str = "cpu") -> ConfigDict:
     config.optimizer.ema_decay = 0.998
     _set_data(config.data)
     config.sample.count = 30
+    config.sample.cfg_scale = 3.0
     config.sample.num_ar_steps = 16
     config.sample.batch_size = 50
     if variant == "gpu":

@@ -86,7 +86,7 @@ def test_parts_that_cannot_be_one_are_refused():
         ConfigError, match=r"first.modality is \"\"; it must be one of image_pixels"
     ):
         tiny_config("--config.data.modality=joint")
-    with pytest.raises(ConfigError, match="of 64 values, and second of 32"):
+    with pytest.raises(ConfigError, match="of 256 values, and second of 64"):
         load_config("say_and_draw", "--config.data.options.second.patch_frames=4")
     with pytest.raises(ConfigError, match=r"did you mean data.options.second.frames"):
         load_config("say_and_draw", "--config.data.options.second.frame=4")
@@ -95,7 +95,7 @@ def test_parts_that_cannot_be_one_are_refused():
 def test_the_shipped_configuration_is_stored_and_set_part_by_part():
     experiment = load_config("say_and_draw", "--config.data.options.second.frames=32")
     assert experiment.modality.second.frames == 32 and experiment.modality.first.size == 32
-    assert experiment.network.grid == ((4, 4), (5, 4)) and experiment.network.num_tokens == 36
+    assert experiment.network.grid == ((2, 2), (2, 2)) and experiment.network.num_tokens == 8
     assert from_stored(to_stored(experiment)) == experiment
 
 
