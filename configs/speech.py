@@ -26,31 +26,37 @@ from djepa_jax.config.files import builtin
 def get_config() -> ConfigDict:
     """The spoken digits' networks, with a reader of texts in place of classes."""
     config = builtin("spoken_digits").get_config()
-    config.num_steps = 6000
+    config.num_steps = 4000
     config.batch_size = 8
     config.checkpoint_every = 500
-    config.sample_every = 500
+    config.sample_every = 1000
     config.evaluation.kind = "speech"
     config.evaluation.count = 32
+    config.log_every = 25
+    config.model.denoiser_width = 384
     config.model.num_prefix_tokens = 16
     config.model.condition = "text"
     config.model.condition_options = ConfigDict(
         {"length": 176, "width": 128, "depth": 2, "num_heads": 4}
     )
+    # Tokens of 512 values: docs/training.md
+    config.loss.name = "x_prediction"
+    config.loss.options = ConfigDict({"time_mean": -2.0, "time_deviation": 1.0, "time_shift": 3.0})
+    config.optimizer.learning_rate = 1.5e-3
     config.optimizer.ema_decay = 0.995
     _set_data(config.data)
     config.sample.count = 8
     config.sample.batch_size = 8
-    config.sample.num_ar_steps = 32
+    config.sample.num_ar_steps = 20
     return config
 
 
 def _set_data(data: ConfigDict) -> None:
-    """Waves of 10.24 seconds at 16 kHz; windows of 16 bands and 16 frames: 160 tokens of 256."""
+    """Waves of 10.24 seconds at 16 kHz; windows of 32 bands and 16 frames: 80 tokens of 512."""
     data.labels = ""
     data.unconditional = False
     options = data.options
     options.rate, options.n_fft, options.hop = 16_000, 512, 256
     options.mels, options.frames = 64, 640
-    options.patch_mels, options.patch_frames = 16, 16
+    options.patch_mels, options.patch_frames = 32, 16
     options.floor, options.mean, options.deviation = 100.0, 7.35, 2.56
