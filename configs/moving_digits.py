@@ -50,7 +50,7 @@ def get_config(variant: str = "cpu") -> ConfigDict:
 def _set_data(data: ConfigDict) -> None:
     """One digit of 24 x 24 pixels, in 16 boxes of 2 x 16 x 16.
 
-    With 64 of 2 x 8 x 8 the boxes did not find together in the time: docs/video.md.
+    64 boxes of 2 x 8 x 8 gave specks in the same time, by flow matching: docs/video.md.
     """
     data.source = "moving_mnist"
     data.source_options = ConfigDict({"num_digits": 1, "digit_size": 48, "num_clips": 60_000})

@@ -40,12 +40,12 @@ class Networks:
     def embed_condition(self, raw):
         return Condition(raw[:, None, None], None)
 
-    def context_encoder(self, tokens, order, condition, num_visible):
+    def context_encoder(self, tokens, order, condition, num_visible, num_unseen):
         rows = len(order)
         jax.debug.callback(lambda n: self.ran.append((int(n), rows)), num_visible[0])
         return condition.prefix  # [B, 1, 1]
 
-    def predictor(self, encoded, order, num_visible, mask, query_ids):
+    def predictor(self, encoded, order, num_visible, mask, query_ids, num_unseen):
         features = feature_of(encoded, query_ids[:, None], num_visible[:, None, None])
         return jnp.repeat(features, WIDTH, axis=2)  # [B, K, D]
 

@@ -2,7 +2,7 @@
 
 The path from noise to data is that of flow matching, and so is what a perfect network would draw.
 But noise fills all values of a token, and a network that gives the velocity has to hand all of it
-on; clean tokens lie close to few of the directions there are. So tokens may have as many values as
+on; clean tokens lie close to few of the directions there are. So tokens may have more values than
 the denoiser is wide.
 """
 
