@@ -34,8 +34,8 @@ LEAST_SHARE = 0.01  # of the parameters, that a warm start takes; a few biases a
 KIND, EXPORT_FORMAT = "djepa_jax export", 1
 CONFIG_NAME, PARAMS_NAME, TENSORS_NAME = "config.json", "params", "model.safetensors"
 CARD_NAME = "README.md"  # for people to edit: loading does not check it
+OUTPUT = "denoiser/out/"  # the layer that gives what a loss predicts
 # What `weights` of an export may be, besides a compiled sampler.
-OUTPUT = "denoiser/out/"
 ORBAX, SAFETENSORS, OFFICIAL = "orbax", "safetensors", "official"
 
 
