@@ -25,7 +25,7 @@ from djepa_jax.config.files import builtin
 
 
 def get_config() -> ConfigDict:
-    """The spoken digits' networks, with a reader of texts in place of classes."""
+    """The spoken digits' networks and loss, with a reader of texts in place of classes."""
     config = builtin("spoken_digits").get_config()
     config.num_steps = 6000
     config.batch_size = 8
@@ -34,18 +34,13 @@ def get_config() -> ConfigDict:
     config.evaluation.kind = "speech"
     config.evaluation.count = 32
     config.log_every = 25
-    config.model.denoiser_width = 384
     config.model.num_prefix_tokens = 16
     config.model.condition = "text"
     config.model.condition_options = ConfigDict(
         {"length": 176, "width": 128, "depth": 2, "num_heads": 4}
     )
-    # Tokens of 512 values: docs/training.md
-    config.loss.name = "x_prediction"
-    config.loss.options = ConfigDict({"time_mean": -2.0, "time_deviation": 1.0, "time_shift": 3.0})
     # Ten of 80 tokens are shown on average: more of them tell the sentence without its text
     config.loss.mask_ratio_std = 0.15
-    config.optimizer.learning_rate = 1.5e-3
     config.optimizer.ema_decay = 0.995
     _set_data(config.data)
     config.sample.count = 8
