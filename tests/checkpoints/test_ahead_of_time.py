@@ -196,7 +196,7 @@ def test_sounds_and_pairs_come_out_of_a_file(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stablehlo, "make_sampler", make_sampler)
     few = ("--config.sample.batch_size=2", "--config.data.num_classes=10")
-    sound = ("--config.data.options.frames=16", "--config.model.condition_options.second_classes=2")
+    sound = ("--config.data.options.frames=32", "--config.model.condition_options.second_classes=2")
     if kind == "sound":
         config = load_config("spoken_digits", *TINY, *few, *sound)
     else:
