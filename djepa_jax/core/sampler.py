@@ -200,12 +200,13 @@ def predict(config: SamplerConfig, model, state, order, condition, query_ids, ma
     orders = repeat(order, "b n -> (b c) n", c=copies)
     tokens = repeat(state.tokens[:, :max_visible], "b v c -> (b r) v c", r=copies)
     num_visible = jnp.full(len(orders), state.num_visible)
-    unseen = jnp.array([0, config.num_known]) if config.guides_by_known else None
-    how = {"num_unseen": None if unseen is None else jnp.tile(unseen, len(orders) // 2)}
+    unseen = {"num_unseen": None}
+    if config.guides_by_known:
+        unseen["num_unseen"] = jnp.tile(jnp.array([0, config.num_known]), len(orders) // 2)
     seen = tokens, orders[:, :max_visible]
-    encoded = model.context_encoder(*seen, condition, num_visible=num_visible, **how)
+    encoded = model.context_encoder(*seen, condition, num_visible=num_visible, **unseen)
     own = orders, num_visible, condition.mask
-    cond = model.predictor(encoded, *own, query_ids=query_ids, **how)
+    cond = model.predictor(encoded, *own, query_ids=query_ids, **unseen)
     cond = rearrange(cond, "(b r g) k d -> r g b k d", g=guidance, r=config.num_regions)
     if config.num_regions == 1:
         return cond[0]
