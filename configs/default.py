@@ -208,7 +208,8 @@ def _sample() -> ConfigDict:
     sample.num_ar_steps = 64
     sample.num_denoise_steps = 100
     sample.final_denoise_steps = 0  # to which they fall towards the last step; 0 = all the same
-    sample.sampler = "ddpm"  # ddpm, ddim of diffusion; euler, but for shortcut heun
+    # ddpm, ddim of diffusion; euler, but for shortcut heun or ancestral, too
+    sample.sampler = "ddpm"
     sample.batch_size = 64  # pictures per call
     sample.num_segments = 8  # scan segments of the loop: more compile longer and pad less
     return sample

@@ -27,6 +27,7 @@ EXACT = ("order", "reveal", "num_ar_steps")
 FEWER = {
     "euler": (50, 25, 12, 6),
     "heun": (12, 6),
+    "ancestral": (25, 12),
     "ddpm": (50, 25, 12),
     "ddim": (50, 25, 12),
 }

@@ -168,33 +168,39 @@ def test_diffusion_finds_the_point(sampler, steps):
     )
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", FlowMatching.samplers)
 @pytest.mark.parametrize("shift", [1.0, 0.5, 3.0])
 def test_flow_finds_the_point(sampler, shift):
-    """Paths to a point are straight, so any grid and either integrator follow them exactly."""
-    start = jax.random.normal(jax.random.key(0), (6, 1, CHANNELS))
+    """Paths to a point are straight, so any grid and integrator follow them exactly; an ancestral
+    step goes to another of them.
+    """
+    token_loss = FlowMatching(num_denoise_steps=7, sampler=sampler, time_shift=shift)
+    start = jax.random.normal(jax.random.key(0), (6, token_loss.noises_per_token, CHANNELS))
 
     def velocity(xt, time, condition):  # at time 1 the limit along the path
         return jnp.where(time < 1, ideal_velocity(xt, time, condition), POINT - start[:, 0])
 
-    token_loss = FlowMatching(num_denoise_steps=7, sampler=sampler, time_shift=shift)
     tokens = token_loss.sample(Field(velocity), jnp.zeros((1, 6, CHANNELS)), start, 1.0, 1.0)
     np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", XPrediction.samplers)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_prediction_of_a_point_finds_it(sampler, steps):
     """In one step, too, which ends at what the network gives."""
     token_loss = XPrediction(num_denoise_steps=steps + 1, sampler=sampler, time_shift=0.5)
-    start, cond = jax.random.normal(jax.random.key(0), (6, 1, CHANNELS)), jnp.zeros((1, 6, 1))
+    shape, cond = (6, token_loss.noises_per_token, CHANNELS), jnp.zeros((1, 6, 1))
+    start = jax.random.normal(jax.random.key(0), shape)
     tokens = token_loss.sample(IDEAL["x_prediction"], cond, start, 1.0, 1.0)
     np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=2e-6)
 
 
-def test_prediction_is_flow_matching_by_another_network():
-    """(x0 - xt) / (1 - t) as the velocity has the same loss, and the same samples by Euler."""
-    flow, prediction = FlowMatching(num_denoise_steps=9), XPrediction(num_denoise_steps=9)
+@pytest.mark.parametrize("sampler", ["euler", "ancestral"])
+def test_prediction_is_flow_matching_by_another_network(sampler):
+    """(x0 - xt) / (1 - t) as the velocity has the same loss and samples, but for Heun's end."""
+    flow, prediction = (
+        loss(num_denoise_steps=9, sampler=sampler) for loss in (FlowMatching, XPrediction)
+    )
     found = mixed_field(flow).formula
     velocity = Field(lambda xt, t, c: (found(xt, t, c) - xt) / (1 - t))
     x0, cond = (jax.random.normal(jax.random.key(i), (64, CHANNELS)) for i in range(2))
@@ -205,7 +211,8 @@ def test_prediction_is_flow_matching_by_another_network():
         prediction.loss(Field(found), x0, cond, t, noise),
     )
     np.testing.assert_allclose(*losses, rtol=1e-3)
-    how = cond[None], noise[:, :1], 1.0, 1.0
+    noise = jax.random.normal(jax.random.key(4), (64, flow.noises_per_token, CHANNELS))
+    how = cond[None], noise, 1.0, 1.0
     samples = flow.sample(velocity, *how), prediction.sample(Field(found), *how)
     np.testing.assert_allclose(*samples, atol=1e-5)
 
@@ -233,6 +240,26 @@ def test_orders_of_the_integrators():
     assert all(h < e / 10 for e, h in zip(euler, heun, strict=True))
     assert all(1.8 < coarse / fine < 2.1 for coarse, fine in zip(euler, euler[1:], strict=False))
     assert all(3.6 < coarse / fine < 4.1 for coarse, fine in zip(heun, heun[1:], strict=False))
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_ancestral_steps_keep_the_marginals(shift):
+    """Of a Gaussian: its deviation, with a start that is forgotten; Euler hands it on instead."""
+    deviation, count = 0.5, 4000
+
+    def exact(xt, t, condition):  # E[x0 | xt] = t s^2 / (t^2 s^2 + (1 - t)^2) xt
+        signal = t * deviation**2
+        return signal / (t * signal + (1 - t) ** 2) * xt
+
+    def run(sampler):
+        loss = XPrediction(num_denoise_steps=101, sampler=sampler, time_shift=shift)
+        noise = jax.random.normal(jax.random.key(0), (count, loss.noises_per_token, 1))
+        tokens = loss.sample(Field(exact), jnp.zeros((1, count, 1)), noise, 1.0, 1.0)[:, 0]
+        return float(tokens.std()), np.corrcoef(tokens, noise[:, 0, 0])[0, 1]
+
+    (ancestral, left), (euler, kept) = run("ancestral"), run("euler")
+    assert abs(ancestral / deviation - 1) < 0.05 and abs(euler / deviation - 1) < 0.05
+    assert abs(left) < 4 / math.sqrt(count) and kept > 0.999
 
 
 def exact_mean(x, time, condition):
@@ -286,16 +313,20 @@ def test_a_stretch_of_no_length_is_flow_matching_and_its_target_has_no_gradient(
 
 
 def test_temperature_scales_the_added_noise_alone():
-    """Without temperature only the start is left of the noise; DDIM and flow matching never use
-    it.
-    """
-    diffusion, cond = Diffusion(num_denoise_steps=3), jnp.zeros((1, 4, CHANNELS))
-    noise = jax.random.normal(jax.random.key(0), (4, diffusion.noises_per_token, CHANNELS))
+    """Without it only the start is left of the noise; DDIM, Euler and Heun never use it."""
+    cond = jnp.zeros((1, 4, CHANNELS))
+    noise = jax.random.normal(jax.random.key(0), (4, 4, CHANNELS))
     other = noise.at[:, 1:].add(1.0)
-    field = mixed_field(diffusion)
-    cold = [diffusion.sample(field, cond, n, 1.0, 0.0) for n in (noise, other)]
-    np.testing.assert_array_equal(*cold)
-    assert (diffusion.sample(field, cond, noise, 1.0, 1.0) != cold[0]).all()
+    for noisy in (
+        Diffusion(num_denoise_steps=3),
+        FlowMatching(num_denoise_steps=5, sampler="ancestral"),
+        XPrediction(num_denoise_steps=5, sampler="ancestral"),
+    ):
+        assert noisy.noises_per_token == 4
+        field = mixed_field(noisy)
+        cold = [noisy.sample(field, cond, n, 1.0, 0.0) for n in (noise, other)]
+        np.testing.assert_array_equal(*cold)
+        assert (noisy.sample(field, cond, noise, 1.0, 1.0) != cold[0]).all()
     for still in (
         Diffusion(num_denoise_steps=3, sampler="ddim"),
         FlowMatching(num_denoise_steps=3),

@@ -15,12 +15,12 @@ from djepa_jax.core.losses.base import Denoiser, guide
 class FlowMatching:
     """Straight paths xt = t x0 + (1 - t) noise to clean tokens x0, with velocity x0 - noise."""
 
-    samplers = ("euler", "heun")
+    samplers = ("euler", "heun", "ancestral")  # the last adds noise on the way
     predicts = "velocity"
     out_per_channel = 1
-    noises_per_token = 1
     time_table_size = 0
 
+    has_end = True  # whether there is a velocity at t = 1
     noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
     # Points of the time grid of sampling, so one step fewer.
     num_denoise_steps: Annotated[int, Bound(lambda x: x >= 2, "at least 2")] = 100
@@ -34,6 +34,11 @@ class FlowMatching:
     def denoiser_calls(self) -> int:
         """One per step of the grid, two with Heun."""
         return (self.num_denoise_steps - 1) * (2 if self.sampler == "heun" else 1)
+
+    @property
+    def noises_per_token(self) -> int:
+        """The start, and one for every ancestral step but the last, which ends at a clean token."""
+        return self.num_denoise_steps - 1 if self.sampler == "ancestral" else 1
 
     def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Times `[..., K]` and noise `[..., K, C]` for tokens of the shape `[..., C]`."""
@@ -53,21 +58,45 @@ class FlowMatching:
         t = np.linspace(0.0, 1.0, self.num_denoise_steps, dtype=np.float32)
         return (t / (t + self.time_shift - self.time_shift * t)).astype(np.float32)
 
+    def velocity(self, found: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        """Of what the network gives at `x` `[..., C]` and time `t`: that itself."""
+        return found
+
     def sample(self, denoiser: Denoiser, cond, noise, cfg_scale, temperature) -> jax.Array:
-        """Integrate the field from noise to data; temperature plays no part."""
+        """Integrate the field from noise to data; temperature is for ancestral steps alone."""
         times = jnp.asarray(self.times())
         time_table = denoiser.time(times)  # [points, w]
         condition = denoiser.condition(cond)  # [G, ..., w]
 
-        def velocity(x, time):
-            return guide(denoiser(x, time, condition), cfg_scale)
+        def velocity(x, point):
+            found = guide(denoiser(x, time_table[point], condition), cfg_scale)
+            return self.velocity(found, x, times[point])
 
         def step(x, inputs):
-            dt, time, next_time = inputs
-            slope = velocity(x, time)
+            point, z = inputs
+            time, later, slope = times[point], times[point + 1], velocity(x, point)
+            if self.sampler == "ancestral":
+                return renew(x, slope, time, later, temperature * z), None
             if self.sampler == "heun":
-                slope = (slope + velocity(x + dt * slope, next_time)) / 2
-            return x + dt * slope, None
+                mean = (slope + velocity(x + (later - time) * slope, point + 1)) / 2
+                slope = jnp.where(self.has_end | (point < len(times) - 2), mean, slope)
+            return x + (later - time) * slope, None
 
         start = noise[..., 0, :].astype(jnp.float32)  # [..., C]
-        return jax.lax.scan(step, start, (jnp.diff(times), time_table[:-1], time_table[1:]))[0]
+        points, added = jnp.arange(len(times) - 1), None
+        if self.sampler == "ancestral":  # [steps, ..., C], none in the last step
+            added = jnp.moveaxis(noise[..., 1:, :], -2, 0)
+            added = jnp.concatenate([added, jnp.zeros_like(start)[None]])
+        return jax.lax.scan(step, start, (points, added))[0]
+
+
+def renew(x: jax.Array, velocity: jax.Array, time, later, z: jax.Array) -> jax.Array:
+    """An ancestral step of `x` `[..., C]`: some of its noise is replaced by `z`.
+
+    With s = (1 - t) / t the deviation of x / t around x0, the share of the noise that stays is
+    s(later) / s(time), as in the reverse process of diffusion (Ho et al. 2020, eqs. 6-7). Errors of
+    earlier steps go with the noise, where an ODE hands them on (Karras et al. 2022, section 4).
+    """
+    clean, noise = x + (1 - time) * velocity, x - time * velocity
+    stays = time * (1 - later) / (later * (1 - time))
+    return later * clean + (1 - later) * (stays * noise + jnp.sqrt(1 - stays**2) * z)
