@@ -11,9 +11,9 @@ from djepa_jax.config.stored import to_stored
 from djepa_jax.core.models.djepa import ModelConfig, split_model
 
 
-def filled_params(network: ModelConfig) -> dict:
+def filled_params(network: ModelConfig, seed: int = 1) -> dict:
     """Parameters of a model, with every one filled."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
         mean, spread = {"scale": (1.0, 0.0), "bias": (0.0, 0.1), "kernel": (0.0, 0.25)}.get(
@@ -25,12 +25,12 @@ def filled_params(network: ModelConfig) -> dict:
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
-def save_model(workdir: pathlib.Path, experiment: Experiment, **changes) -> str:
+def save_model(workdir: pathlib.Path, experiment: Experiment, seed: int = 1, **changes) -> str:
     """A workdir with a model of a config; `changes` are of the stored configuration, with __ for
     the dot.
     """
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     stored = experiment.updated(changes)
-    parts = {"ema_params": filled_params(stored.network)}
+    parts = {"ema_params": filled_params(stored.network, seed)}
     Checkpoints(workdir).save_imported(parts, to_stored(stored), step=7, examples=0)
     return str(workdir)

@@ -87,14 +87,17 @@ def check_step(folder: epath.Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, local or in a bucket; the `keep` newest ones stay."""
+    """The checkpoints of one workdir, local or in a bucket.
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+    The `keep` newest ones stay, and those of steps that `keep_every` divides, unless it is 0.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2, keep_every: int = 0):
         self.workdir = as_path(workdir)
         integrity.check_storable(self.workdir)
         self.directory = self.workdir / STEPS_NAME
         self._record = self.workdir / RECORD_NAME
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._writer: ocp.AsyncCheckpointer | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1, "save")
         self._saving: tuple[int, concurrent.futures.Future] | None = None
@@ -164,7 +167,8 @@ class Checkpoints:
             return
         self._seal(step)
         older = [old for old in self.steps() if old < step]
-        kept = [*filter(self._is_finished, older), step][-self._keep :]
+        finished, every = [*filter(self._is_finished, older), step], self._keep_every
+        kept = finished[-self._keep :] + [old for old in finished if every and old % every == 0]
         for old in older:
             if old not in kept:
                 # The manifest goes first, so that half a step never counts.

@@ -72,6 +72,11 @@ def run_export(
             f"--format={form} is for the authors' code, which has no loss like \""
             f'{experiment.loss.name}", and would draw noise; use --format={SAFETENSORS}.'
         )
+    if form == STABLEHLO and experiment.sampler.autoguided:
+        raise CheckpointError(
+            f"a compiled sampler takes the parameters of one model, and config.sample.guide is "
+            f'"{experiment.sample.guide}"; leave that out ("").'
+        )
     target = _check_target(out, form, overwrite)
     if push:
         hub.check_push(push, overwrite)

@@ -1,6 +1,7 @@
 """From files to arrays: models in a workdir, in a step of one or in an export, and what fits."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -135,6 +136,30 @@ def latest_model(experiment: Experiment, workdir: str | os.PathLike) -> StoredMo
     model = _step(Checkpoints(workdir).latest_folder())
     check_same_model(model.config, experiment)
     return model
+
+
+def guide_params(experiment: Experiment, mesh) -> dict:
+    """The moving average of `sample.guide`, read once, on a mesh.
+
+    Raises:
+        ConfigError: there is no model, or it is one of another shape.
+    """
+    try:
+        model = find_model(experiment.sample.guide)
+        if changed := model_differences(model.config, experiment.completed_by(model.config)):
+            raise ConfigError(
+                f"{model.path} is another kind of model (there -> here): {', '.join(changed)}; "
+                "name one of the same shape, such as an earlier step of the same training."
+            )
+        return _guide_params(str(model.path), mesh)
+    except (CheckpointError, ConfigError) as error:
+        raise ConfigError(f"config.sample.guide: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _guide_params(path: str, mesh) -> dict:
+    model = find_model(path)
+    return model.restore(placed_params(model.config, mesh))
 
 
 def check_same_model(stored: Experiment, experiment: Experiment) -> None:

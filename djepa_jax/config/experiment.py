@@ -64,6 +64,7 @@ class Experiment(Settings):
     mesh: Annotated[tuple[int, ...], Bound(lambda x: len(x) == 3, "three whole numbers, as 8,1,1")]
     checkpoint_every: Positive
     keep_checkpoints: Positive
+    keep_every: Natural
     log_every: Positive
     sample_every: Natural
     evaluate_every: Natural
@@ -296,13 +297,15 @@ class Experiment(Settings):
             regions = regions_of(self)
         elif sample.mix:
             conditioner = Mixture(conditioner, len(sample.mix.split(",")))
+        # Of those that are told nothing, samples beside given tokens alone are (`Generator`)
+        guidable = sample.guide != "" or not isinstance(conditioner, Nothing)
+        guided = sample.cfg_scale != 1 and guidable
         config = SamplerConfig(
             # Forwards nothing is kept that unrolled layers would not have to copy
             model=dataclasses.replace(self.network, scan_unroll=1, conditioner=conditioner),
             token_loss=self.token_loss,
             num_ar_steps=sample.num_ar_steps,
-            # Of those that are told nothing, samples beside given tokens alone are (`Generator`)
-            guided=sample.cfg_scale != 1 and not isinstance(conditioner, Nothing),
+            guided=guided,
             num_segments=sample.num_segments,
             order=sample.order,
             reveal=sample.reveal,
@@ -310,6 +313,7 @@ class Experiment(Settings):
             final_denoise_steps=sample.final_denoise_steps,
             cfg_interval=(sample.cfg_start, sample.cfg_stop),
             reuse_unconditional=sample.reuse_unconditional,
+            autoguided=guided and sample.guide != "",
         )
         try:
             _ = config.counts, config.loss_at(config.num_ar_steps - 1)

@@ -212,6 +212,7 @@ class SampleSettings(Settings):
     cfg_start: Fraction
     cfg_stop: Fraction
     reuse_unconditional: Positive
+    guide: str
     temperature: Moderate
     num_ar_steps: int
     num_denoise_steps: int
@@ -219,6 +220,14 @@ class SampleSettings(Settings):
     sampler: str
     batch_size: Positive
     num_segments: Positive
+
+    def __post_init__(self):
+        check_bounds(self)
+        if self.guide and self.reuse_unconditional > 1:
+            raise ValueError(
+                f"reuse_unconditional is {self.reuse_unconditional}; with sample.guide it must be "
+                "1, since no half is without a condition."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,8 @@ LATER = {
     "loss": {"mask_modes": "random"},
     "model": {"attention": "auto"},
     "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}
-    | {"final_denoise_steps": 0, "mix": "", "prompt": "", "reuse_unconditional": 1},
+    | {"final_denoise_steps": 0, "mix": "", "prompt": "", "reuse_unconditional": 1}
+    | {"guide": ""},
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"}
     | {"trend_count": 1000, "captions": ""},
     "search": {"cfg_scale": (1.0, 1.5, 2.0, 3.0, 4.0), "temperature": (0.94, 0.97, 1.0)}
@@ -86,6 +87,7 @@ def upgrade(values: Mapping) -> dict:
     """Stored values, whatever their format, as `Experiment.from_dict` takes them."""
     values = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
     values.setdefault("search", {})
+    values.setdefault("keep_every", 0)
     for group, keys in LATER.items():
         if isinstance(values.get(group), dict):
             values[group] = keys | values[group]

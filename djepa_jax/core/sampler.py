@@ -27,13 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from flax import nnx
 
 from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.masking import to_order, to_raster
+from djepa_jax.core.models.autoguidance import Pair, loop_denoiser, open_model
 from djepa_jax.core.models.conditioning import Condition, Nothing
-from djepa_jax.core.models.denoiser import LoopDenoiser
-from djepa_jax.core.models.djepa import ModelConfig, cast_linear, split_model
+from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.schedules import (
     ORDERS,
     falling_steps,
@@ -58,6 +57,7 @@ class SamplerConfig:
         final_denoise_steps: of the last step, to which those of the loss fall; 0 = all the same.
         cfg_interval: shares of the steps between which there is guidance.
         reuse_unconditional: of so many guided steps, one runs both halves (`predict_halves`).
+        autoguided: whether guidance leads away from a weaker model, not from no condition.
     """
 
     model: ModelConfig
@@ -72,6 +72,7 @@ class SamplerConfig:
     final_denoise_steps: int = 0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     reuse_unconditional: int = 1
+    autoguided: bool = False
 
     @property
     def num_regions(self) -> int:
@@ -99,7 +100,7 @@ class SamplerConfig:
     def guides_by_known(self) -> bool:
         """Whether the unconditional half does not see what is given, since nothing else is told."""
         is_untold = isinstance(self.model.conditioner, Nothing)
-        return bool(self.guided and self.num_known and is_untold)
+        return bool(self.guided and self.num_known and is_untold and not self.autoguided)
 
     @property
     def reuses(self) -> bool:
@@ -132,6 +133,7 @@ class SampleInputs:
     cfg_scales: jax.Array  # [T]
     temperature: jax.Array
     known: Known | None = None
+    guide: Any = None  # parameters of the weaker model of `SamplerConfig.autoguided`
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +155,8 @@ class Draws:
 
 
 def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
-    """Conditions `[B, ...]` as prefix tokens `[B G, P, D]`; with guidance each beside the null one.
+    """Conditions `[B, ...]` as prefix tokens `[B G, P, D]`; with guidance each beside the null one,
+    or, for a weaker model, beside itself.
 
     Of regions, `[B, R, ...]` and `[B R G, P, D]`. What belongs to a sample stays together, so that
     a batch split over devices needs no exchange.
@@ -162,8 +165,9 @@ def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
         conditions = jax.tree.map(lambda c: rearrange(c, "b r ... -> (b r) ..."), conditions)
     if config.guided:
         null = config.model.conditioner.null(len(jax.tree.leaves(conditions)[0]))
+        other = conditions if config.autoguided else null
         pairs = "g b ... -> (b g) ..."
-        conditions = jax.tree.map(lambda c, n: rearrange([c, n], pairs), conditions, null)
+        conditions = jax.tree.map(lambda c, n: rearrange([c, n], pairs), conditions, other)
     return model.embed_condition(conditions)
 
 
@@ -177,6 +181,8 @@ def ar_step(
     num_tokens, loss = config.model.num_tokens, config.loss_at(segment.start)
     if config.guided and not segment.guided:
         config, condition = without_guidance(config, condition)
+        if isinstance(model, Pair):
+            model, denoiser = model.models[0], denoiser.denoisers[0]
 
     def step(state: SampleState, num_new, cfg_scale, temperature) -> SampleState:
         """Reveal the next `num_new` tokens."""
@@ -266,7 +272,7 @@ def run_steps(
     """The whole autoregressive loop for given draws: tokens `[B, N, C]` in raster order."""
     counts = jnp.asarray(config.counts)
     condition = embed_guided(config, model, conditions)
-    state, denoiser = first_state(config, draws, known), LoopDenoiser(model.denoiser)
+    state, denoiser = first_state(config, draws, known), loop_denoiser(model)
     for segment in plan_segments(config):
         step = ar_step(config, model, denoiser, draws, condition, segment)
 
@@ -299,11 +305,10 @@ def make_draws(config: SamplerConfig, seed, sample_ids, known: Known | None = No
 
 def make_sampler(config: SamplerConfig) -> Callable:
     """The pure function `(params, SampleInputs) -> tokens [B, N, C]`."""
-    graph, _ = split_model(config.model)
 
     def generate(params, inputs: SampleInputs) -> jax.Array:
         draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
-        model = nnx.merge(graph, cast_linear(params, config.model.dtype))
+        model = open_model(config, params, inputs.guide)
         how = inputs.cfg_scales, inputs.temperature, inputs.known
         return run_steps(config, model, draws, inputs.conditions, *how)
 
@@ -326,15 +331,14 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
     `(params, state, SampleInputs, number) -> (state, tokens [B, N, C])`; `number` is the step's,
     inside `segment`, and the tokens are in raster order, zero where nothing is revealed yet.
     """
-    graph, _ = split_model(config.model)
     counts = config.counts
 
     def step(params, state: SampleState, inputs: SampleInputs, number):
         """Reveal the tokens of step `number`."""
         draws = make_draws(config, inputs.seed, inputs.sample_ids, inputs.known)
-        model = nnx.merge(graph, cast_linear(params, config.model.dtype))
+        model = open_model(config, params, inputs.guide)
         condition = embed_guided(config, model, inputs.conditions)
-        reveal = ar_step(config, model, LoopDenoiser(model.denoiser), draws, condition, segment)
+        reveal = ar_step(config, model, loop_denoiser(model), draws, condition, segment)
         num_new, scale = jnp.asarray(counts)[number], inputs.cfg_scales[number]
         state = reveal(state, num_new, scale, inputs.temperature)
         return state, to_raster(state.tokens, draws.order)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder, weights_sha256
+from djepa_jax.checkpoints.restore import guide_params
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
@@ -100,6 +101,7 @@ class Generator:
         self.batch_size = -(-experiment.sample.batch_size // divisor) * divisor
         self.decodes = decode and experiment.has_decoder
         self.config, self._known = experiment.sampler, known
+        self._guide = guide_params(experiment, mesh) if self.config.autoguided else None
         if known is not None:
             num_known = int(known.mask[0].sum())
             steps = min(self.config.num_ar_steps, self.config.model.num_tokens - num_known)
@@ -189,7 +191,8 @@ class Generator:
         place = sharding.batch_sharding(self.mesh)
         chosen, ids, known = jax.device_put((chosen, ids, known), place)
         temperature = self.experiment.sample.temperature
-        return SampleInputs(chosen, ids, seed, self.cfg_scales, temperature, known)
+        scales = self.cfg_scales
+        return SampleInputs(chosen, ids, seed, scales, temperature, known, self._guide)
 
     def export(self, tokens: np.ndarray, count: int | None = None) -> dict[str, np.ndarray]:
         """What the modality makes of the first `count` of tokens `[n, N, C]`, pictures with it."""

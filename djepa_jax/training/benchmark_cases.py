@@ -65,10 +65,11 @@ def prepare_sampling(experiment: Experiment, mesh, _: int, size: int) -> Benchma
     ids = np.arange(size, dtype=np.int32)  # [B]
     conditions, ids = jax.device_put((conditions, ids), sharding.batch_sharding(mesh))
     scales = experiment.cfg_scales  # [T]
-    inputs = SampleInputs(conditions, ids, sample.seed, scales, sample.temperature)
+    params = fresh_params(experiment, mesh)
+    how = sample.seed, scales, sample.temperature
+    inputs = SampleInputs(conditions, ids, *how, guide=params if config.autoguided else None)
     sampler = jax.jit(make_sampler(config), out_shardings=sharding.replicated(mesh))
-    arguments = fresh_params(experiment, mesh), inputs
-    return BenchmarkCase("batch", sampler, arguments, size, sample_flops(config, size))
+    return BenchmarkCase("batch", sampler, (params, inputs), size, sample_flops(config, size))
 
 
 def prepare_denoiser(experiment: Experiment, mesh, steps: int, size: int) -> BenchmarkCase:

@@ -64,7 +64,9 @@ def make_arguments(experiment: Experiment) -> tuple:
     params = jax.tree_util.tree_map_with_path(fill, split_model(experiment.network)[1])
     batch = random_batch(experiment)
     conditions, ids = batch["condition"], np.arange(experiment.batch_size, dtype=np.int32)  # [B]
-    inputs = SampleInputs(conditions, ids, sample.seed, experiment.cfg_scales, sample.temperature)
+    how = sample.seed, experiment.cfg_scales, sample.temperature
+    guide = params if experiment.sampler.autoguided else None
+    inputs = SampleInputs(conditions, ids, *how, guide=guide)
     return params, batch, inputs
 
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.checkpoints.integrity import check_storable
-from djepa_jax.checkpoints.restore import go_back
+from djepa_jax.checkpoints.restore import go_back, guide_params
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import FILE_NAME, to_stored
 from djepa_jax.core import sharding
@@ -87,6 +87,8 @@ def train(
     source, experiment = open_training_data(experiment)
     experiment = settled(experiment, source)
     open_metric(experiment, source)  # refuses data that it cannot judge by
+    if experiment.sampler.autoguided:
+        guide_params(experiment, mesh)  # kept for the sampler
     check_storable(workdir)
     if wandb:
         distributed.run_on_main(check_wandb)
@@ -111,7 +113,7 @@ class _Run:
     def __init__(self, experiment: Experiment, source, mesh, workdir, signals, should_stop, wandb):
         self.experiment, self.source, self.mesh = experiment, source, mesh
         self.signals, self._should_stop = signals, should_stop
-        self.checkpoints = Checkpoints(workdir, experiment.keep_checkpoints)
+        self.checkpoints = Checkpoints(workdir, experiment.keep_checkpoints, experiment.keep_every)
         self.report = Reporter(experiment, source, mesh, workdir, signals.requested, wandb)
         self.saved = 0  # the newest step that is in the workdir, or on its way there
         self.blocked = 0.0  # seconds that saving it has kept training waiting

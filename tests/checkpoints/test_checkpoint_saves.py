@@ -93,6 +93,13 @@ def test_older_steps_go_when_a_newer_one_is_sealed(tmp_path, monkeypatch, keep):
     ]
 
 
+def test_some_steps_stay_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, keep_every=2)
+    for step in range(1, 6):
+        save(checkpoints, step)
+    assert steps_in(tmp_path) == ["2", "4", "5"]
+
+
 def test_a_removal_that_was_cut_off_is_completed(tmp_path):
     checkpoints = Checkpoints(tmp_path, 2)
     for step in (1, 2):

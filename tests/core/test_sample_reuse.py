@@ -12,6 +12,7 @@ from tiny import tiny_config
 from djepa_jax.core import sampler
 from djepa_jax.core.losses.base import guide
 from djepa_jax.core.models.conditioning import Condition
+from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.sampler import Draws, Known, SampleInputs, make_draws, make_sampler, run_steps
 from djepa_jax.sampling.generator import grow
 
@@ -31,8 +32,6 @@ def feature_of(raw, place, visible):
 
 class Networks:
     """In place of a model: features are known, and rows that the encoder is given are counted."""
-
-    denoiser = None
 
     def __init__(self):
         self.ran = []
@@ -61,7 +60,7 @@ class Guided:
 
 def drawn(config, monkeypatch) -> tuple[np.ndarray, list]:
     """A channel of the tokens, in the order of their revealing, and what the encoder ran."""
-    monkeypatch.setattr(sampler, "LoopDenoiser", lambda denoiser: denoiser)
+    monkeypatch.setattr(sampler, "loop_denoiser", lambda model: None)
     mask = jnp.arange(16) < config.num_known
     known = Known(jnp.zeros((3, 16, 4)), jnp.tile(mask, (3, 1))) if config.num_known else None
     order, model = make_draws(config, 0, jnp.arange(3), known).order, Networks()
@@ -137,7 +136,7 @@ def test_a_model_is_unchanged_where_the_condition_is_the_null_one():
 def test_without_reuse_or_guidance_the_program_is_what_it_was():
     def traced(**changes):
         config = config_of(4, num_segments=2, **changes)
-        _, params = sampler.split_model(config.model)
+        _, params = split_model(config.model)
         inputs = SampleInputs(jnp.arange(2), jnp.arange(2), 0, jnp.ones(4), 1.0)
         return str(jax.make_jaxpr(make_sampler(config))(params, inputs))
 
