@@ -204,9 +204,10 @@ def _sample() -> ConfigDict:
     sample.cfg_schedule = "linear"  # linear or constant
     sample.cfg_start = 0.0  # share of the autoregressive steps from which on there is guidance
     sample.cfg_stop = 1.0  # and up to which; steps without it take half of the time
-    # a weaker model of the same shape to lead away from, such as an earlier step of the training
-    # (keep_every): its workdir, step or export; "" = no condition is led away from
+    # a weaker model of the same shape to lead away from as well, such as an earlier step of the
+    # training (keep_every): its workdir, step or export
     sample.guide = ""
+    sample.guide_scale = 1.5  # how far; 1 = not at all
     sample.reuse_unconditional = 1  # of so many guided steps one runs the unconditional half anew
     sample.temperature = 0.98
     sample.num_ar_steps = 64
@@ -267,6 +268,7 @@ def _search() -> ConfigDict:
     search.num_ar_steps = ()
     search.num_denoise_steps = ()
     search.sampler = ()
+    search.guide_scale = ()
     search.count = 1000  # class-balanced samples of each combination
     search.fine_count = 5000  # of the best ones, and of some halfway to their neighbours
     search.fine_cells = 5  # that are the best, by distance and by score; 0 = no second pass

@@ -298,14 +298,12 @@ class Experiment(Settings):
         elif sample.mix:
             conditioner = Mixture(conditioner, len(sample.mix.split(",")))
         # Of those that are told nothing, samples beside given tokens alone are (`Generator`)
-        guidable = sample.guide != "" or not isinstance(conditioner, Nothing)
-        guided = sample.cfg_scale != 1 and guidable
         config = SamplerConfig(
             # Forwards nothing is kept that unrolled layers would not have to copy
             model=dataclasses.replace(self.network, scan_unroll=1, conditioner=conditioner),
             token_loss=self.token_loss,
             num_ar_steps=sample.num_ar_steps,
-            guided=guided,
+            guided=sample.cfg_scale != 1 and not isinstance(conditioner, Nothing),
             num_segments=sample.num_segments,
             order=sample.order,
             reveal=sample.reveal,
@@ -313,7 +311,7 @@ class Experiment(Settings):
             final_denoise_steps=sample.final_denoise_steps,
             cfg_interval=(sample.cfg_start, sample.cfg_stop),
             reuse_unconditional=sample.reuse_unconditional,
-            autoguided=guided and sample.guide != "",
+            autoguided=sample.guide != "" and sample.guide_scale != 1,
         )
         try:
             _ = config.counts, config.loss_at(config.num_ar_steps - 1)

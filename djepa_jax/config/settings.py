@@ -213,6 +213,7 @@ class SampleSettings(Settings):
     cfg_stop: Fraction
     reuse_unconditional: Positive
     guide: str
+    guide_scale: Moderate
     temperature: Moderate
     num_ar_steps: int
     num_denoise_steps: int
@@ -265,6 +266,7 @@ class SearchSettings(Settings):
     num_ar_steps: tuple[int, ...]
     num_denoise_steps: tuple[int, ...]
     sampler: tuple[str, ...]
+    guide_scale: tuple[float, ...]
     count: Several
     fine_count: Several
     fine_cells: Natural

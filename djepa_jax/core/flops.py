@@ -167,10 +167,10 @@ def padded_sample_image(model: ModelConfig, segments) -> float:
     """One sampled image with the padded shapes of `segments` (`segments.plan_segments`)."""
     total = 0.0
     for s in segments:
-        steps, paired, halves = s.stop - s.start, len(s.paired), 2 if s.guided else 1
-        total += 2 * paired * networks(model, s.visible, s.ahead)
+        steps, paired = s.stop - s.start, len(s.paired)
+        total += s.halves * paired * networks(model, s.visible, s.ahead)
         total += (steps - paired) * networks(model, s.visible, s.new)
-        total += halves * steps * drawing(model, s.new, s.denoiser_calls)
+        total += s.halves * steps * drawing(model, s.new, s.denoiser_calls)
     return total
 
 

@@ -30,7 +30,7 @@ from einops import rearrange, repeat
 
 from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.masking import to_order, to_raster
-from djepa_jax.core.models.autoguidance import Pair, loop_denoiser, open_model
+from djepa_jax.core.models.autoguidance import Guide, Pair, loop_denoiser, open_model
 from djepa_jax.core.models.conditioning import Condition, Nothing
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.schedules import (
@@ -57,7 +57,7 @@ class SamplerConfig:
         final_denoise_steps: of the last step, to which those of the loss fall; 0 = all the same.
         cfg_interval: shares of the steps between which there is guidance.
         reuse_unconditional: of so many guided steps, one runs both halves (`predict_halves`).
-        autoguided: whether guidance leads away from a weaker model, not from no condition.
+        autoguided: whether guidance leads away from a weaker model, too (`Pair`).
     """
 
     model: ModelConfig
@@ -100,7 +100,12 @@ class SamplerConfig:
     def guides_by_known(self) -> bool:
         """Whether the unconditional half does not see what is given, since nothing else is told."""
         is_untold = isinstance(self.model.conditioner, Nothing)
-        return bool(self.guided and self.num_known and is_untold and not self.autoguided)
+        return bool(self.guided and self.num_known and is_untold)
+
+    @property
+    def halves(self) -> int:
+        """How often a guided step runs the networks (G)."""
+        return 1 + self.guided + self.autoguided
 
     @property
     def reuses(self) -> bool:
@@ -133,7 +138,7 @@ class SampleInputs:
     cfg_scales: jax.Array  # [T]
     temperature: jax.Array
     known: Known | None = None
-    guide: Any = None  # parameters of the weaker model of `SamplerConfig.autoguided`
+    guide: Guide | None = None  # the weaker model of `SamplerConfig.autoguided`
 
 
 @jax.tree_util.register_dataclass
@@ -155,19 +160,17 @@ class Draws:
 
 
 def embed_guided(config: SamplerConfig, model, conditions) -> Condition:
-    """Conditions `[B, ...]` as prefix tokens `[B G, P, D]`; with guidance each beside the null one,
-    or, for a weaker model, beside itself.
+    """Conditions `[B, ...]` as prefix tokens `[B G, P, D]`: with guidance each beside the null one,
+    and once more for a weaker model.
 
     Of regions, `[B, R, ...]` and `[B R G, P, D]`. What belongs to a sample stays together, so that
     a batch split over devices needs no exchange.
     """
     if config.num_regions > 1:
         conditions = jax.tree.map(lambda c: rearrange(c, "b r ... -> (b r) ..."), conditions)
-    if config.guided:
-        null = config.model.conditioner.null(len(jax.tree.leaves(conditions)[0]))
-        other = conditions if config.autoguided else null
-        pairs = "g b ... -> (b g) ..."
-        conditions = jax.tree.map(lambda c, n: rearrange([c, n], pairs), conditions, other)
+    null = config.model.conditioner.null(len(jax.tree.leaves(conditions)[0]))
+    sets = [conditions] + [null] * config.guided + [conditions] * config.autoguided
+    conditions = jax.tree.map(lambda *each: rearrange([*each], "g b ... -> (b g) ..."), *sets)
     return model.embed_condition(conditions)
 
 
@@ -179,10 +182,10 @@ def ar_step(
     The padded shapes are those of `segment`; `num_new` is at most `segment.new`.
     """
     num_tokens, loss = config.model.num_tokens, config.loss_at(segment.start)
-    if config.guided and not segment.guided:
+    if segment.halves < config.halves:
         config, condition = without_guidance(config, condition)
         if isinstance(model, Pair):
-            model, denoiser = model.models[0], denoiser.denoisers[0]
+            model, denoiser = model.model, denoiser.denoiser
 
     def step(state: SampleState, num_new, cfg_scale, temperature) -> SampleState:
         """Reveal the next `num_new` tokens."""
@@ -190,7 +193,9 @@ def ar_step(
         query_ids = jnp.minimum(places, num_tokens - 1)
         cond, gap = predict_halves(config, model, state, draws.order, condition, query_ids, segment)
         noise = draws.noise_of(query_ids)[:, :, : loss.noises_per_token]  # [B, K, S, C]
-        new = loss.sample(denoiser, cond, noise, cfg_scale, temperature)
+        scales = (cfg_scale,) * config.guided
+        scales += (model.scale,) if config.autoguided else ()
+        new = loss.sample(denoiser, cond, noise, scales, temperature)
         is_new = jnp.arange(segment.new) < num_new
         target = jnp.where(is_new, places, num_tokens)  # out of range is dropped
         tokens = state.tokens.at[:, target].set(new, mode="drop")
@@ -201,19 +206,19 @@ def ar_step(
 
 def predict(config: SamplerConfig, model, state, order, condition, query_ids, max_visible: int):
     """Predictor features at `query_ids` `[K]`: `[G, B, K, D]`; with guidance conditional first."""
-    guidance = 2 if config.guided else 1
-    copies = guidance * config.num_regions
+    copies = config.halves * config.num_regions
     orders = repeat(order, "b n -> (b c) n", c=copies)
     tokens = repeat(state.tokens[:, :max_visible], "b v c -> (b r) v c", r=copies)
     num_visible = jnp.full(len(orders), state.num_visible)
     unseen = {"num_unseen": None}
     if config.guides_by_known:
-        unseen["num_unseen"] = jnp.tile(jnp.array([0, config.num_known]), len(orders) // 2)
+        unseen_by = jnp.array([0, config.num_known, 0][: config.halves])
+        unseen["num_unseen"] = jnp.tile(unseen_by, len(orders) // config.halves)
     seen = tokens, orders[:, :max_visible]
     encoded = model.context_encoder(*seen, condition, num_visible=num_visible, **unseen)
     own = orders, num_visible, condition.mask
     cond = model.predictor(encoded, *own, query_ids=query_ids, **unseen)
-    cond = rearrange(cond, "(b r g) k d -> r g b k d", g=guidance, r=config.num_regions)
+    cond = rearrange(cond, "(b r g) k d -> r g b k d", g=config.halves, r=config.num_regions)
     if config.num_regions == 1:
         return cond[0]
     own = jnp.asarray(config.regions)[order[:, query_ids]]  # [B, K]
@@ -221,9 +226,9 @@ def predict(config: SamplerConfig, model, state, order, condition, query_ids, ma
 
 
 def without_guidance(config: SamplerConfig, condition: Condition):
-    """The same without the unconditional half of what `embed_guided` gave."""
-    half = jax.tree.map(lambda x: rearrange(x, "(b g) ... -> g b ...", g=2)[0], condition)
-    return dataclasses.replace(config, guided=False), half
+    """The same with the first of the halves alone that `embed_guided` gave."""
+    half = jax.tree.map(lambda x: x[:: config.halves], condition)
+    return dataclasses.replace(config, guided=False, autoguided=False), half
 
 
 def predict_halves(config, model, state, order, condition, query_ids, segment: Segment):
@@ -331,7 +336,6 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
     `(params, state, SampleInputs, number) -> (state, tokens [B, N, C])`; `number` is the step's,
     inside `segment`, and the tokens are in raster order, zero where nothing is revealed yet.
     """
-    counts = config.counts
 
     def step(params, state: SampleState, inputs: SampleInputs, number):
         """Reveal the tokens of step `number`."""
@@ -339,7 +343,7 @@ def make_step(config: SamplerConfig, segment: Segment) -> Callable:
         model = open_model(config, params, inputs.guide)
         condition = embed_guided(config, model, inputs.conditions)
         reveal = ar_step(config, model, loop_denoiser(model), draws, condition, segment)
-        num_new, scale = jnp.asarray(counts)[number], inputs.cfg_scales[number]
+        num_new, scale = jnp.asarray(config.counts)[number], inputs.cfg_scales[number]
         state = reveal(state, num_new, scale, inputs.temperature)
         return state, to_raster(state.tokens, draws.order)
 

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 class Segment:
     """Steps [start, stop) that share padded shapes: V visible places, K new ones.
 
-    They have the token loss of the first of them, and guidance if one of them has. The steps
-    `paired` run the networks for both halves of it, and read out A = `ahead` places.
+    They have the token loss of the first of them, and guidance if one of them has: then the
+    denoiser runs `halves` times, and the networks in the steps `paired`, for A = `ahead` places.
     """
 
     start: int
     stop: int
     visible: int
     new: int
-    guided: bool
+    halves: int
     denoiser_calls: int
     paired: tuple[int, ...]
     ahead: int
@@ -35,7 +35,7 @@ class Segment:
 def plan_segments(config: "SamplerConfig") -> list[Segment]:
     """Cut the steps into at most `num_segments` runs of least work, by dynamic programming."""
     counts, known, every = config.counts, config.num_known, config.reuse_unconditional
-    is_guided = config.guided & guided_steps(len(counts), config.cfg_interval)  # [T]
+    is_guided = (config.halves > 1) & guided_steps(len(counts), config.cfg_interval)  # [T]
     due = np.flatnonzero(is_guided)[::every].tolist()
     before = [known + sum(counts[:s]) for s in range(len(counts))]  # visible when step s starts
 
@@ -48,7 +48,8 @@ def plan_segments(config: "SamplerConfig") -> list[Segment]:
         if every > 1:
             paired = tuple(s for s in due if start <= s < stop)
         ahead = max([new, *(sum(counts[s : s + every]) for s in paired)])
-        segment = Segment(start, stop, before[stop - 1], new, guided, calls, paired, ahead)
+        halves = config.halves if guided else 1
+        segment = Segment(start, stop, before[stop - 1], new, halves, calls, paired, ahead)
         return flops.padded_sample_image(config.model, [segment]), segment
 
     @functools.cache

@@ -34,6 +34,7 @@ from djepa_jax.runtime.storage import PathError, as_path
 from djepa_jax.sampling.generator import Generator, count_of
 
 AXES = ("cfg_scale", "temperature", "num_ar_steps", "num_denoise_steps", "sampler")
+AXES += ("guide_scale",)
 MAX_CELLS = 2_000
 MAX_LISTED = 4  # differences that an error names
 # Of what an evaluation is of: what cells differ by, and what does not change them
@@ -62,6 +63,8 @@ def grid_of(experiment: Experiment) -> list[dict]:
             raise ConfigError(str(error).replace("config.sample.", "config.search.")) from error
         if token_loss.noises_per_token == 1:  # none is added on the way, for temperature to scale
             settings["temperature"] = experiment.sample.temperature
+        if not experiment.sample.guide:
+            settings["guide_scale"] = experiment.sample.guide_scale
         grid.setdefault(name_of(settings, 0), settings)
     return list(grid.values())
 
@@ -118,6 +121,7 @@ class Search:
                     written, own = name_of(cell["settings"], cell["count"]), cell["settings"]
                     own |= {axis: LATER["sample"][axis] for axis in self.axes if axis not in own}
                     moved = {figure: arrays[f"{written}/{figure}"] for figure in figures}
+                    own = cell["settings"] = {axis: own[axis] for axis in self.axes}
                     self.moved[name_of(own, cell["count"])] = moved
         except Exception as error:  # damaged files fail in ways that nobody has listed
             raise PathError(f"{path} or its .npz is damaged ({error!r}); {remedy}.") from error

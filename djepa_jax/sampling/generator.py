@@ -15,6 +15,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.modalities.base import MADE
+from djepa_jax.core.models.autoguidance import Guide
 from djepa_jax.core.sampler import (
     Known,
     SampleInputs,
@@ -101,7 +102,9 @@ class Generator:
         self.batch_size = -(-experiment.sample.batch_size // divisor) * divisor
         self.decodes = decode and experiment.has_decoder
         self.config, self._known = experiment.sampler, known
-        self._guide = guide_params(experiment, mesh) if self.config.autoguided else None
+        self._guide = None
+        if self.config.autoguided:
+            self._guide = Guide(guide_params(experiment, mesh), experiment.sample.guide_scale)
         if known is not None:
             num_known = int(known.mask[0].sum())
             steps = min(self.config.num_ar_steps, self.config.model.num_tokens - num_known)

@@ -11,6 +11,7 @@ from djepa_jax.checkpoints.autoencoder import make_decoder
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import flops, sharding
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, split_autoencoder
+from djepa_jax.core.models.autoguidance import Guide
 from djepa_jax.core.models.denoiser import LoopDenoiser
 from djepa_jax.core.models.djepa import cast_linear, init_params, split_model
 from djepa_jax.core.sampler import (
@@ -67,7 +68,8 @@ def prepare_sampling(experiment: Experiment, mesh, _: int, size: int) -> Benchma
     scales = experiment.cfg_scales  # [T]
     params = fresh_params(experiment, mesh)
     how = sample.seed, scales, sample.temperature
-    inputs = SampleInputs(conditions, ids, *how, guide=params if config.autoguided else None)
+    guide = Guide(params, sample.guide_scale) if config.autoguided else None
+    inputs = SampleInputs(conditions, ids, *how, guide=guide)
     sampler = jax.jit(make_sampler(config), out_shardings=sharding.replicated(mesh))
     return BenchmarkCase("batch", sampler, (params, inputs), size, sample_flops(config, size))
 
@@ -75,7 +77,7 @@ def prepare_sampling(experiment: Experiment, mesh, _: int, size: int) -> Benchma
 def prepare_denoiser(experiment: Experiment, mesh, steps: int, size: int) -> BenchmarkCase:
     """Calls of the denoiser as the sampler makes them, at the largest number of new tokens."""
     config, model = experiment.sampler, experiment.network
-    halves, new = 2 if config.guided else 1, max(s.new for s in plan_segments(config))
+    halves, new = config.halves, max(s.new for s in plan_segments(config))
     rng = np.random.default_rng(experiment.seed)
     xt = rng.standard_normal((size, new, model.token_dim), np.float32)  # [B, K, C]
     condition = rng.standard_normal((halves, size, new, model.denoiser_width), np.float32)

@@ -10,6 +10,7 @@ import optax
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
+from djepa_jax.core.models.autoguidance import Guide
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.optimizer import make_optimizer
 from djepa_jax.core.sampler import SampleInputs, make_sampler
@@ -65,7 +66,8 @@ def make_arguments(experiment: Experiment) -> tuple:
     batch = random_batch(experiment)
     conditions, ids = batch["condition"], np.arange(experiment.batch_size, dtype=np.int32)  # [B]
     how = sample.seed, experiment.cfg_scales, sample.temperature
-    guide = params if experiment.sampler.autoguided else None
+    is_autoguided = experiment.sampler.autoguided
+    guide = Guide(params, sample.guide_scale) if is_autoguided else None
     inputs = SampleInputs(conditions, ids, *how, guide=guide)
     return params, batch, inputs
 

@@ -189,7 +189,7 @@ def test_steps_without_guidance_leave_the_null_half_out(setup):
     experiment, params = setup
     config = experiment.updated({"sample.num_ar_steps": 4, "sample.num_segments": 4}).sampler
     part = dataclasses.replace(config, cfg_interval=(0.5, 1.0))
-    assert [s.guided for s in plan_segments(part) for _ in range(s.start, s.stop)] == [
+    assert [s.halves == 2 for s in plan_segments(part) for _ in range(s.start, s.stop)] == [
         False, False, True, True,
     ]  # fmt: skip
     scales = part.guidance(2.0, "constant")

@@ -82,8 +82,8 @@ def test_a_search_measures_cells_in_pairs_and_the_best_of_them_finely(search, ca
     figure = best["distance"]["metric"]
     assert (figure, best["score"]["metric"]) == ("frechet_distance", "accuracy")
     by_settings = {tuple(cell["settings"].values()): cell["metrics"] for cell in coarse}
-    for scale, temperature, steps, _, kind in by_settings:  # the dummy knows no denoising steps
-        pair = (by_settings[scale, temperature, steps, each, kind] for each in (3, 4))
+    for scale, temperature, steps, _, *rest in by_settings:  # the dummy knows no denoising steps
+        pair = (by_settings[scale, temperature, steps, each, *rest] for each in (3, 4))
         assert next(pair) == next(pair)
     least = min(coarse, key=lambda cell: cell["metrics"][figure])["settings"]
     assert least in [cell["settings"] for cell in fine]

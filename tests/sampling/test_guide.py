@@ -8,7 +8,7 @@ from tiny import arrays_of, run, tiny_config
 import djepa_jax
 from djepa_jax.config.convert import ConfigError
 
-SCALE = "--config.sample.cfg_scale=3.0"
+SCALE = "--config.sample.guide_scale=3.0"
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def sampled(workdirs, tmp_path, *flags: str) -> np.ndarray:
 
 
 def test_a_command_leads_away_from_the_weaker_model(workdirs, tmp_path):
-    """And from itself nowhere: then scales are without effect, but for a level of rounding."""
+    """And from itself nowhere: then the scale is without effect, but for a level of rounding."""
     guide = f"--config.sample.guide={workdirs['weaker']}"
-    alone = sampled(workdirs, tmp_path, "--config.sample.cfg_scale=1.0")
+    alone = sampled(workdirs, tmp_path)
     away = sampled(workdirs, tmp_path, SCALE, guide)
     step = sampled(workdirs, tmp_path, SCALE, f"{guide}/checkpoints/7")
     itself = sampled(workdirs, tmp_path, SCALE, f"--config.sample.guide={workdirs['model']}")
@@ -37,7 +37,7 @@ def test_a_command_leads_away_from_the_weaker_model(workdirs, tmp_path):
     assert np.abs(away - alone).max() > 50
     np.testing.assert_array_equal(step, away)
     python = djepa_jax.load(workdirs["model"]).sample(
-        count_labels(len(away)), cfg_scale=3.0, guide=workdirs["weaker"]
+        count_labels(len(away)), guide_scale=3.0, guide=workdirs["weaker"]
     )
     np.testing.assert_array_equal(python, away)
 
@@ -51,15 +51,15 @@ def count_labels(count: int) -> list[int]:
 )
 def test_what_cannot_guide_is_refused(guide, told, workdirs):
     with pytest.raises(ConfigError, match=f"config.sample.guide: .*{told}"):
-        djepa_jax.load(workdirs["model"]).sample(3, guide=workdirs.get(guide, guide), cfg_scale=2.0)
+        djepa_jax.load(workdirs["model"]).sample(3, guide=workdirs.get(guide, guide))
 
 
 @pytest.mark.parametrize(
     "flags, told",
     [
         (["--mode=sample", "--config.sample.reuse_unconditional=2"], ["reuse_unconditional", "1"]),
-        (["--mode=export", "--format=stablehlo", "--config.sample.cfg_scale=2.0"], ["guide"]),
-        (["--config.num_steps=9", "--config.sample.cfg_scale=2.0"], ["sample.guide", "exist"]),
+        (["--mode=export", "--format=stablehlo"], ["guide"]),
+        (["--config.num_steps=9"], ["sample.guide", "exist"]),
     ],
 )
 def test_commands_refuse_before_they_write(flags, told, tmp_path, workdirs, capsys):

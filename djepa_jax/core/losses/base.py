@@ -55,16 +55,20 @@ class TokenLoss(Protocol):
 
         Args:
             denoiser: the network.
-            cond: `[G, ..., D]`; G = 1, or 2 for guidance (conditional, then unconditional).
+            cond: `[G, ..., D]`; the conditional one first, then what guidance leads away from.
             noise: standard normal `[..., S, C]`; the first vector is the start.
-            cfg_scale: guidance scale, used when G = 2.
+            cfg_scale: guidance scale, used when G = 2; a tuple of G - 1 when more.
             temperature: factor on the noise that is added on the way.
         """
 
 
-def guide(outputs: jax.Array, cfg_scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance (Ho and Salimans 2022, eq. 6; s = 1 + w): `[G, ...]` -> `[...]`."""
-    if outputs.shape[0] == 1:
-        return outputs[0]
-    conditional, unconditional = outputs
-    return unconditional + cfg_scale * (conditional - unconditional)
+def guide(outputs: jax.Array, cfg_scale: jax.Array | tuple) -> jax.Array:
+    """Guidance (Ho and Salimans 2022, eq. 6; s = 1 + w), `[G, ...]` -> `[...]`: away from all
+    outputs but the first, each with its scale.
+    """
+    conditional, *others = outputs
+    scales = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale,)
+    if len(others) == 1:
+        return others[0] + scales[0] * (conditional - others[0])
+    away = (conditional - other for other in others)
+    return sum(((s - 1) * x for s, x in zip(scales, away, strict=False)), conditional)

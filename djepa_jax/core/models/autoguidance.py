@@ -1,15 +1,15 @@
-"""Autoguidance: a weaker model in place of no condition (Karras et al. 2024, arXiv 2406.02507).
+"""Autoguidance: a weaker model as a guide (Karras et al. 2024, arXiv 2406.02507).
 
 What a model gets wrong a smaller or less trained one gets wrong in the same places, and worse. So
 leading away from it leads to better samples, and not to the typical ones of a class, as leading
 away from no condition does.
 
-Both models are told the same. They stand as one in the doubled batch of guidance, whose rows are
-`(b g)`: the first model for even rows, the second for odd ones.
+Both models are told the same. They stand as one in the batch of guidance, whose rows are `(b g)`:
+for each sample one or two of the model (with and without the condition), then one of the weaker.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,76 +24,97 @@ if TYPE_CHECKING:
     from djepa_jax.core.sampler import SamplerConfig
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What the sampler is given of a weaker model."""
+
+    params: Any
+    scale: jax.Array  # of the guidance away from it
+
+
+@dataclasses.dataclass(frozen=True)
 class Pair:
     """Two models of one shape, as the sampler calls one."""
 
-    def __init__(self, models: Sequence[DJepa]):
-        self.models = tuple(models)
+    model: DJepa
+    weaker: DJepa
+    copies: int  # rows of the model, of each sample
+    scale: jax.Array
 
     def embed_condition(self, raw) -> Condition:
-        """As `DJepa`, for twice the rows."""
-        return self._each("embed_condition", raw)
+        """As `DJepa`, for rows of both."""
+        return self._both("embed_condition", raw)
 
     def context_encoder(self, tokens, orders, condition, **rows) -> jax.Array:
-        """As `DJepa`, for twice the rows."""
-        return self._each("context_encoder", tokens, orders, condition, **rows)
+        """As `DJepa`, for rows of both."""
+        return self._both("context_encoder", tokens, orders, condition, **rows)
 
     def predictor(self, encoded, orders, num_visible, mask, *, query_ids, **rows) -> jax.Array:
-        """As `DJepa`, for twice the rows; both predict at the same places `[K]`."""
+        """As `DJepa`, for rows of both; all predict at the same places `[K]`."""
         own = encoded, orders, num_visible, mask
-        return self._each("predictor", *own, fixed={"query_ids": query_ids}, **rows)
+        return self._both("predictor", *own, fixed={"query_ids": query_ids}, **rows)
 
-    def _each(self, name: str, *rows, fixed=None, **named_rows):
-        halves = (half_of((rows, named_rows), i) for i in range(2))
-        found = [
-            getattr(model, name)(*rows, **named, **(fixed or {}))
-            for model, (rows, named) in zip(self.models, halves, strict=True)
-        ]
-        return jax.tree.map(lambda *both: rearrange([*both], "g b ... -> (b g) ..."), *found)
+    def _both(self, name: str, *rows, fixed=None, **named):
+        first, second = self._split((rows, named), 0), self._split((rows, named), 1)
+        fixed = fixed or {}
+        ours = getattr(self.model, name)(*first[0], **first[1], **fixed)
+        theirs = getattr(self.weaker, name)(*second[0], **second[1], **fixed)
+        return jax.tree.map(self._join, ours, theirs)
+
+    def _split(self, arrays, which: int):
+        """The rows of the model (0) or of the weaker one (1)."""
+        parts = slice(self.copies) if which == 0 else slice(self.copies, None)
+
+        def rows_of(x):
+            by_sample = rearrange(x, "(b g) ... -> b g ...", g=self.copies + 1)
+            return rearrange(by_sample[:, parts], "b g ... -> (b g) ...")
+
+        return jax.tree.map(rows_of, arrays)
+
+    def _join(self, ours: jax.Array, theirs: jax.Array) -> jax.Array:
+        ours = rearrange(ours, "(b g) ... -> b g ...", g=self.copies)
+        return rearrange(jnp.concatenate([ours, theirs[:, None]], 1), "b g ... -> (b g) ...")
 
 
+@dataclasses.dataclass(frozen=True)
 class PairDenoiser:
-    """Two denoisers as one: outputs `[2, ...]` of conditions `[2, ...]`, a row of each."""
+    """Two denoisers as one: outputs `[G, ...]` of conditions `[G, ...]`, the last of the weaker."""
 
-    def __init__(self, denoisers: Sequence[LoopDenoiser]):
-        self.denoisers = tuple(denoisers)
+    denoiser: LoopDenoiser
+    weaker: LoopDenoiser
 
     def time(self, t: jax.Array) -> jax.Array:
         """Embed times `[...]`: `[..., 2, w]`."""
-        return jnp.stack([denoiser.time(t) for denoiser in self.denoisers], axis=-2)
+        return jnp.stack([self.denoiser.time(t), self.weaker.time(t)], axis=-2)
 
     def condition(self, cond: jax.Array) -> jax.Array:
-        """Project conditions `[2, ..., D]`: `[2, ..., w]`."""
-        both = zip(self.denoisers, cond, strict=True)
-        return jnp.stack([denoiser.condition(own) for denoiser, own in both])
+        """Project conditions `[G, ..., D]`: `[G, ..., w]`."""
+        parts = self.denoiser.condition(cond[:-1]), self.weaker.condition(cond[-1:])
+        return jnp.concatenate(parts)
 
     def __call__(self, xt: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
-        """Denoise `[..., C]` by both: `[2, ..., out]` float32."""
-        return jnp.stack(
-            [
-                denoiser(xt, time[..., i, :], condition[i])
-                for i, denoiser in enumerate(self.denoisers)
-            ]
-        )
-
-
-def half_of(rows, number: int):
-    """Every other row of arrays `[2 B, ...]`, from that number on."""
-    return jax.tree.map(lambda x: x[number::2], rows)
+        """Denoise `[..., C]` by both: `[G, ..., out]` float32."""
+        ours = self.denoiser(xt, time[..., 0, :], condition[:-1])
+        return jnp.concatenate([ours, self.weaker(xt, time[..., 1, :], condition[-1:])])
 
 
 def loop_denoiser(model: DJepa | Pair) -> LoopDenoiser | PairDenoiser:
     """The denoiser of a model, or those of two, as loops call it."""
     if isinstance(model, Pair):
-        return PairDenoiser([loop_denoiser(half) for half in model.models])
+        return PairDenoiser(loop_denoiser(model.model), loop_denoiser(model.weaker))
     return LoopDenoiser(model.denoiser)
 
 
-def open_model(config: "SamplerConfig", params: dict, guide: dict | None) -> DJepa | Pair:
+def open_model(config: "SamplerConfig", params: dict, guide: Guide | None) -> DJepa | Pair:
     """A model with the weights of its products cast once; if autoguided, both models as one."""
-    if config.autoguided and guide is None:
-        raise ValueError("an autoguided sampler needs the parameters of the weaker model.")
     graph, _ = split_model(config.model)
-    both = [params, guide] if config.autoguided else [params]
-    models = [nnx.merge(graph, cast_linear(each, config.model.dtype)) for each in both]
-    return Pair(models) if config.autoguided else models[0]
+
+    def opened(own: dict) -> DJepa:
+        return nnx.merge(graph, cast_linear(own, config.model.dtype))
+
+    if not config.autoguided:
+        return opened(params)
+    if guide is None:
+        raise ValueError("an autoguided sampler needs the parameters of the weaker model.")
+    return Pair(opened(params), opened(guide.params), 1 + config.guided, guide.scale)
