@@ -30,7 +30,7 @@ from einops import rearrange, repeat
 
 from djepa_jax.core.losses.base import TokenLoss
 from djepa_jax.core.masking import to_order, to_raster
-from djepa_jax.core.models.autoguidance import Guide, Pair, loop_denoiser, open_model
+from djepa_jax.core.models.autoguidance import Guide, Pair, loop_denoiser, open_model, scales_at
 from djepa_jax.core.models.conditioning import Condition, Nothing
 from djepa_jax.core.models.djepa import ModelConfig
 from djepa_jax.core.schedules import (
@@ -193,8 +193,7 @@ def ar_step(
         query_ids = jnp.minimum(places, num_tokens - 1)
         cond, gap = predict_halves(config, model, state, draws.order, condition, query_ids, segment)
         noise = draws.noise_of(query_ids)[:, :, : loss.noises_per_token]  # [B, K, S, C]
-        scales = (cfg_scale,) * config.guided
-        scales += (model.scale,) if config.autoguided else ()
+        scales = scales_at(config, model, state.num_visible, cfg_scale)
         new = loss.sample(denoiser, cond, noise, scales, temperature)
         is_new = jnp.arange(segment.new) < num_new
         target = jnp.where(is_new, places, num_tokens)  # out of range is dropped

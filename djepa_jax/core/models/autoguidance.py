@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
 from djepa_jax.core.models.conditioning import Condition
 from djepa_jax.core.models.denoiser import LoopDenoiser
 from djepa_jax.core.models.djepa import DJepa, cast_linear, split_model
+from djepa_jax.core.schedules import guided_steps
 
 if TYPE_CHECKING:
     from djepa_jax.core.sampler import SamplerConfig
@@ -118,3 +120,15 @@ def open_model(config: "SamplerConfig", params: dict, guide: Guide | None) -> DJ
     if guide is None:
         raise ValueError("an autoguided sampler needs the parameters of the weaker model.")
     return Pair(opened(params), opened(guide.params), 1 + config.guided, guide.scale)
+
+
+def scales_at(config: "SamplerConfig", model, num_visible: jax.Array, cfg_scale) -> tuple:
+    """The scales of guidance, one for each half but the first, of the step that begins with so many
+    tokens; that by a weaker model is 1 outside of `config.cfg_interval`, as `cfg_scale` is.
+    """
+    own = (cfg_scale,) if config.guided else ()
+    if not config.autoguided:
+        return own
+    starts = config.num_known + np.cumsum([0, *config.counts[:-1]])
+    guided = starts[guided_steps(len(starts), config.cfg_interval)]
+    return *own, jnp.where(jnp.isin(num_visible, guided), model.scale, 1.0)
