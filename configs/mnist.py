@@ -19,6 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.num_steps = 8500
     config.batch_size = 32  # more steps in the same time
     config.checkpoint_every = 500
+    config.keep_every = 2000  # the first of them guides the last one, docs/benchmarks.md
     config.sample_every = 1700
     config.log_every = 50
     config.evaluation.kind = "classifier"
