@@ -67,16 +67,7 @@ def run_export(
     else:
         restore.check_same_model(model.config, experiment)
         experiment = experiment.completed_by(model.config)
-    if form == OFFICIAL and experiment.token_loss.predicts not in AUTHORS_PREDICT:
-        raise CheckpointError(
-            f"--format={form} is for the authors' code, which has no loss like \""
-            f'{experiment.loss.name}", and would draw noise; use --format={SAFETENSORS}.'
-        )
-    if form == STABLEHLO and experiment.sampler.autoguided:
-        raise CheckpointError(
-            f"a compiled sampler takes the parameters of one model, and config.sample.guide is "
-            f'"{experiment.sample.guide}"; leave that out ("").'
-        )
+    _check_form(form, experiment)
     target = _check_target(out, form, overwrite)
     if push:
         hub.check_push(push, overwrite)
@@ -98,6 +89,20 @@ def run_export(
     if push:
         hub.push(target, push)
     return target
+
+
+def _check_form(form: str, experiment: Experiment) -> None:
+    """Raise CheckpointError unless a model can be exported in this form."""
+    if form == OFFICIAL and experiment.token_loss.predicts not in AUTHORS_PREDICT:
+        raise CheckpointError(
+            f"--format={form} is for the authors' code, which has no loss like \""
+            f'{experiment.loss.name}", and would draw noise; use --format={SAFETENSORS}.'
+        )
+    if form == STABLEHLO and experiment.sampler.autoguided:
+        raise CheckpointError(
+            "a compiled sampler takes the parameters of one model, and config.sample.guide is "
+            f'"{experiment.sample.guide}"; leave that out ("").'
+        )
 
 
 def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
