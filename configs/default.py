@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = what is left
     config.checkpoint_every = 5000  # steps; one is always written at the end
     config.keep_checkpoints = 2  # the newest that stay
-    config.keep_every = 0  # checkpoints of steps that this divides stay as well; 0 = of none
+    config.keep_every = 0  # those of steps that this divides stay as well; 0 = of none
     config.log_every = 100  # steps between lines of metrics
     config.sample_every = 5000  # steps between sample grids, one at the end; 0 = none at all
     config.evaluate_every = 0  # steps between evaluations; 0 = only at the end
@@ -203,7 +203,7 @@ def _sample() -> ConfigDict:
     sample.cfg_scale = 3.0  # 1 = no guidance
     sample.cfg_schedule = "linear"  # linear or constant
     sample.cfg_start = 0.0  # share of the autoregressive steps from which on there is guidance
-    sample.cfg_stop = 1.0  # and up to which; steps without it take half of the time
+    sample.cfg_stop = 1.0  # and up to which; steps without it take less time
     # a weaker model of the same shape to lead away from as well, such as an earlier step of the
     # training (keep_every): its workdir, step or export
     sample.guide = ""

@@ -25,12 +25,14 @@ def filled_params(network: ModelConfig, seed: int = 1) -> dict:
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
-def save_model(workdir: pathlib.Path, experiment: Experiment, seed: int = 1, **changes) -> str:
+def save_model(
+    workdir: pathlib.Path, experiment: Experiment, seed: int = 1, step: int = 7, **changes
+) -> str:
     """A workdir with a model of a config; `changes` are of the stored configuration, with __ for
     the dot.
     """
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     stored = experiment.updated(changes)
     parts = {"ema_params": filled_params(stored.network, seed)}
-    Checkpoints(workdir).save_imported(parts, to_stored(stored), step=7, examples=0)
+    Checkpoints(workdir).save_imported(parts, to_stored(stored), step=step, examples=0)
     return str(workdir)

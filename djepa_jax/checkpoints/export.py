@@ -68,6 +68,7 @@ def run_export(
         restore.check_same_model(model.config, experiment)
         experiment = experiment.completed_by(model.config)
     _check_form(form, experiment)
+    experiment = experiment.updated({"sample.guide": ""})  # a path of this machine
     target = _check_target(out, form, overwrite)
     if push:
         hub.check_push(push, overwrite)

@@ -142,18 +142,17 @@ def guide_params(experiment: Experiment, mesh) -> dict:
     """The moving average of `sample.guide`, read once, on a mesh.
 
     Raises:
-        ConfigError: there is no model, or it is one of another shape.
+        ConfigError: there is no model, or it is of another kind.
     """
     try:
         model = find_model(experiment.sample.guide)
-        if changed := model_differences(model.config, experiment.completed_by(model.config)):
-            raise ConfigError(
-                f"{model.path} is another kind of model (there -> here): {', '.join(changed)}; "
-                "name one of the same shape, such as an earlier step of the same training."
-            )
+        check_same_model(model.config, experiment)
         return _guide_params(str(model.path), mesh)
     except (CheckpointError, ConfigError) as error:
-        raise ConfigError(f"config.sample.guide: {error}") from error
+        raise ConfigError(
+            f"config.sample.guide: {error} A guide is a model of the same kind, such as an earlier "
+            'step of the training; "" is none.'
+        ) from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -297,12 +297,12 @@ class Experiment(Settings):
             regions = regions_of(self)
         elif sample.mix:
             conditioner = Mixture(conditioner, len(sample.mix.split(",")))
-        # Of those that are told nothing, samples beside given tokens alone are (`Generator`)
         config = SamplerConfig(
             # Forwards nothing is kept that unrolled layers would not have to copy
             model=dataclasses.replace(self.network, scan_unroll=1, conditioner=conditioner),
             token_loss=self.token_loss,
             num_ar_steps=sample.num_ar_steps,
+            # Of those that are told nothing, samples beside given tokens alone are (`Generator`)
             guided=sample.cfg_scale != 1 and not isinstance(conditioner, Nothing),
             num_segments=sample.num_segments,
             order=sample.order,

@@ -143,7 +143,8 @@ def mean_masked(masking: MaskingConfig, points: int = 4096) -> float:
 def ar_step(model: ModelConfig, visible: float, new: float, denoiser_calls: int) -> float:
     """One autoregressive step of one image: encoder on `visible` tokens, the rest for `new` ones.
 
-    Once per sample: guidance doubles it. Time embeddings, which the batch shares, are left out.
+    Once per sample; each guidance adds as much. Time embeddings, which the batch shares, are left
+    out.
     """
     return networks(model, visible, new) + drawing(model, new, denoiser_calls)
 

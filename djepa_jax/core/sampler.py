@@ -4,7 +4,7 @@
 2. Step s reveals the next `counts[s]` places of the order (the same counts for all samples).
 3. The context encoder reads the tokens revealed so far, the predictor gives cond at the new places.
 4. The token loss draws the new tokens from noise; with guidance, conditional and unconditional
-   halves share it.
+   halves share it, and that of a weaker model.
 5. After T steps the tokens are put back into raster order.
 
 Tokens that are given (`Known`) stand in front of the order, and are visible from the start. Where a

@@ -47,13 +47,14 @@ def ways(experiment: Experiment) -> list[dict]:
     for sampler in samplers:
         few = FEW if is_shortcut else FEWER.get(sampler, OTHERS)
         rows += [first | {"sampler": sampler, "num_denoise_steps": steps} for steps in few]
-    less = few[-2]
+    less = (FEW if is_shortcut else FEWER.get(own["sampler"], OTHERS))[-2]
     rows += [first | {"num_denoise_steps": less, "num_ar_steps": fewer}]
     if not is_shortcut:
         falling = first | {"num_denoise_steps": 50, "final_denoise_steps": 5}
         rows += [falling, falling | {"num_ar_steps": fewer}]
-    if experiment.sampler.guided:
+    if experiment.sampler.halves > 1:
         rows += [first | {"cfg_start": 0.5}, rows[-1] | {"cfg_start": 0.5}]
+    if experiment.sampler.halves > 1 and not experiment.sample.guide:
         rows += [first | {"reuse_unconditional": every} for every in (2, 4)]
     return list({name_of(row, 0): row for row in rows}.values())
 
@@ -62,7 +63,7 @@ class Acceleration(Search):
     """A search over a list of ways, which are timed alone, too."""
 
     axes = (*AXES, "order", "reveal", "final_denoise_steps", "cfg_start", "cfg_stop")
-    axes += ("reuse_unconditional",)  # the last, since earlier versions wrote cells without it
+    axes += ("reuse_unconditional",)
     stem = "acceleration"
 
     def also(self, experiment: Experiment) -> dict:

@@ -71,6 +71,8 @@ def subject(experiment: Experiment, generator: Generator, params, source, step: 
         },
         "data": "" if source is None else digest_of(source),
     }
+    if generator.guide is not None:  # whose path alone would not tell its weights apart
+        settings["guide_norm"] = float(jax.jit(optax.tree.norm)(generator.guide.params))
     if not {*own.kind.split("+")}.isdisjoint(FROM_FILE):
         settings["network"] = file_sha256(own.weights)
     if own.captions:

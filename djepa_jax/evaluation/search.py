@@ -48,6 +48,8 @@ def grid_of(experiment: Experiment) -> list[dict]:
     that `sample` could not have.
     """
     own, tried = vars(experiment.sample), vars(experiment.search)
+    if tried["guide_scale"] and not own["guide"]:
+        raise ConfigError("config.search.guide_scale needs a weaker model, config.sample.guide.")
     values = [sorted(set(tried[axis] or [own[axis]])) for axis in AXES]
     if (count := math.prod(map(len, values))) > MAX_CELLS:
         raise ConfigError(
@@ -63,8 +65,6 @@ def grid_of(experiment: Experiment) -> list[dict]:
             raise ConfigError(str(error).replace("config.sample.", "config.search.")) from error
         if token_loss.noises_per_token == 1:  # none is added on the way, for temperature to scale
             settings["temperature"] = experiment.sample.temperature
-        if not experiment.sample.guide:
-            settings["guide_scale"] = experiment.sample.guide_scale
         grid.setdefault(name_of(settings, 0), settings)
     return list(grid.values())
 
@@ -134,7 +134,8 @@ class Search:
         varied = [axis for axis in self.axes if len({settings[axis] for settings in grid}) > 1]
         left = [settings for settings in grid if name_of(settings, count) not in self.moved]
         # With a guidance of 1 nothing is guided, by another program
-        left.sort(key=lambda own: (*map(own.get, AXES[2:]), own["cfg_scale"] != 1))
+        steps, guidance = AXES[2:5], ("cfg_scale", "guide_scale")
+        left.sort(key=lambda own: [*map(own.get, steps), *(own[scale] != 1 for scale in guidance)])
         done = len(grid) - len(left)
         progress = Progress(f"{stage} search:", "cell", len(grid), done)
         progress.every = 0  # each is a line

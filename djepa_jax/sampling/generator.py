@@ -102,9 +102,9 @@ class Generator:
         self.batch_size = -(-experiment.sample.batch_size // divisor) * divisor
         self.decodes = decode and experiment.has_decoder
         self.config, self._known = experiment.sampler, known
-        self._guide = None
+        self.guide = None
         if self.config.autoguided:
-            self._guide = Guide(guide_params(experiment, mesh), experiment.sample.guide_scale)
+            self.guide = Guide(guide_params(experiment, mesh), experiment.sample.guide_scale)
         if known is not None:
             num_known = int(known.mask[0].sum())
             steps = min(self.config.num_ar_steps, self.config.model.num_tokens - num_known)
@@ -194,8 +194,8 @@ class Generator:
         place = sharding.batch_sharding(self.mesh)
         chosen, ids, known = jax.device_put((chosen, ids, known), place)
         temperature = self.experiment.sample.temperature
-        scales = self.cfg_scales
-        return SampleInputs(chosen, ids, seed, scales, temperature, known, self._guide)
+        how = seed, self.cfg_scales, temperature
+        return SampleInputs(chosen, ids, *how, known, self.guide)
 
     def export(self, tokens: np.ndarray, count: int | None = None) -> dict[str, np.ndarray]:
         """What the modality makes of the first `count` of tokens `[n, N, C]`, pictures with it."""

@@ -109,7 +109,7 @@ class Model:
             seed: of everything random.
             conditions: in place of labels, raw conditions `[n, ...]` as the data source gives them.
             **settings: `prompts`, of models of texts in place of labels; `cfg_scale`,
-                `cfg_schedule`, `temperature` (of diffusion models), `order`, `num_ar_steps`,
+                `cfg_schedule`, `temperature` (of samplers that add noise), `order`, `num_ar_steps`,
                 `num_denoise_steps`, `sampler` and the others of `config.sample`,
                 and the options of the loss, in place of the stored ones. With `mix`
                 ("cat:0.5,dog:0.5", "cat@left,dog@right") all pictures are of several classes at

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from djepa_jax.checkpoints.restore import check_same_model, find_model, is_export
+from djepa_jax.checkpoints.restore import check_same_model, find_model, guide_params, is_export
 from djepa_jax.config.convert import flatten
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
 from djepa_jax.config.places import places_shape
+from djepa_jax.core import sharding
 from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.text import Text
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig
@@ -68,6 +69,8 @@ def load_model(experiment: Experiment, workdir: str) -> tuple[Model, Experiment]
     check_same_model(find_model(workdir).config, experiment)
     model = load(workdir, experiment.mesh, experiment.autoencoder.path or None)
     stored, model.config = model.config, experiment.completed_by(model.config)
+    if model.config.sampler.autoguided:
+        guide_params(model.config, sharding.make_mesh(experiment.mesh))  # refused now, kept
     return model, stored
 
 

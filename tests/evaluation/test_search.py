@@ -254,6 +254,7 @@ def test_grids_have_only_what_can_be_sampled_and_tell_apart():
         ("num_ar_steps=2.5", 'config.search.num_ar_steps is "2.5"; it must be a whole'),
         ("num_ar_steps=900", "config.search.num_ar_steps"),
         ("num_denoise_steps=1", "config.search.num_denoise_steps is 1"),
+        ("guide_scale=1.2,1.5", "config.search.guide_scale needs .*config.sample.guide"),
         ("sampler=euler,ddim", "config.search.sampler is 'ddim'.*euler, heun"),
         ("count=1", "config.search.count is 1; it must be at least 2"),
         ("fine_count=9", "config.search.fine_count is 9"),

@@ -7,6 +7,11 @@ from tiny import arrays_of, run, tiny_config
 
 import djepa_jax
 from djepa_jax.config.convert import ConfigError
+from djepa_jax.core import sharding
+from djepa_jax.evaluation.acceleration import ways
+from djepa_jax.evaluation.evaluate import subject
+from djepa_jax.evaluation.search import with_settings
+from djepa_jax.sampling.generator import Generator
 
 SCALE = "--config.sample.guide_scale=3.0"
 
@@ -40,6 +45,27 @@ def test_a_command_leads_away_from_the_weaker_model(workdirs, tmp_path):
         count_labels(len(away)), guide_scale=3.0, guide=workdirs["weaker"]
     )
     np.testing.assert_array_equal(python, away)
+
+
+def test_ways_to_spend_less_are_ways_with_a_guide(workdirs):
+    """Every row can be drawn; what a guide rules out is not among them."""
+    flags = f"--config.sample.guide={workdirs['weaker']}", "--config.sample.cfg_scale=2.0"
+    experiment = tiny_config(*flags)
+    rows = ways(experiment)
+    assert all(with_settings(experiment, row).sampler.halves == 3 for row in rows)
+    assert {row["reuse_unconditional"] for row in rows} == {1}
+    assert 0.5 in {row["cfg_start"] for row in rows}
+
+
+def test_a_record_tells_guides_apart_at_one_place(workdirs, tmp_path):
+    """By the weights, since what lies at a path may change."""
+    config, found = tiny_config(f"--config.sample.guide={tmp_path / 'guide'}"), []
+    for seed in (1, 2):
+        save_model(tmp_path / "guide", tiny_config(), seed, step=seed)
+        generator = Generator(config, sharding.make_mesh((-1, 1, 1)))
+        params = generator.guide.params
+        found.append(subject(config, generator, params, None, 7)["guide_norm"])
+    assert found[0] != found[1]
 
 
 def count_labels(count: int) -> list[int]:

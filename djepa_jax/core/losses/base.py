@@ -57,7 +57,7 @@ class TokenLoss(Protocol):
             denoiser: the network.
             cond: `[G, ..., D]`; the conditional one first, then what guidance leads away from.
             noise: standard normal `[..., S, C]`; the first vector is the start.
-            cfg_scale: guidance scale, used when G = 2; a tuple of G - 1 when more.
+            cfg_scale: guidance scale, used when G = 2; with G = 3 a tuple of two.
             temperature: factor on the noise that is added on the way.
         """
 
@@ -67,8 +67,10 @@ def guide(outputs: jax.Array, cfg_scale: jax.Array | tuple) -> jax.Array:
     outputs but the first, each with its scale.
     """
     conditional, *others = outputs
+    if not others:
+        return conditional
     scales = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale,)
     if len(others) == 1:
         return others[0] + scales[0] * (conditional - others[0])
-    away = (conditional - other for other in others)
-    return sum(((s - 1) * x for s, x in zip(scales, away, strict=False)), conditional)
+    away = zip(scales, others, strict=True)
+    return sum(((scale - 1) * (conditional - other) for scale, other in away), conditional)

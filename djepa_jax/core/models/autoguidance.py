@@ -122,13 +122,13 @@ def open_model(config: "SamplerConfig", params: dict, guide: Guide | None) -> DJ
     return Pair(opened(params), opened(guide.params), 1 + config.guided, guide.scale)
 
 
-def scales_at(config: "SamplerConfig", model, num_visible: jax.Array, cfg_scale) -> tuple:
-    """The scales of guidance, one for each half but the first, of the step that begins with so many
-    tokens; that by a weaker model is 1 outside of `config.cfg_interval`, as `cfg_scale` is.
+def scales_at(config: "SamplerConfig", model, num_visible: jax.Array, cfg_scale):
+    """The scale of guidance, or both scales, of the step that begins with so many tokens; that by a
+    weaker model is 1 outside of `config.cfg_interval`, as `cfg_scale` is.
     """
-    own = (cfg_scale,) if config.guided else ()
     if not config.autoguided:
-        return own
+        return cfg_scale
     starts = config.num_known + np.cumsum([0, *config.counts[:-1]])
     guided = starts[guided_steps(len(starts), config.cfg_interval)]
-    return *own, jnp.where(jnp.isin(num_visible, guided), model.scale, 1.0)
+    own = jnp.where(jnp.isin(num_visible, guided), model.scale, 1.0)
+    return (cfg_scale, own) if config.guided else own
