@@ -35,6 +35,11 @@ LEAST_SHARE = 0.01  # of the parameters, that a warm start takes; a few biases a
 KIND, EXPORT_FORMAT = "djepa_jax export", 1
 CONFIG_NAME, PARAMS_NAME, TENSORS_NAME = "config.json", "params", "model.safetensors"
 CARD_NAME = "README.md"  # for people to edit: loading does not check it
+# What to do about a model of another kind
+TRAINING = (
+    "Use its config and data, or begin another --workdir with these weights (--init_from=PATH)."
+)
+GUIDE = 'Name one of the same kind, such as an earlier step of the training, or "" for none.'
 OUTPUT = "denoiser/out/"  # the layer that gives what a loss predicts
 # What `weights` of an export may be, besides a compiled sampler.
 ORBAX, SAFETENSORS, OFFICIAL = "orbax", "safetensors", "official"
@@ -146,13 +151,10 @@ def guide_params(experiment: Experiment, mesh) -> dict:
     """
     try:
         model = find_model(experiment.sample.guide)
-        check_same_model(model.config, experiment)
+        check_same_model(model.config, experiment, GUIDE)
         return _guide_params(str(model.path), mesh)
     except (CheckpointError, ConfigError) as error:
-        raise ConfigError(
-            f"config.sample.guide: {error} A guide is a model of the same kind, such as an earlier "
-            'step of the training; "" is none.'
-        ) from error
+        raise ConfigError(f"config.sample.guide: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -161,7 +163,7 @@ def _guide_params(path: str, mesh) -> dict:
     return model.restore(placed_params(model.config, mesh))
 
 
-def check_same_model(stored: Experiment, experiment: Experiment) -> None:
+def check_same_model(stored: Experiment, experiment: Experiment, remedy: str = TRAINING) -> None:
     """Raise ConfigError, with every difference, unless a checkpoint's model is the configured."""
     theirs, ours = stored.autoencoder.sha256, experiment.autoencoder.sha256
     if experiment.modality.needs_decoder and theirs and ours and theirs != ours:
@@ -177,9 +179,7 @@ def check_same_model(stored: Experiment, experiment: Experiment) -> None:
         new = [index for index, name in enumerate(names) if name not in stored.class_names]
         changed += [f"new classes: {listed(new, names)}"] if new else []
         raise ConfigError(
-            f"the checkpoint is of another model (stored -> config): {', '.join(changed)}. Use "
-            "its config and data, or begin another --workdir with these weights "
-            "(--init_from=PATH)."
+            f"the checkpoint is of another model (stored -> config): {', '.join(changed)}. {remedy}"
         )
     if stored.data.class_names and experiment.data.class_names:
         name = misplaced(experiment.class_names, stored.class_names)

@@ -227,7 +227,7 @@ class SampleSettings(Settings):
         if self.guide and self.reuse_unconditional > 1:
             raise ValueError(
                 f"reuse_unconditional is {self.reuse_unconditional}; with sample.guide it must be "
-                "1, since it knows no third half."
+                "1, since it is for one guidance alone."
             )
 
 

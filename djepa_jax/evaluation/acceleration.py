@@ -44,17 +44,17 @@ def ways(experiment: Experiment) -> list[dict]:
     rows = [first, *(first | {"order": name} for name in orders_for(experiment.modality.grid))]
     rows += [first | {"num_ar_steps": steps} for steps in (fewer, fewer // 2 or 1)]
     rows += [first | {"num_ar_steps": fewer, "order": "checkerboard", "reveal": "halves"}]
-    for sampler in samplers:
-        few = FEW if is_shortcut else FEWER.get(sampler, OTHERS)
-        rows += [first | {"sampler": sampler, "num_denoise_steps": steps} for steps in few]
-    less = (FEW if is_shortcut else FEWER.get(own["sampler"], OTHERS))[-2]
-    rows += [first | {"num_denoise_steps": less, "num_ar_steps": fewer}]
+    few = {name: FEW if is_shortcut else FEWER.get(name, OTHERS) for name in samplers}
+    for name, counts in few.items():
+        rows += [first | {"sampler": name, "num_denoise_steps": steps} for steps in counts]
+    rows += [first | {"num_denoise_steps": few[own["sampler"]][-2], "num_ar_steps": fewer}]
     if not is_shortcut:
         falling = first | {"num_denoise_steps": 50, "final_denoise_steps": 5}
         rows += [falling, falling | {"num_ar_steps": fewer}]
-    if experiment.sampler.halves > 1:
+    is_guided = experiment.sampler.halves > 1
+    if is_guided:
         rows += [first | {"cfg_start": 0.5}, rows[-1] | {"cfg_start": 0.5}]
-    if experiment.sampler.halves > 1 and not experiment.sample.guide:
+    if is_guided and not experiment.sample.guide:
         rows += [first | {"reuse_unconditional": every} for every in (2, 4)]
     return list({name_of(row, 0): row for row in rows}.values())
 

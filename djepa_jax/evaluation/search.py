@@ -33,8 +33,8 @@ from djepa_jax.runtime.progress import Progress
 from djepa_jax.runtime.storage import PathError, as_path
 from djepa_jax.sampling.generator import Generator, count_of
 
-AXES = ("cfg_scale", "temperature", "num_ar_steps", "num_denoise_steps", "sampler")
-AXES += ("guide_scale",)
+STEPS, SCALES = ("num_ar_steps", "num_denoise_steps", "sampler"), ("cfg_scale", "guide_scale")
+AXES = ("cfg_scale", "temperature", *STEPS, "guide_scale")
 MAX_CELLS = 2_000
 MAX_LISTED = 4  # differences that an error names
 # Of what an evaluation is of: what cells differ by, and what does not change them
@@ -118,8 +118,8 @@ class Search:
             ):
                 figures = dict.fromkeys(key.partition("/")[2] for key in arrays)
                 for cell in self.cells:
-                    written, own = name_of(cell["settings"], cell["count"]), cell["settings"]
-                    own |= {axis: LATER["sample"][axis] for axis in self.axes if axis not in own}
+                    written = name_of(cell["settings"], cell["count"])
+                    own = LATER["sample"] | cell["settings"]  # earlier versions knew fewer axes
                     moved = {figure: arrays[f"{written}/{figure}"] for figure in figures}
                     own = cell["settings"] = {axis: own[axis] for axis in self.axes}
                     self.moved[name_of(own, cell["count"])] = moved
@@ -134,8 +134,7 @@ class Search:
         varied = [axis for axis in self.axes if len({settings[axis] for settings in grid}) > 1]
         left = [settings for settings in grid if name_of(settings, count) not in self.moved]
         # With a guidance of 1 nothing is guided, by another program
-        steps, guidance = AXES[2:5], ("cfg_scale", "guide_scale")
-        left.sort(key=lambda own: [*map(own.get, steps), *(own[scale] != 1 for scale in guidance)])
+        left.sort(key=lambda own: [*map(own.get, STEPS), *(own[scale] != 1 for scale in SCALES)])
         done = len(grid) - len(left)
         progress = Progress(f"{stage} search:", "cell", len(grid), done)
         progress.every = 0  # each is a line

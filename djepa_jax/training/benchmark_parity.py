@@ -66,8 +66,7 @@ def make_arguments(experiment: Experiment) -> tuple:
     batch = random_batch(experiment)
     conditions, ids = batch["condition"], np.arange(experiment.batch_size, dtype=np.int32)  # [B]
     how = sample.seed, experiment.cfg_scales, sample.temperature
-    is_autoguided = experiment.sampler.autoguided
-    guide = Guide(params, sample.guide_scale) if is_autoguided else None
+    guide = Guide(params, sample.guide_scale) if experiment.sampler.autoguided else None
     inputs = SampleInputs(conditions, ids, *how, guide=guide)
     return params, batch, inputs
 

@@ -12,6 +12,7 @@ from djepa_jax.evaluation.acceleration import ways
 from djepa_jax.evaluation.evaluate import subject
 from djepa_jax.evaluation.search import with_settings
 from djepa_jax.sampling.generator import Generator
+from djepa_jax.serving.studio import load_model
 
 SCALE = "--config.sample.guide_scale=3.0"
 
@@ -42,7 +43,7 @@ def test_a_command_leads_away_from_the_weaker_model(workdirs, tmp_path):
     assert np.abs(away - alone).max() > 50
     np.testing.assert_array_equal(step, away)
     python = djepa_jax.load(workdirs["model"]).sample(
-        count_labels(len(away)), guide_scale=3.0, guide=workdirs["weaker"]
+        [i % 10 for i in range(len(away))], guide_scale=3.0, guide=workdirs["weaker"]
     )
     np.testing.assert_array_equal(python, away)
 
@@ -68,8 +69,15 @@ def test_a_record_tells_guides_apart_at_one_place(workdirs, tmp_path):
     assert found[0] != found[1]
 
 
-def count_labels(count: int) -> list[int]:
-    return [i % 10 for i in range(count)]
+def test_exports_do_not_name_a_path_of_this_machine(workdirs, tmp_path):
+    out, guide = tmp_path / "out", f"--config.sample.guide={workdirs['weaker']}"
+    assert run("--mode=export", f"--workdir={workdirs['model']}", f"--out={out}", guide) == 0
+    assert djepa_jax.load(out).config.sample.guide == ""
+
+
+def test_the_page_refuses_before_it_is_served(workdirs, tmp_path):
+    with pytest.raises(ConfigError, match="config.sample.guide"):
+        load_model(tiny_config(f"--config.sample.guide={tmp_path}"), workdirs["model"])
 
 
 @pytest.mark.parametrize(

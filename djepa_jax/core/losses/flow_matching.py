@@ -68,17 +68,18 @@ class FlowMatching:
         time_table = denoiser.time(times)  # [points, w]
         condition = denoiser.condition(cond)  # [G, ..., w]
 
-        def velocity(x, point):
+        def slope_at(x, point):
             found = guide(denoiser(x, time_table[point], condition), cfg_scale)
             return self.velocity(found, x, times[point])
 
         def step(x, inputs):
+            """Go from one point of the grid to the next."""
             point, z = inputs
-            time, later, slope = times[point], times[point + 1], velocity(x, point)
+            time, later, slope = times[point], times[point + 1], slope_at(x, point)
             if self.sampler == "ancestral":
                 return renew(x, slope, time, later, temperature * z), None
             if self.sampler == "heun":
-                mean = (slope + velocity(x + (later - time) * slope, point + 1)) / 2
+                mean = (slope + slope_at(x + (later - time) * slope, point + 1)) / 2
                 slope = jnp.where(self.has_end | (point < len(times) - 2), mean, slope)
             return x + (later - time) * slope, None
 
@@ -97,6 +98,6 @@ def renew(x: jax.Array, velocity: jax.Array, time, later, z: jax.Array) -> jax.A
     s(later) / s(time), as in the reverse process of diffusion (Ho et al. 2020, eqs. 6-7). Errors of
     earlier steps go with the noise, where an ODE hands them on (Karras et al. 2022, section 4).
     """
-    clean, noise = x + (1 - time) * velocity, x - time * velocity
+    clean, noise = x + (1 - time) * velocity, x - time * velocity  # [..., C]
     stays = time * (1 - later) / (later * (1 - time))
     return later * clean + (1 - later) * (stays * noise + jnp.sqrt(1 - stays**2) * z)

@@ -58,6 +58,7 @@ class Pair:
         return self._both("predictor", *own, fixed={"query_ids": query_ids}, **rows)
 
     def _both(self, name: str, *rows, fixed=None, **named):
+        """Call a method of both, each on its rows; what is `fixed` has none."""
         first, second = self._split((rows, named), 0), self._split((rows, named), 1)
         fixed = fixed or {}
         ours = getattr(self.model, name)(*first[0], **first[1], **fixed)
@@ -69,12 +70,13 @@ class Pair:
         parts = slice(self.copies) if which == 0 else slice(self.copies, None)
 
         def rows_of(x):
-            by_sample = rearrange(x, "(b g) ... -> b g ...", g=self.copies + 1)
+            by_sample = rearrange(x, "(b g) ... -> b g ...", g=self.copies + 1)  # [B, G, ...]
             return rearrange(by_sample[:, parts], "b g ... -> (b g) ...")
 
         return jax.tree.map(rows_of, arrays)
 
     def _join(self, ours: jax.Array, theirs: jax.Array) -> jax.Array:
+        """Rows of the model `[B (G - 1), ...]` and of the weaker one `[B, ...]`: `[B G, ...]`."""
         ours = rearrange(ours, "(b g) ... -> b g ...", g=self.copies)
         return rearrange(jnp.concatenate([ours, theirs[:, None]], 1), "b g ... -> (b g) ...")
 
