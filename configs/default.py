@@ -108,6 +108,9 @@ def _optimizer() -> ConfigDict:
     optimizer.clip_norm = 3.0  # global norm
     optimizer.ema_decay = 0.9999
     optimizer.ema_ramp = False  # raise the decay linearly towards 1, capped at 0.9999
+    # what is trained: all, or some of context_encoder, predictor, jepa_head and denoiser with
+    # commas between them; the others stay as they are
+    optimizer.parts = "all"
     return optimizer
 
 
@@ -204,6 +207,8 @@ def _sample() -> ConfigDict:
     sample.cfg_schedule = "linear"  # linear or constant
     sample.cfg_start = 0.0  # share of the autoregressive steps from which on there is guidance
     sample.cfg_stop = 1.0  # and up to which; steps without it take less time
+    sample.cfg_denoise_start = 0.0  # the same in the denoising steps of each token
+    sample.cfg_denoise_stop = 1.0
     # a weaker model of the same shape to lead away from as well, such as an earlier step of the
     # training (keep_every): its workdir, step or export
     sample.guide = ""
@@ -268,6 +273,7 @@ def _search() -> ConfigDict:
     search.num_ar_steps = ()
     search.num_denoise_steps = ()
     search.sampler = ()
+    search.cfg_denoise_start = ()
     search.guide_scale = ()
     search.count = 1000  # class-balanced samples of each combination
     search.fine_count = 5000  # of the best ones, and of some halfway to their neighbours

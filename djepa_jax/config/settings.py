@@ -211,6 +211,8 @@ class SampleSettings(Settings):
     cfg_schedule: Annotated[str, OneOf(GUIDANCE)]
     cfg_start: Fraction
     cfg_stop: Fraction
+    cfg_denoise_start: Fraction
+    cfg_denoise_stop: Fraction
     reuse_unconditional: Positive
     guide: str
     guide_scale: Moderate
@@ -266,6 +268,7 @@ class SearchSettings(Settings):
     num_ar_steps: tuple[int, ...]
     num_denoise_steps: tuple[int, ...]
     sampler: tuple[str, ...]
+    cfg_denoise_start: tuple[float, ...]
     guide_scale: tuple[float, ...]
     count: Several
     fine_count: Several

@@ -50,15 +50,17 @@ ADDED = {
 LATER = {
     "data": {"source_options": {}, "labels": "", "captions": "", "held_out": 0.0},
     "loss": {"mask_modes": "random"},
+    "optimizer": {"parts": "all"},
     "model": {"attention": "auto"},
     "sample": {"reveal": "cosine", "cfg_start": 0.0, "cfg_stop": 1.0}
     | {"final_denoise_steps": 0, "mix": "", "prompt": "", "reuse_unconditional": 1}
-    | {"guide": "", "guide_scale": 1.5},
+    | {"guide": "", "guide_scale": 1.5, "cfg_denoise_start": 0.0, "cfg_denoise_stop": 1.0},
     "evaluation": {"weights": "", "reference": "", "reference_count": 0, "preset": "none"}
     | {"trend_count": 1000, "captions": ""},
     "search": {"cfg_scale": (1.0, 1.5, 2.0, 3.0, 4.0), "temperature": (0.94, 0.97, 1.0)}
     | {"num_ar_steps": (), "num_denoise_steps": (), "sampler": (), "preset": "grid"}
-    | {"count": 1000, "fine_count": 5000, "fine_cells": 5, "guide_scale": ()},
+    | {"count": 1000, "fine_count": 5000, "fine_cells": 5, "guide_scale": ()}
+    | {"cfg_denoise_start": ()},
 }
 OPTIONS = {"diffusion": "clip_x0", "flow_matching": "time_shift"}  # once keys of `sample`
 # What fixes the meaning of parameters: it must agree between a config and a checkpoint.

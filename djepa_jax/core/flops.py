@@ -78,7 +78,7 @@ def train_image(
     time_rows=0.0,
     further=0.0,
 ) -> float:
-    """One training image, forward and backward.
+    """One training image, forward and backward, with all parts trained.
 
     Ideal by default: mean numbers of visible and masked tokens, and the last layers at masked
     places only. `padded` counts what the step really runs: visible tokens padded to
@@ -172,6 +172,8 @@ def padded_sample_image(model: ModelConfig, segments) -> float:
         total += s.halves * paired * networks(model, s.visible, s.ahead)
         total += (steps - paired) * networks(model, s.visible, s.new)
         total += s.halves * steps * drawing(model, s.new, s.denoiser_calls)
+        spared = (s.halves - 1) * s.unguided_calls * denoiser_row(model)["rest"]
+        total -= steps * s.new * spared
     return total
 
 

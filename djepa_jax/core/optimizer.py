@@ -18,6 +18,7 @@ from djepa_jax.core.sharding import is_alone, path_name
 
 VECTORS = re.compile(r"/(bias|scale)$")  # most of the arrays, hardly any of the numbers
 MAX_RAMPED_EMA_DECAY = 0.9999
+PARTS = ("context_encoder", "predictor", "jepa_head", "denoiser")
 # Only matrices of the ViT blocks decay: no denoiser, JEPA head, embedding, bias or norm.
 DECAYED = re.compile(
     r"(context_encoder|predictor)/stack/blocks/(attention/(qkv|out)|mlp/(up|down))/kernel$"
@@ -44,9 +45,22 @@ class OptimizerConfig:
     # The decay rises linearly towards 1 over the training, capped at 0.9999, as in the authors'
     # code; with a decay of 0.9999 it changes nothing.
     ema_ramp: bool = False
+    parts: str = "all"  # those that are trained, of `PARTS`, with commas between them
 
     def __post_init__(self):
         bounds.check_bounds(self)
+        if strange := [name for name in self.trained if name not in PARTS]:
+            raise ValueError(
+                f'parts is "{self.parts}"; the model has no part "{strange[0]}", write all or some '
+                f"of {', '.join(PARTS)} with commas between them."
+            )
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that are trained, by their names."""
+        if self.parts == "all":
+            return PARTS
+        return tuple(name.strip() for name in self.parts.split(","))
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
@@ -91,6 +105,16 @@ def update_values(config: OptimizerConfig, step: jax.Array) -> UpdateValues:
     schedules = learning_rate, weight_decay, ema_decay
     values = (schedule(config, step) for schedule in schedules)
     return UpdateValues(*(jnp.asarray(value, float) for value in values))  # one type for all kinds
+
+
+def keep_frozen(config: OptimizerConfig, new: dict, old: dict) -> dict:
+    """The parameters `new`, and of parts that are not trained those of `old`."""
+    return {name: (new if name in config.trained else old)[name] for name in old}
+
+
+def stop_frozen(config: OptimizerConfig, params: dict) -> dict:
+    """The same parameters, of which only the trained parts have gradients."""
+    return keep_frozen(config, params, jax.lax.stop_gradient(params))
 
 
 def decay_mask(params: dict) -> dict:

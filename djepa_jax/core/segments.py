@@ -19,7 +19,8 @@ class Segment:
     """Steps [start, stop) that share padded shapes: V visible places, K new ones.
 
     They have the token loss of the first of them, and guidance if one of them has: then the
-    denoiser runs `halves` times, and the networks in the steps `paired`, for A = `ahead` places.
+    denoiser runs `halves` times, but for `unguided_calls` of its calls, and the networks in the
+    steps `paired`, for A = `ahead` places.
     """
 
     start: int
@@ -30,6 +31,7 @@ class Segment:
     denoiser_calls: int
     paired: tuple[int, ...]
     ahead: int
+    unguided_calls: int
 
 
 def plan_segments(config: "SamplerConfig") -> list[Segment]:
@@ -43,13 +45,15 @@ def plan_segments(config: "SamplerConfig") -> list[Segment]:
     def priced(start: int, stop: int) -> tuple[float, Segment]:
         """Work of one segment of these steps, and the segment."""
         new = max(counts[start:stop])
-        calls, guided = config.loss_at(start).denoiser_calls, bool(is_guided[start:stop].any())
+        loss, guided = config.loss_at(start), bool(is_guided[start:stop].any())
         paired = tuple(range(start, stop) if guided else ())
         if every > 1:
             paired = tuple(s for s in due if start <= s < stop)
         ahead = max([new, *(sum(counts[s : s + every]) for s in paired)])
         halves = config.halves if guided else 1
-        segment = Segment(start, stop, before[stop - 1], new, halves, calls, paired, ahead)
+        calls = loss.denoiser_calls, getattr(loss, "unguided_calls", 0)
+        shape = start, stop, before[stop - 1], new
+        segment = Segment(*shape, halves, calls[0], paired, ahead, calls[1])
         return flops.padded_sample_image(config.model, [segment]), segment
 
     @functools.cache

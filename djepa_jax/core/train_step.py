@@ -195,6 +195,7 @@ def make_train_step(config: TrainStepConfig) -> Callable:
 
         def gradient_of(examples, token_keys):
             def loss_of(params):
+                params = optimizer.stop_frozen(config.optimizer, params)
                 return batch_loss(config, graph, params, state.ema_params, examples, token_keys)
 
             (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -204,9 +205,17 @@ def make_train_step(config: TrainStepConfig) -> Callable:
         visible = examples["num_visible"].mean() / config.masking.num_tokens
         metrics |= {"grad_norm": optax.tree.norm(optimizer.pack(grads)), "mask_ratio": 1 - visible}
         transform = optimizer.make_optimizer(config.optimizer, values=values.update)
-        return apply_update(values.update, transform, state, grads, metrics)
+        new, metrics = apply_update(values.update, transform, state, grads, metrics)
+        return keep_frozen(config.optimizer, new, state), metrics
 
     return train_step
+
+
+def keep_frozen(config: optimizer.OptimizerConfig, new: TrainState, old: TrainState) -> TrainState:
+    """The new state, in which parts that are not trained are the old ones, in both sets."""
+    params = optimizer.keep_frozen(config, new.params, old.params)
+    average = optimizer.keep_frozen(config, new.ema_params, old.ema_params)
+    return dataclasses.replace(new, params=params, ema_params=average)
 
 
 def accumulate(config: TrainStepConfig, gradient_of: Callable, examples: dict, token_keys):

@@ -33,13 +33,15 @@ from djepa_jax.runtime.progress import Progress
 from djepa_jax.runtime.storage import PathError, as_path
 from djepa_jax.sampling.generator import Generator, count_of
 
-STEPS, SCALES = ("num_ar_steps", "num_denoise_steps", "sampler"), ("cfg_scale", "guide_scale")
+STEPS = ("num_ar_steps", "num_denoise_steps", "sampler", "cfg_denoise_start")
+SCALES = ("cfg_scale", "guide_scale")
 AXES = ("cfg_scale", "temperature", *STEPS, "guide_scale")
 MAX_CELLS = 2_000
 MAX_LISTED = 4  # differences that an error names
 # Of what an evaluation is of: what cells differ by, and what does not change them
 NOT_COMMON = [f"sample.{key}" for key in ("labels", "count", "seed", "batch_size")]
-NOT_COMMON += ["loss.num_denoise_steps", "loss.sampler", "evaluation.count", "evaluation.preset"]
+NOT_COMMON += [f"loss.{key}" for key in ("num_denoise_steps", "sampler", "guided")]
+NOT_COMMON += ["evaluation.count", "evaluation.preset"]
 CAVEAT = "the best of many cells was lucky, too: its interval does not count the choice"
 
 

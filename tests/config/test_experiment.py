@@ -80,6 +80,14 @@ def test_keys_that_are_unknown_or_missing_are_named(experiment):
         type(experiment).from_dict(values)
 
 
+def test_parts_to_train_are_parts_of_the_model(experiment):
+    some = experiment.updated({"optimizer.parts": "denoiser, predictor"})
+    assert some.train.optimizer.trained == ("denoiser", "predictor")
+    for wrong in ("denoisers", "denoiser,all", ""):
+        with pytest.raises(ConfigError, match=r"optimizer.parts is.*context_encoder, predictor"):
+            experiment.updated({"optimizer.parts": wrong})
+
+
 def test_it_is_frozen_and_goes_through_plain_dicts(experiment):
     with pytest.raises(dataclasses.FrozenInstanceError):
         experiment.seed = 1

@@ -159,8 +159,10 @@ def test_padded_count_is_what_the_training_step_does(loss):
 def test_padded_count_is_what_the_sampler_does(loss):
     # Where every step is a segment, none of them chooses what it runs
     reusing = {"reuse_unconditional": 2, "num_segments": 6}
+    late = {"cfg_denoise_start": 0.5}
     samplers = TOKEN_LOSSES[loss].samplers
-    for name, more in (*((name, {}) for name in samplers), (samplers[0], reusing)):
+    ways = [(name, {}) for name in samplers] + [(samplers[0], reusing), (samplers[-1], late)]
+    for name, more in ways:
         config = base_widths(loss, sampler=name, **more).sampler
         params = jax.eval_shape(lambda c=config.model: init_params(c, jax.random.key(0)))
         ids = np.arange(64, dtype=np.int32)  # they share the embedded times, not counted here

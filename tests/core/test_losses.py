@@ -338,6 +338,36 @@ def test_temperature_scales_the_added_noise_alone():
         np.testing.assert_array_equal(*runs)
 
 
+def test_guidance_acts_between_shares_of_the_steps():
+    """Along a constant velocity the condition's difference counts for the guided time."""
+    start, own, other, scale = jnp.ones((2, 1, CHANNELS)), 2.0, -1.0, 3.0
+    cond = jnp.stack([jnp.full((2, CHANNELS), value) for value in (own, other)])
+    for guided, share in (((0.5, 1.0), 0.5), ((0.25, 0.5), 0.25), ((0.0, 0.75), 0.75), ((1, 1), 0)):
+        loss = FlowMatching(num_denoise_steps=9, guided=guided)
+        found = loss.sample(Field(lambda xt, t, c: c + 0 * xt), cond, start, scale, 1.0)
+        expected = 1 + own + share * (scale - 1) * (own - other)
+        np.testing.assert_allclose(found, jnp.full_like(found, expected), rtol=1e-6)
+        assert loss.unguided_calls == 8 * (1 - share)
+
+
+@pytest.mark.parametrize("name, sampler", KINDS)
+def test_guidance_in_all_steps_or_none(name, sampler):
+    def sample(guided, halves):
+        clip = {"clip_x0": 1.0} if name == "diffusion" else {}  # or the last steps outweigh all
+        loss = TOKEN_LOSSES[name](num_denoise_steps=5, sampler=sampler, guided=guided, **clip)
+        shape = (4, loss.noises_per_token, CHANNELS)
+        noise, key = jax.random.normal(jax.random.key(0), shape), jax.random.key(1)
+        cond = jax.random.normal(key, (2, 4, CHANNELS))[:halves]
+        return loss.sample(mixed_field(loss), cond, noise, 3.0, 1.0)
+
+    alone, both = sample((0.0, 1.0), 1), sample((0.0, 1.0), 2)
+    for nothing in ((0.0, 0.0), (0.6, 0.6), (1.0, 1.0), (0.8, 0.2)):
+        np.testing.assert_allclose(sample(nothing, 2), alone, rtol=1e-6, atol=1e-7)
+    for some in ((0.0, 0.5), (0.5, 1.0)):
+        found = sample(some, 2)
+        assert (found != alone).any() and (found != both).any()
+
+
 def test_variational_term_trains_the_variance_alone():
     x0, noise = jax.random.normal(jax.random.key(0), (2, 8, CHANNELS))
     t = jnp.array([0, 0, 1, 10, 100, 500, 900, 999])

@@ -26,7 +26,12 @@ from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import split_model
-from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer, update_values
+from djepa_jax.core.optimizer import (
+    OptimizerConfig,
+    make_optimizer,
+    stop_frozen,
+    update_values,
+)
 from djepa_jax.core.train_step import (
     StepValues,
     TrainState,
@@ -288,6 +293,41 @@ def test_non_finite_step_changes_nothing_but_counters(step_parts):
     good, found = step(bad, batches[2])
     assert int(found["bad_streak"]) == 0 and int(good.skipped_steps) == 1
     assert any((a != b).any() for a, b in zip(leaves(bad.params), leaves(good.params), strict=True))
+
+
+def test_parts_that_are_not_trained_stay_to_the_bit(step_parts):
+    config, _, state, batches = step_parts
+    head = dataclasses.replace(config.optimizer, parts="denoiser", weight_decay=0.1, warmup_steps=0)
+    config = dataclasses.replace(config, optimizer=head)
+    noisy = dataclasses.replace(  # as if all parts had been trained before, and not yet averaged
+        state, opt_state=jax.tree.map(lambda x: x + jnp.ones_like(x), state.opt_state)
+    )
+    new, found = jax.jit(make_train_step(config))(noisy, batches[0])
+    assert int(new.skipped_steps) == 0 and np.isfinite(found["loss"])
+    for kind in ("params", "ema_params"):
+        before, after = getattr(noisy, kind), getattr(new, kind)
+        for part in before:
+            pairs = zip(leaves(before[part]), leaves(after[part]), strict=True)
+            assert any((a != b).any() for a, b in pairs) == (part == "denoiser"), (kind, part)
+
+
+def test_what_is_not_trained_has_no_gradient_and_the_rest_has_the_same(step_parts):
+    config, _, state, batches = step_parts
+
+    def gradient(parts):
+        settings = dataclasses.replace(config.optimizer, parts=parts)
+
+        def loss(params):
+            params = stop_frozen(settings, params)
+            return loss_of(config, params, state.ema_params, batches[0])[0]
+
+        return jax.jit(jax.grad(loss))(state.params)
+
+    every, some = gradient("all"), gradient("denoiser, jepa_head")
+    for part in every:
+        same = part in ("denoiser", "jepa_head")
+        for ours, whole in zip(leaves(some[part]), leaves(every[part]), strict=True):
+            np.testing.assert_allclose(ours, whole * same, rtol=1e-4, atol=1e-7)
 
 
 def test_finite_gradient_with_a_non_finite_update_changes_nothing():

@@ -6,9 +6,12 @@ averaging are done elsewhere. The noise that its sampler uses is an argument, so
 fresh draw are the same code.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
+
+Shares = tuple[float, float]
 
 
 class Denoiser(Protocol):
@@ -27,9 +30,10 @@ class Denoiser(Protocol):
 class TokenLoss(Protocol):
     """A loss and the sampler that belongs to it; implementations are frozen dataclasses.
 
-    The fields `noise_multiplicity` (K, draws per token in training), `num_denoise_steps` and
-    `sampler` come from the configuration, all others from `config.loss.options`, as keyword
-    arguments; a value out of bounds is a ValueError that names the field.
+    The fields `noise_multiplicity` (K, draws per token in training), `num_denoise_steps`, `sampler`
+    and `guided` (shares of the denoising steps between which there is guidance) come from the
+    configuration, all others from `config.loss.options`, as keyword arguments; a value out of
+    bounds is a ValueError that names the field.
     """
 
     samplers: tuple[str, ...]  # what `sampler` may be, the default first
@@ -39,10 +43,12 @@ class TokenLoss(Protocol):
     noises_per_token: int  # noise vectors that sampling one token takes (S)
     denoiser_calls: int  # denoiser evaluations that sampling one token takes
     time_table_size: int  # time embeddings that a training step looks up; 0 for continuous times
-    # For counting work alone; these may be absent: time embeddings of a denoiser call (1), and
-    # denoiser calls per draw in training that have no gradient (0)
+    # For counting work alone; these may be absent: time embeddings of a denoiser call (1), denoiser
+    # calls per draw in training that have no gradient (0), and those of `denoiser_calls` that are
+    # outside of `guided` (0)
     times_per_call: int
     target_calls: int
+    unguided_calls: int
 
     def draw(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Times `[..., K]` and noise `[..., K, C]` to train tokens of the shape `[..., C]` with."""
@@ -74,3 +80,34 @@ def guide(outputs: jax.Array, cfg_scale: jax.Array | tuple) -> jax.Array:
         return others[0] + scales[0] * (conditional - others[0])
     away = zip(scales, others, strict=True)
     return sum(((scale - 1) * (conditional - other) for scale, other in away), conditional)
+
+
+def unguided_share(num_steps: int, guided: Shares) -> float:
+    """The share of the denoising steps that has no guidance."""
+    start, stop = (round(share * num_steps) for share in guided)
+    return 1 - max(stop - start, 0) / num_steps
+
+
+def denoise(step: Callable, start: jax.Array, inputs, condition: jax.Array, guided: Shares):
+    """Denoising steps in turn, from the noise `start` `[..., C]` to tokens `[..., C]`.
+
+    Args:
+        step: `(x, condition, inputs of the step) -> x`.
+        start: the noise.
+        inputs: arrays `[steps, ...]`.
+        condition: `[G, ..., w]`; steps before and after the shares `guided` of them see the first
+            of the G alone, which leads away from nothing (Kynkaanniemi et al. 2024).
+        guided: the two shares.
+    """
+    num_steps = len(jax.tree.leaves(inputs)[0])
+    first, last = (round(share * num_steps) for share in guided)
+    if len(condition) == 1:  # nothing to lead away from, in one loop
+        first, last = 0, num_steps
+    last = max(first, last)
+    parts = (0, first, condition[:1]), (first, last, condition), (last, num_steps, condition[:1])
+    x = start
+    for begin, end, seen in parts:
+        if begin < end:
+            part = jax.tree.map(lambda a: a[begin:end], inputs)  # noqa: B023
+            x = jax.lax.scan(lambda x, a: (step(x, seen, a), None), x, part)[0]  # noqa: B023
+    return x

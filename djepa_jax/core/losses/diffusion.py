@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djepa_jax.core.bounds import AtLeastZero, Bound, OneOf, Positive, check_bounds
-from djepa_jax.core.losses.base import Denoiser, guide
+from djepa_jax.core.losses.base import Denoiser, Shares, denoise, guide, unguided_share
 from djepa_jax.core.models.embedding import look_up
 
 NUM_TRAIN_STEPS = 1000
@@ -129,6 +129,7 @@ class Diffusion:
     noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
     num_denoise_steps: DenoiseSteps = 100  # reverse steps in sampling, evenly respaced
     sampler: Annotated[str, OneOf(samplers)] = "ddpm"
+    guided: Shares = (0.0, 1.0)  # of the steps, between which there is guidance
     clip_x0: AtLeastZero = 0.0
 
     def __post_init__(self):
@@ -138,6 +139,11 @@ class Diffusion:
     def denoiser_calls(self) -> int:
         """One per reverse step."""
         return self.num_denoise_steps
+
+    @property
+    def unguided_calls(self) -> int:
+        """Those outside of `guided`."""
+        return round(self.denoiser_calls * unguided_share(self.num_denoise_steps, self.guided))
 
     @property
     def noises_per_token(self) -> int:
@@ -187,12 +193,12 @@ class Diffusion:
         if self.sampler == "ddim":
             added = jnp.zeros((self.num_denoise_steps, 1))
 
-        def step(x, inputs):
+        def step(x, condition, inputs):
             at, time, z = inputs
             outputs = denoiser(x, time, condition)  # [G, ..., 2C]
-            return self.reverse(outputs, x, at, z, cfg_scale, temperature)["sample"], None
+            return self.reverse(outputs, x, at, z, cfg_scale, temperature)["sample"]
 
-        return jax.lax.scan(step, start, (steps, time_table, added))[0]
+        return denoise(step, start, (steps, time_table, added), condition, self.guided)
 
     def reverse_steps(self) -> dict[str, jax.Array]:
         """Coefficients of the reverse steps in the order of use (highest first), each `[S]`."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from djepa_jax.core.bounds import AboveZero, Bound, OneOf, Positive, check_bounds
-from djepa_jax.core.losses.base import Denoiser, guide
+from djepa_jax.core.losses.base import Denoiser, Shares, denoise, guide, unguided_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class FlowMatching:
     # Points of the time grid of sampling, so one step fewer.
     num_denoise_steps: Annotated[int, Bound(lambda x: x >= 2, "at least 2")] = 100
     sampler: Annotated[str, OneOf(samplers)] = "euler"
+    guided: Shares = (0.0, 1.0)  # of the steps, between which there is guidance
     time_shift: AboveZero = 1.0  # s in t / (t + s - s t), which bends the grid; 1 leaves it even
 
     def __post_init__(self):
@@ -34,6 +35,12 @@ class FlowMatching:
     def denoiser_calls(self) -> int:
         """One per step of the grid, two with Heun."""
         return (self.num_denoise_steps - 1) * (2 if self.sampler == "heun" else 1)
+
+    @property
+    def unguided_calls(self) -> int:
+        """Those outside of `guided`."""
+        share = unguided_share(self.num_denoise_steps - 1, self.guided)
+        return round(self.denoiser_calls * share)
 
     @property
     def noises_per_token(self) -> int:
@@ -68,27 +75,27 @@ class FlowMatching:
         time_table = denoiser.time(times)  # [points, w]
         condition = denoiser.condition(cond)  # [G, ..., w]
 
-        def slope_at(x, point):
+        def slope_at(x, point, condition):
             found = guide(denoiser(x, time_table[point], condition), cfg_scale)
             return self.velocity(found, x, times[point])
 
-        def step(x, inputs):
+        def step(x, condition, inputs):
             """Go from one point of the grid to the next."""
             point, z = inputs
-            time, later, slope = times[point], times[point + 1], slope_at(x, point)
+            time, later, slope = times[point], times[point + 1], slope_at(x, point, condition)
             if self.sampler == "ancestral":
-                return renew(x, slope, time, later, temperature * z), None
+                return renew(x, slope, time, later, temperature * z)
             if self.sampler == "heun":
-                mean = (slope + slope_at(x + (later - time) * slope, point + 1)) / 2
+                mean = (slope + slope_at(x + (later - time) * slope, point + 1, condition)) / 2
                 slope = jnp.where(self.has_end | (point < len(times) - 2), mean, slope)
-            return x + (later - time) * slope, None
+            return x + (later - time) * slope
 
         start = noise[..., 0, :].astype(jnp.float32)  # [..., C]
         points, added = jnp.arange(len(times) - 1), None
         if self.sampler == "ancestral":  # [steps, ..., C], none in the last step
             added = jnp.moveaxis(noise[..., 1:, :], -2, 0)
             added = jnp.concatenate([added, jnp.zeros_like(start)[None]])
-        return jax.lax.scan(step, start, (points, added))[0]
+        return denoise(step, start, (points, added), condition, self.guided)
 
 
 def renew(x: jax.Array, velocity: jax.Array, time, later, z: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from djepa_jax.core.bounds import Share
-from djepa_jax.core.losses.base import Denoiser, guide
+from djepa_jax.core.losses.base import Denoiser, denoise, guide
 from djepa_jax.core.losses.flow_matching import FlowMatching
 
 
@@ -63,12 +63,12 @@ class Shortcut(FlowMatching):
         table = embed(denoiser, times[:-1], times[1:])  # [steps, w]
         condition = denoiser.condition(cond)  # [G, ..., w]
 
-        def step(x, inputs):
+        def step(x, condition, inputs):
             length, time = inputs
-            return x + length * guide(denoiser(x, time, condition), cfg_scale), None
+            return x + length * guide(denoiser(x, time, condition), cfg_scale)
 
         start = noise[..., 0, :].astype(jnp.float32)  # [..., C]
-        return jax.lax.scan(step, start, (jnp.diff(times), table))[0]
+        return denoise(step, start, (jnp.diff(times), table), condition, self.guided)
 
 
 def embed(denoiser: Denoiser, start: jax.Array, end: jax.Array) -> jax.Array:

@@ -98,7 +98,9 @@ class PairDenoiser:
         return jnp.concatenate(parts)
 
     def __call__(self, xt: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
-        """Denoise `[..., C]` by both: `[G, ..., out]` float32."""
+        """Denoise `[..., C]` by both: `[G, ..., out]` float32; by the model alone if G is 1."""
+        if len(condition) == 1:
+            return self.denoiser(xt, time[..., 0, :], condition)
         ours = self.denoiser(xt, time[..., 0, :], condition[:-1])
         return jnp.concatenate([ours, self.weaker(xt, time[..., 1, :], condition[-1:])])
 
