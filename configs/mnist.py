@@ -48,8 +48,12 @@ def _set_patches(config: ConfigDict) -> None:
     config.sample.sampler = "ancestral"
     config.sample.num_ar_steps = 4
     config.sample.num_denoise_steps = 25
+    # The least distance at an accuracy of 0.98 with a guide, docs/benchmarks.md
     config.sample.cfg_scale = 1.5
     config.sample.cfg_schedule = "constant"
+    config.sample.cfg_denoise_start = 0.45
+    config.sample.guide_scale = 1.25
+    config.sample.temperature = 1.04
 
 
 def _set_windows(config: ConfigDict) -> None:

@@ -1,11 +1,14 @@
 """Shared set-up: eight CPU devices, and models filled with the parity fixtures."""
 
+import fcntl
 import functools
 import gc
 import json
 import os
 import pathlib
+import shutil
 import signal
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -31,6 +34,9 @@ if jax.__version_info__ < (0, 11):  # later ones do not know it
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))  # read when the first device is asked for
 jax.config.update("jax_num_cpu_devices", 8)
+# Places in programs, which nobody reads here, take a tenth of the time to trace and lower
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # for processes that tests start
+jax.config.update("jax_traceback_in_locations_limit", 0)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, for all processes of tests, too
 gc.set_threshold(100_000)  # tracing makes very many objects and hardly a cycle: a quarter faster
 
@@ -96,13 +102,30 @@ class Parity:
         )
 
 
+def shared_folder(tmp_path_factory) -> pathlib.Path:
+    """What the worker processes of one call have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """A copy, for this worker process, of a workdir that the first one to ask makes for all."""
+    shared = shared_folder(tmp_path_factory) / name
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "complete").exists():
+            make(shared / "run")
+            (shared / "complete").touch()
+    return shutil.copytree(shared / "run", tmp_path_factory.mktemp(name) / "run")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """One cache for all worker processes, so that a second call of the command line compiles
     nothing anew.
     """
-    base = tmp_path_factory.getbasetemp()
-    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    cache = shared_folder(tmp_path_factory) / "cache"
     kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # spares whoever runs tests again and again
     jax.config.update("jax_compilation_cache_dir", kept or str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -157,9 +180,10 @@ def trained(tmp_path_factory) -> str:
 
     from djepa_jax.main import main
 
-    workdir = str(tmp_path_factory.mktemp("trained") / "run")
-    assert main(["djepa_jax", f"--config={CONFIG}", f"--workdir={workdir}", *TINY]) == 0
-    return workdir
+    def make(workdir: pathlib.Path) -> None:
+        assert main(["djepa_jax", f"--config={CONFIG}", f"--workdir={workdir}", *TINY]) == 0
+
+    return str(made_once(tmp_path_factory, "trained", make))
 
 
 @pytest.fixture(scope="session")
@@ -169,10 +193,11 @@ def saved_run(tmp_path_factory, compilation_cache) -> pathlib.Path:
     """
     from workdirs import run
 
-    workdir = tmp_path_factory.mktemp("saved") / "run"
-    status, output = run(workdir)
-    assert status == 0, output
-    return workdir
+    def make(workdir: pathlib.Path) -> None:
+        status, output = run(workdir)
+        assert status == 0, output
+
+    return made_once(tmp_path_factory, "saved", make)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from waiting import LIMIT, wait_until
 
 from djepa_jax.checkpoints.checkpointer import Checkpoints
 from djepa_jax.config.experiment import Experiment
+from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS, AutoencoderConfig
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data.prepare_latents import run_prepare
 from djepa_jax.main import main
@@ -78,15 +79,18 @@ def keep_compiled(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def run_command(compiled: str, *arguments: str) -> int:
-    """The command line in a process of its own; its exit status."""
-    process = start(_command, compiled, arguments)
+def run_command(compiled: str, *arguments: str, kl16: AutoencoderConfig | None = None) -> int:
+    """The command line in a process of its own, perhaps with another shape of the autoencoder
+    `kl16`; its exit status.
+    """
+    process = start(_command, compiled, arguments, kl16 or AUTOENCODERS["kl16"])
     process.join()
     return process.exitcode
 
 
-def _command(compiled: str, arguments: tuple[str, ...]) -> None:
+def _command(compiled: str, arguments: tuple[str, ...], kl16: AutoencoderConfig) -> None:
     keep_compiled(compiled)
+    AUTOENCODERS["kl16"] = kl16
     sys.exit(main(["djepa_jax", *arguments]))
 
 

@@ -1,7 +1,10 @@
-"""The whole way once, with the real autoencoder's shape: the archive of ImageNet -> latents ->
-training -> pictures.
+"""The whole way once: the archive of ImageNet -> latents -> training -> pictures.
+
+With an autoencoder of the real one's levels, narrow and with one block in each; `slow`, with the
+real one's shape.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -37,9 +40,17 @@ FLAGS = f"""
 FLAGS.insert(0, f"--config={CONFIGS / 'djepa_b.py'}")  # not above, for its path may have spaces
 
 
+@pytest.fixture(params=["narrow", pytest.param("real", marks=pytest.mark.slow)])
+def kl16(request):
+    """The autoencoder's shape."""
+    real = AUTOENCODERS["kl16"]
+    narrow = dataclasses.replace(real, channels=32, num_blocks=1)
+    return narrow if request.param == "narrow" else real
+
+
 @pytest.fixture
-def weights(tmp_path):
-    """A file of the real autoencoder's size, all of one short piece of noise; 266 MB that are not
+def weights(kl16, tmp_path):
+    """A file of its weights, all of one short piece of noise; the real one's 266 MB are not
     kept.
     """
     path, noise = tmp_path / "kl16.safetensors", np.random.default_rng(0).standard_normal(99_991)
@@ -47,7 +58,7 @@ def weights(tmp_path):
         name: np.resize(noise / np.sqrt(np.prod(shape[1:]) / 2), shape).astype(np.float32)
         if len(shape) > 1
         else np.full(shape, name.endswith("weight"), np.float32)
-        for name, shape in shapes_of(AUTOENCODERS["kl16"]).items()
+        for name, shape in shapes_of(kl16).items()
     }
     save_file(tensors, path)
     yield path
@@ -55,16 +66,12 @@ def weights(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(kl16, tmp_path):
     """Runs a command in a process of its own, as people do."""
 
     def command(mode: str, workdir: pathlib.Path, *flags: str) -> None:
-        assert (
-            run_command(
-                str(tmp_path / "compiled"), f"--mode={mode}", f"--workdir={workdir}", *FLAGS, *flags
-            )
-            == 0
-        )
+        arguments = f"--mode={mode}", f"--workdir={workdir}", *FLAGS, *flags
+        assert run_command(str(tmp_path / "compiled"), *arguments, kl16=kl16) == 0
 
     return command
 
