@@ -30,7 +30,7 @@ def recipe(variant: str):
 
 def test_every_shipped_configuration_builds_with_the_same_keys():
     keys = flatten(load_config("default").to_dict()).keys()
-    names = [*builtin_names(), "digits:flow", "digits:diffusion"]
+    names = [*builtin_names(), "digits:flow", "digits:diffusion", "mnist:windows"]
     names += [f"djepa_{size}:{variant}" for size in "blh" for variant in VARIANTS]
     for name in names:
         assert flatten(load_config(name).to_dict()).keys() == keys
