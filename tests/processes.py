@@ -83,14 +83,16 @@ def run_command(compiled: str, *arguments: str, kl16: AutoencoderConfig | None =
     """The command line in a process of its own, perhaps with another shape of the autoencoder
     `kl16`; its exit status.
     """
-    process = start(_command, compiled, arguments, kl16 or AUTOENCODERS["kl16"])
+    process = start(_command, compiled, arguments, kl16)
     process.join()
     return process.exitcode
 
 
-def _command(compiled: str, arguments: tuple[str, ...], kl16: AutoencoderConfig) -> None:
+def _command(
+    compiled: str, arguments: tuple[str, ...], kl16: AutoencoderConfig | None = None
+) -> None:
     keep_compiled(compiled)
-    AUTOENCODERS["kl16"] = kl16
+    AUTOENCODERS["kl16"] = kl16 or AUTOENCODERS["kl16"]
     sys.exit(main(["djepa_jax", *arguments]))
 
 
