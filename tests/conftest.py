@@ -115,6 +115,7 @@ def made_once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], None])
     with open(shared / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (shared / "complete").exists():
+            shutil.rmtree(shared / "run", ignore_errors=True)  # of another that failed
             make(shared / "run")
             (shared / "complete").touch()
     return shutil.copytree(shared / "run", tmp_path_factory.mktemp(name) / "run")

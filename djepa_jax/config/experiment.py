@@ -49,7 +49,7 @@ from djepa_jax.core.optimizer import OptimizerConfig
 from djepa_jax.core.sampler import SamplerConfig
 from djepa_jax.core.train_step import TrainStepConfig
 
-SHARED_LOSS_FIELDS = {"noise_multiplicity", "num_denoise_steps", "sampler", "guided"}
+SHARED_LOSS_FIELDS = {"noise_multiplicity", "num_denoise_steps", "sampler", "guided_shares"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Experiment(Settings):
                 noise_multiplicity=self.loss.noise_multiplicity,
                 num_denoise_steps=self.sample.num_denoise_steps,
                 sampler=self.sample.sampler,
-                guided=(self.sample.cfg_denoise_start, self.sample.cfg_denoise_stop),
+                guided_shares=(self.sample.cfg_denoise_start, self.sample.cfg_denoise_stop),
                 **options,
             )
         except ValueError as error:

@@ -226,6 +226,13 @@ class SampleSettings(Settings):
 
     def __post_init__(self):
         check_bounds(self)
+        for name in ("cfg", "cfg_denoise"):
+            start, stop = getattr(self, f"{name}_start"), getattr(self, f"{name}_stop")
+            if start >= stop:
+                raise ValueError(
+                    f"{name}_start is {start}; it must be below {name}_stop, {stop}, or there is "
+                    "no guidance at all, for which cfg_scale is 1."
+                )
         if self.guide and self.reuse_unconditional > 1:
             raise ValueError(
                 f"reuse_unconditional is {self.reuse_unconditional}; with sample.guide it must be "

@@ -107,14 +107,25 @@ def update_values(config: OptimizerConfig, step: jax.Array) -> UpdateValues:
     return UpdateValues(*(jnp.asarray(value, float) for value in values))  # one type for all kinds
 
 
+def describe_trained(config: OptimizerConfig, params: dict) -> str:
+    """How many parameters are trained, and of which parts if not of all."""
+    parts = {name: part for name, part in params.items() if name in config.trained}
+    count = sum(leaf.size for leaf in jax.tree.leaves(parts))
+    return f"{count:,} parameters" + (
+        f" of {', '.join(parts)}" if parts.keys() < params.keys() else ""
+    )
+
+
 def keep_frozen(config: OptimizerConfig, new: dict, old: dict) -> dict:
     """The parameters `new`, and of parts that are not trained those of `old`."""
     return {name: (new if name in config.trained else old)[name] for name in old}
 
 
-def stop_frozen(config: OptimizerConfig, params: dict) -> dict:
-    """The same parameters, of which only the trained parts have gradients."""
-    return keep_frozen(config, params, jax.lax.stop_gradient(params))
+def stop_frozen(config: OptimizerConfig, params: dict, average: dict) -> dict:
+    """The parameters to train with: parts that are not trained have no gradient, and are those of
+    the moving average, which samples are drawn with.
+    """
+    return keep_frozen(config, params, jax.lax.stop_gradient(average))
 
 
 def decay_mask(params: dict) -> dict:

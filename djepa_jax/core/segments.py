@@ -45,13 +45,14 @@ def plan_segments(config: "SamplerConfig") -> list[Segment]:
     def priced(start: int, stop: int) -> tuple[float, Segment]:
         """Work of one segment of these steps, and the segment."""
         new = max(counts[start:stop])
-        loss, guided = config.loss_at(start), bool(is_guided[start:stop].any())
+        loss = config.loss_at(start)
+        calls = loss.denoiser_calls, getattr(loss, "unguided_calls", 0)
+        guided = bool(is_guided[start:stop].any()) and calls[0] > calls[1]
         paired = tuple(range(start, stop) if guided else ())
         if every > 1:
-            paired = tuple(s for s in due if start <= s < stop)
+            paired = tuple(s for s in due if guided and start <= s < stop)
         ahead = max([new, *(sum(counts[s : s + every]) for s in paired)])
         halves = config.halves if guided else 1
-        calls = loss.denoiser_calls, getattr(loss, "unguided_calls", 0)
         shape = start, stop, before[stop - 1], new
         segment = Segment(*shape, halves, calls[0], paired, ahead, calls[1])
         return flops.padded_sample_image(config.model, [segment]), segment

@@ -60,6 +60,11 @@ class TrainStepConfig:
     grad_accumulation_steps: int = 1  # parts of a batch whose gradients are added up
 
     def __post_init__(self):
+        parts = self.optimizer.parts
+        if parts != "all" and "jepa_head" in self.optimizer.trained and not self.model.jepa_head:
+            raise ValueError(
+                f'optimizer.parts is "{parts}"; config.loss.jepa_weight 0 leaves no jepa_head.'
+            )
         packs = self.masking.batch_size // self.masking.pack_size
         if self.grad_accumulation_steps < 1 or packs % self.grad_accumulation_steps:
             raise ValueError(
@@ -195,7 +200,7 @@ def make_train_step(config: TrainStepConfig) -> Callable:
 
         def gradient_of(examples, token_keys):
             def loss_of(params):
-                params = optimizer.stop_frozen(config.optimizer, params)
+                params = optimizer.stop_frozen(config.optimizer, params, state.ema_params)
                 return batch_loss(config, graph, params, state.ema_params, examples, token_keys)
 
             (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)

@@ -44,10 +44,12 @@ def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -
     norm = float(jax.jit(optax.tree.norm)(params))
     decoder = {"autoencoder": autoencoder} if experiment.modality.needs_decoder else {}
     sample = dataclasses.asdict(experiment.sample).items()
+    loss = dataclasses.asdict(experiment.token_loss)  # with options of its sampler
+    loss.pop("guided_shares", None)  # which `sample` has
     settings = {
         # Keys that say nothing are not in records of earlier versions
         "sample": {key: value for key, value in sample if LATER["sample"].get(key) != value},
-        "loss": dataclasses.asdict(experiment.token_loss),  # with options of its sampler
+        "loss": loss,
         "compute_dtype": experiment.compute_dtype,
     }
     return {"step": step, "weights": "ema", "ema_norm": norm} | settings | decoder

@@ -40,7 +40,7 @@ MAX_CELLS = 2_000
 MAX_LISTED = 4  # differences that an error names
 # Of what an evaluation is of: what cells differ by, and what does not change them
 NOT_COMMON = [f"sample.{key}" for key in ("labels", "count", "seed", "batch_size")]
-NOT_COMMON += [f"loss.{key}" for key in ("num_denoise_steps", "sampler", "guided")]
+NOT_COMMON += [f"loss.{key}" for key in ("num_denoise_steps", "sampler")]
 NOT_COMMON += ["evaluation.count", "evaluation.preset"]
 CAVEAT = "the best of many cells was lucky, too: its interval does not count the choice"
 
@@ -62,11 +62,13 @@ def grid_of(experiment: Experiment) -> list[dict]:
     for combination in itertools.product(*values):
         settings = dict(zip(AXES, combination, strict=True))
         try:
-            token_loss = with_settings(experiment, settings).token_loss
+            cell = with_settings(experiment, settings)
         except ConfigError as error:
             raise ConfigError(str(error).replace("config.sample.", "config.search.")) from error
-        if token_loss.noises_per_token == 1:  # none is added on the way, for temperature to scale
-            settings["temperature"] = experiment.sample.temperature
+        if cell.token_loss.noises_per_token == 1:  # none is added, for temperature to scale
+            settings["temperature"] = own["temperature"]
+        if cell.sampler.halves == 1:  # nothing to lead away from
+            settings["cfg_denoise_start"] = own["cfg_denoise_start"]
         grid.setdefault(name_of(settings, 0), settings)
     return list(grid.values())
 

@@ -36,6 +36,7 @@ Label = int | str | None
 Watch = Callable[[SamplerConfig, SampleInputs, Iterator[np.ndarray]], np.ndarray]
 # Settings of sampling that belong to a call and not to a model.
 OF_A_CALL = {"labels", "prompt", "count", "seed", "batch_size", "noise_multiplicity"}
+OF_A_CALL |= {"guided_shares"}  # which has other names in `sample`
 
 
 def load(

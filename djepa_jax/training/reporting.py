@@ -19,6 +19,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
 from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.text import Text
+from djepa_jax.core.optimizer import describe_trained
 from djepa_jax.core.train_step import TrainState
 from djepa_jax.data.captions import any_rows, conditions_to_show
 from djepa_jax.data.summary import describe_data
@@ -121,10 +122,10 @@ class Reporter:
             write_bytes(self.workdir / PARAMETERS_NAME, f"{table}\n".encode())
         if self.writer is not None:
             self._record_start(int(state.step), devices, shape)
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        what = describe_trained(experiment.optimizer, state.params)
         self.say(
-            f"training {count:,} parameters on {devices}, mesh {shape}; {len(self.source):,} "
-            f"examples, batches of {experiment.batch_size}"
+            f"training {what} on {devices}, mesh {shape}; {len(self.source):,} examples, batches "
+            f"of {experiment.batch_size}"
         )
         if experiment.sample_every and experiment.lacks_decoder:
             self.say(

@@ -343,7 +343,7 @@ def test_guidance_acts_between_shares_of_the_steps():
     start, own, other, scale = jnp.ones((2, 1, CHANNELS)), 2.0, -1.0, 3.0
     cond = jnp.stack([jnp.full((2, CHANNELS), value) for value in (own, other)])
     for guided, share in (((0.5, 1.0), 0.5), ((0.25, 0.5), 0.25), ((0.0, 0.75), 0.75), ((1, 1), 0)):
-        loss = FlowMatching(num_denoise_steps=9, guided=guided)
+        loss = FlowMatching(num_denoise_steps=9, guided_shares=guided)
         found = loss.sample(Field(lambda xt, t, c: c + 0 * xt), cond, start, scale, 1.0)
         expected = 1 + own + share * (scale - 1) * (own - other)
         np.testing.assert_allclose(found, jnp.full_like(found, expected), rtol=1e-6)
@@ -354,7 +354,9 @@ def test_guidance_acts_between_shares_of_the_steps():
 def test_guidance_in_all_steps_or_none(name, sampler):
     def sample(guided, halves):
         clip = {"clip_x0": 1.0} if name == "diffusion" else {}  # or the last steps outweigh all
-        loss = TOKEN_LOSSES[name](num_denoise_steps=5, sampler=sampler, guided=guided, **clip)
+        loss = TOKEN_LOSSES[name](
+            num_denoise_steps=5, sampler=sampler, guided_shares=guided, **clip
+        )
         shape = (4, loss.noises_per_token, CHANNELS)
         noise, key = jax.random.normal(jax.random.key(0), shape), jax.random.key(1)
         cond = jax.random.normal(key, (2, 4, CHANNELS))[:halves]

@@ -87,6 +87,8 @@ def test_samples_are_judged_batch_by_batch_and_the_record_is_known_again(
     assert read(ArraySource(digits.images, digits.labels[::-1])) is None
     for change in ("sample.cfg_scale", "evaluation.seed", "loss.options.time_shift"):
         assert read(**{change: 2}) is None, change
+    assert read(**{"sample.cfg_denoise_start": 0.5}) is None
+    assert "guided_shares" not in record["loss"], "`sample` has it, and earlier records nothing"
     before = {k: v for k, v in record.items() if k not in ("loss", "compute_dtype", "data")}
     path.write_text(json.dumps(before))
     assert read() == before, "a record of an earlier version counts"

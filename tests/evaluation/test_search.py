@@ -247,6 +247,9 @@ def test_grids_have_only_what_can_be_sampled_and_tell_apart():
     assert len(grid) == 15 and len({tuple(each.values()) for each in grid}) == 15
     flow = grid_of(tiny_config("--config.search.sampler=euler,heun"))
     assert len(flow) == 10, "temperature plays no part"
+    late = grid_of(tiny_config(*GRID[:1], "--config.search.cfg_denoise_start=0,0.5"))
+    found = [(own["cfg_scale"], own["cfg_denoise_start"]) for own in late]
+    assert found == [(1, 0), (2, 0), (2, 0.5)], "guidance of 1 has no beginning"
     for flag, said in (
         ("cfg_scale=-1,2", "config.search.cfg_scale is -1.0; it must be from 0"),
         ("cfg_scale=nan", "config.search.cfg_scale is nan"),
@@ -255,6 +258,7 @@ def test_grids_have_only_what_can_be_sampled_and_tell_apart():
         ("num_ar_steps=900", "config.search.num_ar_steps"),
         ("num_denoise_steps=1", "config.search.num_denoise_steps is 1"),
         ("guide_scale=1.2,1.5", "config.search.guide_scale needs .*config.sample.guide"),
+        ("cfg_denoise_start=0,1", "config.search.cfg_denoise_start is 1.0; it must be below"),
         ("sampler=euler,ddim", "config.search.sampler is 'ddim'.*euler, heun"),
         ("count=1", "config.search.count is 1; it must be at least 2"),
         ("fine_count=9", "config.search.fine_count is 9"),

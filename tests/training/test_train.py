@@ -311,6 +311,20 @@ def test_parts_that_are_not_trained_stay_to_the_bit(step_parts):
             assert any((a != b).any() for a, b in pairs) == (part == "denoiser"), (kind, part)
 
 
+def test_a_head_learns_under_conditions_of_the_averaged_networks(step_parts):
+    """Whatever the others' parameters are: samples are drawn with their average."""
+    config, _, state, batches = step_parts
+    head = dataclasses.replace(config.optimizer, parts="denoiser", warmup_steps=0)
+    step = jax.jit(make_train_step(dataclasses.replace(config, optimizer=head)))
+    elsewhere = jax.tree.map(lambda x: x + 1, state.params)
+    elsewhere |= {"denoiser": state.params["denoiser"]}
+    moved = dataclasses.replace(state, params=elsewhere)
+    new, other = step(state, batches[0])[0], step(moved, batches[0])[0]
+    pairs = zip(leaves(new.params["denoiser"]), leaves(other.params["denoiser"]), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_what_is_not_trained_has_no_gradient_and_the_rest_has_the_same(step_parts):
     config, _, state, batches = step_parts
 
@@ -318,7 +332,7 @@ def test_what_is_not_trained_has_no_gradient_and_the_rest_has_the_same(step_part
         settings = dataclasses.replace(config.optimizer, parts=parts)
 
         def loss(params):
-            params = stop_frozen(settings, params)
+            params = stop_frozen(settings, params, state.ema_params)
             return loss_of(config, params, state.ema_params, batches[0])[0]
 
         return jax.jit(jax.grad(loss))(state.params)

@@ -31,7 +31,7 @@ class TokenLoss(Protocol):
     """A loss and the sampler that belongs to it; implementations are frozen dataclasses.
 
     The fields `noise_multiplicity` (K, draws per token in training), `num_denoise_steps`, `sampler`
-    and `guided` (shares of the denoising steps between which there is guidance) come from the
+    and `guided_shares` (of the denoising steps, between which there is guidance) come from the
     configuration, all others from `config.loss.options`, as keyword arguments; a value out of
     bounds is a ValueError that names the field.
     """
@@ -45,7 +45,7 @@ class TokenLoss(Protocol):
     time_table_size: int  # time embeddings that a training step looks up; 0 for continuous times
     # For counting work alone; these may be absent: time embeddings of a denoiser call (1), denoiser
     # calls per draw in training that have no gradient (0), and those of `denoiser_calls` that are
-    # outside of `guided` (0)
+    # outside of `guided_shares` (0)
     times_per_call: int
     target_calls: int
     unguided_calls: int
@@ -82,25 +82,25 @@ def guide(outputs: jax.Array, cfg_scale: jax.Array | tuple) -> jax.Array:
     return sum(((scale - 1) * (conditional - other) for scale, other in away), conditional)
 
 
-def unguided_share(num_steps: int, guided: Shares) -> float:
+def unguided_share(num_steps: int, guided_shares: Shares) -> float:
     """The share of the denoising steps that has no guidance."""
-    start, stop = (round(share * num_steps) for share in guided)
+    start, stop = (round(share * num_steps) for share in guided_shares)
     return 1 - max(stop - start, 0) / num_steps
 
 
-def denoise(step: Callable, start: jax.Array, inputs, condition: jax.Array, guided: Shares):
+def denoise(step: Callable, start: jax.Array, inputs, condition: jax.Array, guided_shares):
     """Denoising steps in turn, from the noise `start` `[..., C]` to tokens `[..., C]`.
 
     Args:
         step: `(x, condition, inputs of the step) -> x`.
         start: the noise.
         inputs: arrays `[steps, ...]`.
-        condition: `[G, ..., w]`; steps before and after the shares `guided` of them see the first
+        condition: `[G, ..., w]`; steps before and after the shares of them see the first
             of the G alone, which leads away from nothing (Kynkaanniemi et al. 2024).
-        guided: the two shares.
+        guided_shares: `Shares` of the steps, of which the first and last are rounded.
     """
     num_steps = len(jax.tree.leaves(inputs)[0])
-    first, last = (round(share * num_steps) for share in guided)
+    first, last = (round(share * num_steps) for share in guided_shares)
     if len(condition) == 1:  # nothing to lead away from, in one loop
         first, last = 0, num_steps
     last = max(first, last)

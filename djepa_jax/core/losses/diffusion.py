@@ -129,7 +129,7 @@ class Diffusion:
     noise_multiplicity: Positive = 4  # draws of (t, noise) per token and training step
     num_denoise_steps: DenoiseSteps = 100  # reverse steps in sampling, evenly respaced
     sampler: Annotated[str, OneOf(samplers)] = "ddpm"
-    guided: Shares = (0.0, 1.0)  # of the steps, between which there is guidance
+    guided_shares: Shares = (0.0, 1.0)  # of the steps, between which there is guidance
     clip_x0: AtLeastZero = 0.0
 
     def __post_init__(self):
@@ -142,8 +142,10 @@ class Diffusion:
 
     @property
     def unguided_calls(self) -> int:
-        """Those outside of `guided`."""
-        return round(self.denoiser_calls * unguided_share(self.num_denoise_steps, self.guided))
+        """Those outside of `guided_shares`."""
+        return round(
+            self.denoiser_calls * unguided_share(self.num_denoise_steps, self.guided_shares)
+        )
 
     @property
     def noises_per_token(self) -> int:
@@ -198,7 +200,7 @@ class Diffusion:
             outputs = denoiser(x, time, condition)  # [G, ..., 2C]
             return self.reverse(outputs, x, at, z, cfg_scale, temperature)["sample"]
 
-        return denoise(step, start, (steps, time_table, added), condition, self.guided)
+        return denoise(step, start, (steps, time_table, added), condition, self.guided_shares)
 
     def reverse_steps(self) -> dict[str, jax.Array]:
         """Coefficients of the reverse steps in the order of use (highest first), each `[S]`."""

@@ -25,7 +25,7 @@ class FlowMatching:
     # Points of the time grid of sampling, so one step fewer.
     num_denoise_steps: Annotated[int, Bound(lambda x: x >= 2, "at least 2")] = 100
     sampler: Annotated[str, OneOf(samplers)] = "euler"
-    guided: Shares = (0.0, 1.0)  # of the steps, between which there is guidance
+    guided_shares: Shares = (0.0, 1.0)  # of the steps, between which there is guidance
     time_shift: AboveZero = 1.0  # s in t / (t + s - s t), which bends the grid; 1 leaves it even
 
     def __post_init__(self):
@@ -38,8 +38,8 @@ class FlowMatching:
 
     @property
     def unguided_calls(self) -> int:
-        """Those outside of `guided`."""
-        share = unguided_share(self.num_denoise_steps - 1, self.guided)
+        """Those outside of `guided_shares`."""
+        share = unguided_share(self.num_denoise_steps - 1, self.guided_shares)
         return round(self.denoiser_calls * share)
 
     @property
@@ -95,7 +95,7 @@ class FlowMatching:
         if self.sampler == "ancestral":  # [steps, ..., C], none in the last step
             added = jnp.moveaxis(noise[..., 1:, :], -2, 0)
             added = jnp.concatenate([added, jnp.zeros_like(start)[None]])
-        return denoise(step, start, (points, added), condition, self.guided)
+        return denoise(step, start, (points, added), condition, self.guided_shares)
 
 
 def renew(x: jax.Array, velocity: jax.Array, time, later, z: jax.Array) -> jax.Array:

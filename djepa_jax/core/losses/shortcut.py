@@ -68,7 +68,7 @@ class Shortcut(FlowMatching):
             return x + length * guide(denoiser(x, time, condition), cfg_scale)
 
         start = noise[..., 0, :].astype(jnp.float32)  # [..., C]
-        return denoise(step, start, (jnp.diff(times), table), condition, self.guided)
+        return denoise(step, start, (jnp.diff(times), table), condition, self.guided_shares)
 
 
 def embed(denoiser: Denoiser, start: jax.Array, end: jax.Array) -> jax.Array:
