@@ -1,4 +1,4 @@
-"""MNIST, 28 x 28: clean handwriting in about an hour of one CPU core.
+"""MNIST, 28 x 28: legible handwriting in about an hour of one CPU core.
 
     djepa --config=mnist --workdir=runs/mnist --config.data.path=mnist_train.npz
 

@@ -237,10 +237,10 @@ def guidance_scales(
     return np.where(guided_steps(len(counts), interval), scales, 1).astype(np.float32)
 
 
-def guided_steps(num_ar_steps: int, interval: tuple[float, float]) -> np.ndarray:
+def guided_steps(num_steps: int, interval: tuple[float, float]) -> np.ndarray:
     """Which steps lie in an interval of shares of all steps, bool `[T]`."""
-    start, stop = (round(share * num_ar_steps) for share in interval)
-    return (np.arange(num_ar_steps) >= start) & (np.arange(num_ar_steps) < stop)
+    start, stop = (round(share * num_steps) for share in interval)
+    return (np.arange(num_steps) >= start) & (np.arange(num_steps) < stop)
 
 
 def falling_steps(num_ar_steps: int, first: int, last: int) -> list[int]:

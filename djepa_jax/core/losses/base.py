@@ -6,10 +6,15 @@ averaging are done elsewhere. The noise that its sampler uses is an argument, so
 fresh draw are the same code.
 """
 
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Protocol
 
 import jax
+import numpy as np
+
+from djepa_jax.core.schedules import guided_steps
 
 Shares = tuple[float, float]
 
@@ -82,32 +87,27 @@ def guide(outputs: jax.Array, cfg_scale: jax.Array | tuple) -> jax.Array:
     return sum(((scale - 1) * (conditional - other) for scale, other in away), conditional)
 
 
-def unguided_share(num_steps: int, guided_shares: Shares) -> float:
-    """The share of the denoising steps that has no guidance."""
-    start, stop = (round(share * num_steps) for share in guided_shares)
-    return 1 - max(stop - start, 0) / num_steps
-
-
-def denoise(step: Callable, start: jax.Array, inputs, condition: jax.Array, guided_shares):
+def denoise(step: Callable, start: jax.Array, inputs, condition: jax.Array, guided_shares: Shares):
     """Denoising steps in turn, from the noise `start` `[..., C]` to tokens `[..., C]`.
 
     Args:
         step: `(x, condition, inputs of the step) -> x`.
         start: the noise.
         inputs: arrays `[steps, ...]`.
-        condition: `[G, ..., w]`; steps before and after the shares of them see the first
-            of the G alone, which leads away from nothing (Kynkaanniemi et al. 2024).
-        guided_shares: `Shares` of the steps, of which the first and last are rounded.
+        condition: `[G, ..., w]`; steps outside of `guided_shares` see the first of the G alone,
+            which leads away from nothing (Kynkaanniemi et al. 2024).
+        guided_shares: of the steps, between which there is guidance.
     """
     num_steps = len(jax.tree.leaves(inputs)[0])
-    first, last = (round(share * num_steps) for share in guided_shares)
-    if len(condition) == 1:  # nothing to lead away from, in one loop
-        first, last = 0, num_steps
-    last = max(first, last)
-    parts = (0, first, condition[:1]), (first, last, condition), (last, num_steps, condition[:1])
+    guided = guided_steps(num_steps, guided_shares) | (len(condition) == 1)  # [steps]
+    borders = [0, *(np.flatnonzero(np.diff(guided)) + 1).tolist(), num_steps]
     x = start
-    for begin, end, seen in parts:
-        if begin < end:
-            part = jax.tree.map(lambda a: a[begin:end], inputs)  # noqa: B023
-            x = jax.lax.scan(lambda x, a: (step(x, seen, a), None), x, part)[0]  # noqa: B023
+    for begin, end in itertools.pairwise(borders):
+        seen = condition if guided[begin] else condition[:1]
+
+        def body(x, own, seen=seen):
+            return step(x, seen, own), None
+
+        part = jax.tree.map(operator.itemgetter(slice(begin, end)), inputs)
+        x, _ = jax.lax.scan(body, x, part)
     return x

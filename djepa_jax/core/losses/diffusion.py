@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from djepa_jax.core.bounds import AtLeastZero, Bound, OneOf, Positive, check_bounds
-from djepa_jax.core.losses.base import Denoiser, Shares, denoise, guide, unguided_share
+from djepa_jax.core.losses.base import Denoiser, Shares, denoise, guide
 from djepa_jax.core.models.embedding import look_up
+from djepa_jax.core.schedules import guided_steps
 
 NUM_TRAIN_STEPS = 1000
 COSINE_OFFSET = 0.008
@@ -143,9 +144,7 @@ class Diffusion:
     @property
     def unguided_calls(self) -> int:
         """Those outside of `guided_shares`."""
-        return round(
-            self.denoiser_calls * unguided_share(self.num_denoise_steps, self.guided_shares)
-        )
+        return int((~guided_steps(self.num_denoise_steps, self.guided_shares)).sum())
 
     @property
     def noises_per_token(self) -> int:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from djepa_jax.core.bounds import AboveZero, Bound, OneOf, Positive, check_bounds
-from djepa_jax.core.losses.base import Denoiser, Shares, denoise, guide, unguided_share
+from djepa_jax.core.losses.base import Denoiser, Shares, denoise, guide
+from djepa_jax.core.schedules import guided_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,9 @@ class FlowMatching:
     @property
     def unguided_calls(self) -> int:
         """Those outside of `guided_shares`."""
-        share = unguided_share(self.num_denoise_steps - 1, self.guided_shares)
-        return round(self.denoiser_calls * share)
+        steps = self.num_denoise_steps - 1
+        without = int((~guided_steps(steps, self.guided_shares)).sum())
+        return self.denoiser_calls // steps * without
 
     @property
     def noises_per_token(self) -> int:
