@@ -34,6 +34,7 @@ STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 SAVE_SECONDS = 6 * 3600  # after which Orbax gives up; a slow bucket is no failure
 CHUNK_BYTES = 2**22  # of an import's arrays that are written at a time
+SLICE_BYTES = 2**20  # of an array that several devices hold; for less, one of them gives all of it
 STATE_PARTS = tuple(field.name for field in dataclasses.fields(TrainState))
 
 # What Orbax logs, hundreds of lines after a full disk, it also raises.
@@ -142,12 +143,11 @@ class Checkpoints:
         """Start saving a new step in the background, when the save before is over."""
         self.wait()
         step = int(state.step)
-        arrays = ocp.args.StandardSave({name: getattr(state, name) for name in STATE_PARTS})
+        arrays = ocp.args.PyTreeSave({name: getattr(state, name) for name in STATE_PARTS})
         with self._errors_of(step):
             self._begin(step)
             if self._writer is None:
-                handler = ocp.CompositeCheckpointHandler()
-                self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=SAVE_SECONDS)
+                self._writer = ocp.AsyncCheckpointer(_handler(), timeout_secs=SAVE_SECONDS)
             items = _items(arrays, Meta(config, step, examples))
             self._writer.save(self.folder(step), args=items)
         self._saving = step, self._background.submit(self._finish, step)
@@ -302,6 +302,17 @@ class Checkpoints:
             place = place.with_name(f"{step}-{copies}")
         integrity.move_folder(self.folder(step), place)
         return place
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    """As Orbax writes by default, but that it cuts no small arrays.
+
+    Each cut is a program to compile and a call per device: seconds in which no step is made.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    return ocp.CompositeCheckpointHandler(state=state, meta=ocp.JsonCheckpointHandler())
 
 
 def _items(state: ocp.args.CheckpointArgs, meta: Meta) -> ocp.args.Composite:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from djepa_jax.core import bounds
-from djepa_jax.core.sharding import is_alone, path_name
+from djepa_jax.core.sharding import has_whole_params, path_name
 
 VECTORS = re.compile(r"/(bias|scale)$")  # most of the arrays, hardly any of the numbers
 MAX_RAMPED_EMA_DECAY = 0.9999
@@ -184,7 +184,7 @@ def _pack(tree: dict) -> dict:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     packed = {path_name(path): leaf for path, leaf in leaves}
     names = [name for name in packed if VECTORS.search(name)]
-    if not names or not is_alone(packed[names[0]]):  # on a mesh, XLA would gather kernels for it
+    if not names or not has_whole_params(packed[names[0]]):  # XLA would gather kernels for it
         return packed
     vectors = [packed.pop(name).reshape(-1) for name in names]
     return packed | {"vectors": jnp.concatenate(vectors)}

@@ -102,10 +102,10 @@ def keep_batch_split(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, split))
 
 
-def is_alone(x: jax.Array) -> bool:
-    """Whether `x` is traced for one device."""
+def has_whole_params(x: jax.Array) -> bool:
+    """Whether `x` is traced for a mesh on which every device holds all parameters, or for none."""
     mesh = jax.typeof(x).sharding.mesh
-    return mesh.empty or mesh.size == 1
+    return all(mesh.shape.get(axis, 1) == 1 for axis in ("fsdp", "tensor"))
 
 
 def host_device() -> jax.Device:

@@ -12,6 +12,7 @@ One step, on a batch of examples and conditions:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,9 +94,22 @@ def step_values(config: TrainStepConfig, state: TrainState) -> StepValues:
     return StepValues(config.seed, config.label_drop_prob, update)
 
 
-def init_state(config: TrainStepConfig) -> TrainState:
-    """A fresh state; call it inside `jax.jit` with output shardings, so that it is never whole."""
-    params = init_params(config.model, jax.random.key(config.seed))
+def init_state(config: TrainStepConfig, shardings: TrainState | None = None) -> TrainState:
+    """A fresh state where it belongs, never whole anywhere; models alike share its programs."""
+    where = (None, None) if shardings is None else (shardings.params, shardings)
+    init = jax.jit(init_params, static_argnums=0, out_shardings=where[0])
+    begin = jax.jit(begin_with, static_argnums=0, donate_argnums=1, out_shardings=where[1])
+    return begin(config, init(config.model, jax.random.key(config.seed)))
+
+
+def state_shapes(config: TrainStepConfig) -> TrainState:
+    """Shapes and types of the state; allocates nothing."""
+    _, params = split_model(config.model)
+    return jax.eval_shape(lambda params: begin_with(config, params), params)
+
+
+def begin_with(config: TrainStepConfig, params: dict) -> TrainState:
+    """The state at step 0 of a training that begins with `params`."""
     average = jax.tree.map(jnp.copy, params)
     opt_state = optimizer.make_optimizer(config.optimizer).init(params)
     zero = jnp.zeros((), jnp.int32)
@@ -178,6 +192,7 @@ def predict_features(
     return model.predictor(encoded, order, num_visible, condition.mask, keys=keys[1])
 
 
+@functools.lru_cache(maxsize=8)  # a process that trains again like this traces nothing anew
 def make_train_step(config: TrainStepConfig) -> Callable:
     """The pure update `(state, batch of "example" and "condition") -> (state, metrics)`.
 

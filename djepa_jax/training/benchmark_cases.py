@@ -44,7 +44,7 @@ def prepare_training(experiment: Experiment, mesh, steps: int, size: int) -> Ben
     """The donated training step, a fresh state and one random batch."""
     config = experiment.train
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
-    state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
+    state = init_state(config, shardings)
     batch = jax.device_put(random_batch(experiment), sharding.batch_sharding(mesh))
     program = StepProgram(config, shardings)
     values, step = program.values(state), program.jitted(donate=True)
@@ -114,11 +114,10 @@ def prepare_decoding(experiment: Experiment, mesh, _: int, size: int) -> Benchma
 
 def fresh_params(experiment: Experiment, mesh) -> dict:
     """Parameters that have learned nothing, where sampling has them."""
-
-    def init():
-        return init_params(experiment.network, jax.random.key(experiment.seed))
-
-    return jax.jit(init, out_shardings=sharding.state_shardings(jax.eval_shape(init), mesh))()
+    network = experiment.network
+    places = sharding.state_shardings(split_model(network)[1], mesh)
+    init = jax.jit(init_params, static_argnums=0, out_shardings=places)
+    return init(network, jax.random.key(experiment.seed))
 
 
 def random_batch(experiment: Experiment) -> dict:

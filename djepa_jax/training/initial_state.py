@@ -14,7 +14,7 @@ from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import COUNTED_AS_TEXT, FILE_NAME, differences, from_stored, to_stored
 from djepa_jax.core import sharding
-from djepa_jax.core.train_step import TrainState, init_state
+from djepa_jax.core.train_step import TrainState, begin_with, init_state, state_shapes
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.storage import as_path, write_json
 
@@ -43,7 +43,7 @@ def check_mesh(experiment: Experiment, mesh) -> None:
 
 def abstract_state(experiment: Experiment, mesh) -> TrainState:
     """Shapes, types and shardings of the state; allocates nothing."""
-    shapes = jax.eval_shape(lambda: init_state(experiment.train))
+    shapes = state_shapes(experiment.train)
     places = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
@@ -70,7 +70,7 @@ def restore_or_initialise(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = distributed.run_on_main(lambda: checkpoints.step_to_resume(say))
     if step is None:
-        state = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)()
+        state = init_state(experiment.train, shardings)
         record = checkpoints.workdir / INIT_NAME  # for the same workdir, before its first save
         if init_from or record.exists():
             init_from = str(as_path(init_from or json.loads(record.read_text())["init_from"]))
@@ -125,8 +125,7 @@ def complete_state(
     say(f"the checkpoint was imported with {', '.join(parts)}; the rest starts afresh")
 
     def fill(parts):
-        fresh = dataclasses.replace(init_state(experiment.train), **parts)
         params = parts.get("params", jax.tree.map(jnp.copy, parts["ema_params"]))
-        return dataclasses.replace(fresh, params=params)
+        return dataclasses.replace(begin_with(experiment.train, params), **parts)
 
     return jax.jit(fill, out_shardings=shardings)(parts)

@@ -55,6 +55,25 @@ def test_a_step_is_saved_once(tmp_path):
     assert digest(tmp_path) == before and checkpoints.poll() is None
 
 
+def test_a_save_from_several_devices_compiles_nothing(tmp_path, monkeypatch):
+    """Orbax would cut arrays among the devices that hold them, with a program for each shape."""
+    everywhere = jax.NamedSharding(sharding.make_mesh((8, 1, 1)), jax.P())
+    placed, compiled = jax.device_put(state(1, rows=24), everywhere), []
+
+    def listen(event: str, _: float, **of) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(of["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(placed, {}, 0)
+    assert checkpoints.wait() == 1 and not compiled
+    monkeypatch.setattr(checkpointer, "SLICE_BYTES", 0)
+    Checkpoints(tmp_path / "cut").save(placed, {}, 0)
+    assert compiled, "what is to be seen here would not be seen"
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_a_workdir_may_look_like_a_pattern(tmp_path, monkeypatch):
     folder = tmp_path / "[1]" / "**?[!a]"
     folder.mkdir(parents=True)

@@ -6,7 +6,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from tiny import tiny_config
@@ -19,7 +18,7 @@ from djepa_jax.checkpoints.restore import check_same_model, go_back
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.stored import to_stored
-from djepa_jax.core.train_step import TrainState, init_state
+from djepa_jax.core.train_step import TrainState, state_shapes
 from djepa_jax.main import main
 
 BOTH = [str(EVERY), str(STEPS)]
@@ -42,7 +41,7 @@ def workdir(saved_run, tmp_path) -> pathlib.Path:
 def training(*flags: str) -> tuple[TrainState, Experiment]:
     """Abstract state and configuration of a tiny training, perhaps with further flags."""
     experiment = tiny_config(*flags)
-    return jax.eval_shape(lambda: init_state(experiment.train)), experiment
+    return state_shapes(experiment.train), experiment
 
 
 def restored(workdir: pathlib.Path, restore_from: str, *flags: str) -> str:

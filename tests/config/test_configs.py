@@ -14,7 +14,7 @@ from djepa_jax.config.convert import ConfigError, flatten
 from djepa_jax.config.files import builtin, builtin_names
 from djepa_jax.core import flops
 from djepa_jax.core.sampler import SampleInputs, make_sampler
-from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.core.train_step import make_train_step, state_shapes
 from djepa_jax.data.sources import open_data
 from djepa_jax.main import main
 
@@ -80,7 +80,7 @@ def test_a_variant_traces_from_its_examples_to_its_samples(variant):
     examples = [source[index] for index in range(experiment.batch_size)]
     names = ("example", "condition")
     batch = {name: np.stack([example[name] for example in examples]) for name in names}
-    state = jax.eval_shape(lambda: init_state(experiment.train))
+    state = state_shapes(experiment.train)
     after, metrics = jax.eval_shape(make_train_step(experiment.train), state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
@@ -164,7 +164,7 @@ def test_headers_say_what_the_arithmetic_gives(size):
     for count, name, speed, hours in rows:
         assert round(work / (0.4 * int(count) * float(speed) * 1e12) / 3600) == int(hours)
         assert float(speed) * 1e12 == flops.peak_flops(name) or (name, speed) == ("H200", "790")
-    state = jax.eval_shape(lambda: init_state(config))
+    state = state_shapes(config)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     epochs = f"{SIZES[size]} epochs at batch {experiment.batch_size}"
     assert f"{parameters / 1e6:,.0f} M parameters, {epochs}" in text

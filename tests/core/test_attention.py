@@ -25,7 +25,7 @@ from djepa_jax.core.models import attention
 from djepa_jax.core.models.attention import attend, obstacle
 from djepa_jax.core.models.fused_attention import Tiles, attention_kernel
 from djepa_jax.core.models.vit import Stack
-from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.core.train_step import make_train_step, state_shapes
 from djepa_jax.training.loop import train
 
 EXPORTED = pathlib.Path(__file__).parents[1] / "fixtures/exported/orbax"
@@ -155,7 +155,7 @@ def step_equations(rate: float) -> list:
     """Of a training step in bfloat16."""
     changes = (f"--config.model.{name}={rate}" for name in ("dropout", "attention_dropout"))
     config = tiny_config("--config.compute_dtype=bfloat16", *changes).train
-    state = jax.eval_shape(lambda: init_state(config))
+    state = state_shapes(config)
     batch = {
         "example": jax.ShapeDtypeStruct((16, 8, 8, 1), "uint8"),
         "condition": jax.ShapeDtypeStruct((16,), "int32"),

@@ -17,7 +17,7 @@ from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig, make_sampler
 from djepa_jax.core.segments import plan_segments
-from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.core.train_step import make_train_step, state_shapes
 
 # Worked out apart from this code (closed forms over the exact distribution of masks); they leave
 # out the small projections at the inputs, and no other difference is allowed for.
@@ -145,7 +145,7 @@ def base_widths(loss: str, **sample):
 @pytest.mark.parametrize("loss", TOKEN_LOSSES)
 def test_padded_count_is_what_the_training_step_does(loss):
     spec = base_widths(loss, sampler=TOKEN_LOSSES[loss].samplers[0]).train
-    state = jax.eval_shape(lambda: init_state(spec))
+    state = state_shapes(spec)
     batch = {"example": jnp.zeros((16, 16, 16, 16)), "condition": jnp.zeros(16, jnp.int32)}
     traced = flops.count_products(jax.make_jaxpr(make_train_step(spec))(state, batch).jaxpr)
     rows = flops.time_rows(spec.token_loss, spec.masking, padded=True)

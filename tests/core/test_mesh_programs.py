@@ -15,7 +15,7 @@ from tiny import load_config, tiny_config
 
 from djepa_jax.core import sharding
 from djepa_jax.core.sharding import path_name
-from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.core.train_step import make_train_step, state_shapes
 
 WIDTH, HEADS, BATCH, TOKENS, PREFIX = (
     256,
@@ -57,7 +57,7 @@ class Program:
         spec = tiny_config(*MODEL).train
         self.rows = spec.masking.packed_rows  # of the denoiser, per pack
         mesh = sharding.make_mesh(mesh_shape)
-        self.abstract = jax.eval_shape(lambda: init_state(spec))
+        self.abstract = state_shapes(spec)
         self.shardings = sharding.state_shardings(self.abstract, mesh)
         place = sharding.batch_sharding(mesh)
         batch = {"example": jax.ShapeDtypeStruct((BATCH, 8, 8, 1), "uint8", sharding=place)}
@@ -165,7 +165,7 @@ def test_tensor_parallel_splits_heads_and_mlp(tensor_parallel):
 @pytest.mark.parametrize("name", ["b", "l", "h"])
 def test_published_sizes_place_without_remainder(name):
     experiment = load_config(f"djepa_{name}")
-    abstract = jax.eval_shape(lambda: init_state(experiment.train))
+    abstract = state_shapes(experiment.train)
     for devices, shape in ((n, shape) for n, shapes in DEVICES.items() for shape in shapes):
         _, fsdp, tensor = shape
         mesh = AbstractMesh(shape, sharding.MESH_AXES)

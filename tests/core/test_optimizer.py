@@ -6,13 +6,13 @@ import pytest
 from tiny import tiny_config
 
 from djepa_jax.core import optimizer
-from djepa_jax.core.train_step import init_state
+from djepa_jax.core.train_step import state_shapes
 
 
 @pytest.fixture(scope="module")
 def state():
     """A fresh state of which every number is another."""
-    filled = jax.eval_shape(lambda: init_state(tiny_config().train))
+    filled = state_shapes(tiny_config().train)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), filled)
 

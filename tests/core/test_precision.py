@@ -14,7 +14,7 @@ from tiny import tiny_config
 
 from djepa_jax.core.models.autoencoder_kl import split_autoencoder
 from djepa_jax.core.sampler import SampleInputs, make_sampler
-from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.core.train_step import make_train_step, state_shapes
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 EXACT = (jax.lax.Precision.HIGHEST,) * 2
@@ -47,7 +47,7 @@ def test_training_and_sampling(variant):
     """In bfloat16 programs, too, what stays float32 (time embeddings) is exact."""
     for dtype in ("float32", "bfloat16"):
         experiment = tiny_config(f"--config.compute_dtype={dtype}", variant=variant)
-        state = jax.eval_shape(lambda config=experiment.train: init_state(config))
+        state = state_shapes(experiment.train)
         size = experiment.batch_size
         batch = {
             "example": jax.ShapeDtypeStruct((size, 8, 8, 1), "uint8"),
@@ -81,7 +81,7 @@ def test_sampling_prepares_the_denoiser_once():
     kernels = one | {(2, *shape) for shape in one}  # and stacks of two layers
     changes = "compute_dtype=bfloat16", "model.denoiser_depth=2", "model.denoiser_width=24"
     experiment = tiny_config(*(f"--config.{change}" for change in changes))
-    params = jax.eval_shape(lambda: init_state(experiment.train)).params
+    params = state_shapes(experiment.train).params
     numbers = jnp.zeros(2, jnp.int32)
     inputs = SampleInputs(numbers, numbers, 0, experiment.cfg_scales, 1.0)
 

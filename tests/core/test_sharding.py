@@ -11,7 +11,7 @@ import pytest
 from tiny import load_config, tiny_config
 
 from djepa_jax.core import sharding
-from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.core.train_step import init_state, make_train_step, state_shapes
 
 SIZES = {"b": 212_410_656, "l": 687_946_272, "h": 1_427_386_144}
 
@@ -34,7 +34,7 @@ def test_mesh_that_does_not_fit_is_refused():
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes_trace_a_step(name):
     experiment = load_config(f"djepa_{name}")
-    abstract = jax.eval_shape(lambda: init_state(experiment.train))
+    abstract = state_shapes(experiment.train)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)) == SIZES[name]
     batch = {
         "example": jax.ShapeDtypeStruct((2048, 16, 16, 16), jnp.float32),
@@ -49,8 +49,12 @@ def test_published_sizes_trace_a_step(name):
 def test_state_is_created_sharded():
     experiment = tiny_config()
     mesh = sharding.make_mesh((1, 8, 1))
-    shardings = sharding.state_shardings(jax.eval_shape(lambda: init_state(experiment.train)), mesh)
-    state = jax.jit(lambda: init_state(experiment.train), out_shardings=shardings)()
+    shapes = state_shapes(experiment.train)
+    shardings = sharding.state_shardings(shapes, mesh)
+    state = init_state(experiment.train, shardings)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
     kernel = state.params["predictor"]["stack"]["blocks"]["mlp"]["up"]["kernel"]  # [L, 16, 64]
     assert kernel.addressable_shards[0].data.shape == (1, 2, 64)
     moment = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
@@ -60,9 +64,8 @@ def test_state_is_created_sharded():
 
 def test_initial_values_do_not_depend_on_the_mesh():
     experiment = tiny_config()
-    make = jax.jit(lambda: init_state(experiment.train).params)
     mesh = sharding.make_mesh((2, 2, 2))
-    shardings = sharding.state_shardings(jax.eval_shape(make), mesh)
-    sharded = jax.jit(lambda: init_state(experiment.train).params, out_shardings=shardings)()
-    for a, b in zip(jax.tree.leaves(make()), jax.tree.leaves(sharded), strict=True):
+    shardings = sharding.state_shardings(state_shapes(experiment.train), mesh)
+    whole, sharded = init_state(experiment.train), init_state(experiment.train, shardings)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(sharded.params), strict=True):
         assert (jnp.asarray(a) == jnp.asarray(jax.device_get(b))).all()

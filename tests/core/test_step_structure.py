@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tiny import load_config
 
 from djepa_jax.core import flops
-from djepa_jax.core.train_step import init_state, make_train_step
+from djepa_jax.core.train_step import make_train_step, state_shapes
 
 BATCH, PLACES = 32, 320  # 64 prefix tokens and 256 others
 CHANGES = {
@@ -32,7 +32,7 @@ def lowered():
     """The step of B, its trace, and what XLA counts before it optimises anything."""
     experiment = load_config("djepa_b", *(f"--config.{k}={v}" for k, v in CHANGES.items()))
     config = experiment.train
-    state = jax.eval_shape(lambda: init_state(config))
+    state = state_shapes(config)
     batch = {
         "example": jax.ShapeDtypeStruct(
             (BATCH, *experiment.modality.example_shape), experiment.modality.example_dtype

@@ -51,11 +51,12 @@ def test_a_command_leads_away_from_the_weaker_model(workdirs, tmp_path):
 def test_steps_without_guidance_run_the_model_alone(workdirs, tmp_path):
     """Also beside the other guidance, and when all steps are such."""
     guide = SCALE, f"--config.sample.guide={workdirs['weaker']}"
+    steps = "--config.sample.num_denoise_steps=5"
+    alone = sampled(workdirs, tmp_path, steps, "--config.sample.cfg_scale=1")
     for cfg_scale in (1.0, 2.0):
-        how = f"--config.sample.cfg_scale={cfg_scale}", "--config.sample.num_denoise_steps=5"
-        alone = sampled(workdirs, tmp_path, how[1], "--config.sample.cfg_scale=1")
+        how = *guide, steps, f"--config.sample.cfg_scale={cfg_scale}"
         away, late, never = (
-            sampled(workdirs, tmp_path, *guide, *how, f"--config.sample.cfg_denoise_start={start}")
+            sampled(workdirs, tmp_path, *how, f"--config.sample.cfg_denoise_start={start}")
             for start in (0.0, 0.5, 0.99)
         )
         assert np.abs(never - alone).max() <= 1

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
@@ -41,6 +40,7 @@ from djepa_jax.core.train_step import (
     draw_examples,
     init_state,
     make_train_step,
+    state_shapes,
 )
 from djepa_jax.data.loader import device_batches
 from djepa_jax.data.sources import load_digits
@@ -56,12 +56,9 @@ FIRST = 6  # steps that meshes are compared in
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Training ends without samples, whose program would have to be compiled, and equal settings
-    share one training step.
-    """
+    """Training ends without samples, whose program would have to be compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reporter, "final_grid", lambda self, step, state: None)
-        patch.setattr(compile_step, "make_train_step", functools.cache(make_train_step))
         yield
 
 
@@ -271,7 +268,7 @@ def step_parts():
         for batch in read
     ]
     config = experiment.train
-    state = jax.jit(lambda: init_state(config))()
+    state = init_state(config)
     return config, jax.jit(make_train_step(config)), state, batches
 
 
@@ -427,7 +424,7 @@ def test_losses_do_not_depend_on_the_mesh(step_parts, uninterrupted):
 def test_without_jepa_there_is_no_head_and_no_target(step_parts):
     config, (batch, *_) = run_config("--config.loss.jepa_weight=0").train, step_parts[3]
     params = {name: leaf for name, leaf in step_parts[2].params.items() if name != "jepa_head"}
-    abstract = jax.eval_shape(lambda: init_state(config)).params
+    abstract = state_shapes(config).params
     assert jax.tree.structure(params) == jax.tree.structure(abstract)
     loss, found = jax.jit(lambda params: loss_of(config, params, None, batch))(params)
     assert found.keys() == {"token_loss"} and float(loss) == float(found["token_loss"])

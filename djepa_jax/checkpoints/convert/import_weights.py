@@ -23,7 +23,7 @@ from djepa_jax.config.stored import FILE_NAME, to_stored
 from djepa_jax.core import sharding
 from djepa_jax.core.models.djepa import ModelConfig, split_model
 from djepa_jax.core.optimizer import decay_mask
-from djepa_jax.core.train_step import init_state
+from djepa_jax.core.train_step import state_shapes
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import as_path, check_writable, write_json
 
@@ -202,5 +202,5 @@ def _opt_state(file: SourceFile, abstract: dict, experiment: Experiment, where: 
             return np.full(node.shape, file.step, node.dtype)  # a counter of a schedule
         return node._replace(count=np.int32(file.step), mu=read(MOMENTS[0]), nu=read(MOMENTS[1]))
 
-    state = jax.eval_shape(lambda: init_state(experiment.train)).opt_state
+    state = state_shapes(experiment.train).opt_state
     return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))

@@ -275,7 +275,7 @@ class DJepa(nnx.Module):
         return self.context_encoder(tokens, order, condition)[:, self.num_prefix_tokens :]
 
 
-@functools.lru_cache(maxsize=8)  # building all modules takes long
+@functools.lru_cache(maxsize=32)  # building all modules takes long
 def split_model(config: ModelConfig):
     """Graph definition and shapes of the parameters (a nested dict); allocates nothing."""
     graph, state = nnx.split(nnx.eval_shape(lambda: DJepa(config, rngs=nnx.Rngs(0))))
