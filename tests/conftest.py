@@ -41,29 +41,53 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, for all pro
 gc.set_threshold(100_000)  # tracing makes very many objects and hardly a cycle: a quarter faster
 
 # The longest files come first, so that no worker is left alone with one at the end.
-LONG = (
-    "test_distributed_processes",
-    "test_train",
-    "test_doors",
-    "test_export",
-    "test_pipeline_proof",
-    "test_configs",
-    "test_api",
-    "test_importing_training",
-    "test_mesh_programs",
-    "test_profiling",
-    "test_ahead_of_time",
-    "test_bucket_life",
-    "test_kill",
-    "test_prepare_interruptions",
-)
+LONG = [
+    "distributed_processes",
+    "train",
+    "sample",
+    "doors",
+    "autoguidance",
+    "reporting",
+    "configs",
+    "sound",
+    "benchmark",
+    "main",
+    "export",
+    "guide",
+    "losses",
+    "benchmark_suite",
+    "importing_training",
+    "bucket_life",
+    "mesh_programs",
+    "conditioning",
+    "profiling",
+    "api",
+    "pipeline_proof",
+    "parity_sampling",
+    "prompts",
+    "ahead_of_time",
+    "pairs",
+    "autoencoder",
+    "warm_start",
+    "probe",
+    "ragged",
+    "distributed_signals",
+    "kill",
+    "masking",
+    "search",
+    "prepare_interruptions",
+    "models",
+    "checkpoint_versions",
+    "moving_digits",
+    "compile_step",
+]
 PARITY = pathlib.Path(__file__).parent / "fixtures" / "parity"
 VARIANTS = ("gauss", "flow", "gauss_p2")
 
 
 def pytest_collection_modifyitems(items):
     """Long files first; the order within a file stays."""
-    places = {name: place for place, name in enumerate(LONG)}
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
