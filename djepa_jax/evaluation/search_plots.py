@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import textwrap
 
 import numpy as np
 from etils import epath
@@ -13,6 +14,7 @@ from djepa_jax.runtime.storage import write_bytes
 MAP_AXES = ("temperature", "cfg_scale")  # across, upwards
 MARKS = {"distance": "o", "score": "*"}
 COLUMNS, PANEL = 3, (4.6, 3.6)  # inches
+LINE = 80  # characters of a panel's title
 BEHIND = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}  # numbers on any colour
 NOT_SHOWN = ("_low", "_high", "_std")
 
@@ -96,4 +98,5 @@ def _draw_curve(panel, name: str, cells: list[dict], axis: str) -> None:
 
 def _label(panel, others: dict, across: str, upwards: str) -> None:
     panel.set(xlabel=across, ylabel=upwards)
-    panel.set_title(", ".join(f"{key} {value}" for key, value in others.items()), fontsize=6)
+    title = ", ".join(f"{key} {value}" for key, value in others.items())
+    panel.set_title(textwrap.fill(title, LINE), fontsize=6)
