@@ -95,23 +95,26 @@ def step_values(config: TrainStepConfig, state: TrainState) -> StepValues:
 
 
 def init_state(config: TrainStepConfig, shardings: TrainState | None = None) -> TrainState:
-    """A fresh state where it belongs, never whole anywhere; models alike share its programs."""
+    """A fresh state; with `shardings` every array is made where it belongs, never whole before.
+
+    Models alike share the programs, whatever their seeds.
+    """
     where = (None, None) if shardings is None else (shardings.params, shardings)
     init = jax.jit(init_params, static_argnums=0, out_shardings=where[0])
     begin = jax.jit(begin_with, static_argnums=0, donate_argnums=1, out_shardings=where[1])
-    return begin(config, init(config.model, jax.random.key(config.seed)))
+    return begin(config.optimizer, init(config.model, jax.random.key(config.seed)))
 
 
 def state_shapes(config: TrainStepConfig) -> TrainState:
     """Shapes and types of the state; allocates nothing."""
     _, params = split_model(config.model)
-    return jax.eval_shape(lambda params: begin_with(config, params), params)
+    return jax.eval_shape(lambda params: begin_with(config.optimizer, params), params)
 
 
-def begin_with(config: TrainStepConfig, params: dict) -> TrainState:
+def begin_with(config: optimizer.OptimizerConfig, params: dict) -> TrainState:
     """The state at step 0 of a training that begins with `params`."""
     average = jax.tree.map(jnp.copy, params)
-    opt_state = optimizer.make_optimizer(config.optimizer).init(params)
+    opt_state = optimizer.make_optimizer(config).init(params)
     zero = jnp.zeros((), jnp.int32)
     counters = {"step": zero, "skipped_steps": zero, "bad_streak": zero}
     return TrainState(params=params, ema_params=average, opt_state=opt_state, **counters)

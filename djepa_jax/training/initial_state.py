@@ -126,6 +126,6 @@ def complete_state(
 
     def fill(parts):
         params = parts.get("params", jax.tree.map(jnp.copy, parts["ema_params"]))
-        return dataclasses.replace(begin_with(experiment.train, params), **parts)
+        return dataclasses.replace(begin_with(experiment.train.optimizer, params), **parts)
 
     return jax.jit(fill, out_shardings=shardings)(parts)

@@ -3,11 +3,13 @@
 That they shard without remainder is in `test_mesh_programs.py`.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compilations import count_compilations
 from tiny import load_config, tiny_config
 
 from djepa_jax.core import sharding
@@ -69,3 +71,13 @@ def test_initial_values_do_not_depend_on_the_mesh():
     whole, sharded = init_state(experiment.train), init_state(experiment.train, shardings)
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(sharded.params), strict=True):
         assert (jnp.asarray(a) == jnp.asarray(jax.device_get(b))).all()
+
+
+def test_another_seed_compiles_nothing_and_gives_other_values():
+    config = tiny_config().train
+    first = init_state(config).params
+    with count_compilations() as compiled:
+        second = init_state(dataclasses.replace(config, seed=config.seed + 1)).params
+    assert not compiled
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    assert any((a != b).any() for a, b in pairs)
