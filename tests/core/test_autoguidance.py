@@ -59,11 +59,10 @@ def test_one_step_leads_away_from_the_weaker_model(guided, both):
 DIFFUSION = ["--config.loss.name=diffusion", "--config.sample.sampler=ddpm"]
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("flags", [[], DIFFUSION])
+@pytest.mark.parametrize("flags, guided", [([], True), (DIFFUSION, False)])
 def test_led_away_from_itself_a_model_stays(flags, guided):
     """Whatever the scale, over several steps of different shapes, with and without the other."""
-    config = sampler_of(*flags, num_segments=3, guided=guided)
+    config = sampler_of(*flags, num_segments=2, guided=guided)
     params = filled_params(config.model, 0)
     plain = draw(alone(config, guided=guided), params)
     error = np.abs(draw(config, params, params) - plain).max()

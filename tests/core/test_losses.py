@@ -84,6 +84,17 @@ IDEAL = {
 }
 
 
+def sample(token_loss, field: Field, cond, noise, cfg_scale=1.0, temperature=1.0) -> jax.Array:
+    """What a token loss draws, by one program."""
+    draw = jax.jit(functools.partial(token_loss.sample, field))
+    return draw(cond, noise, cfg_scale, temperature)
+
+
+def losses(token_loss, field: Field, *inputs) -> jax.Array:
+    """A token loss of all rows, by one program."""
+    return jax.jit(functools.partial(token_loss.loss, field))(*inputs)
+
+
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_one_loss_per_token(name):
     """The result has the tokens' leading axes, and a token's loss depends on that token alone."""
@@ -127,17 +138,17 @@ def test_samples(name, sampler, guidance):
         jax.random.normal(jax.random.key(0), (2, 5, CHANNELS)), (guidance, 2, 5, CHANNELS)
     )
     noise = jax.random.normal(jax.random.key(1), (2, 5, token_loss.noises_per_token, CHANNELS))
-    sample = jax.jit(functools.partial(token_loss.sample, mixed_field(token_loss)))
-    tokens = sample(cond, noise, 3.0, 0.9)
+    draw = jax.jit(functools.partial(token_loss.sample, mixed_field(token_loss)))
+    tokens = draw(cond, noise, 3.0, 0.9)
     assert (
         tokens.shape == (2, 5, CHANNELS)
         and tokens.dtype == jnp.float32
         and jnp.isfinite(tokens).all()
     )
     np.testing.assert_allclose(
-        tokens, sample(cond, noise, 1.0, 0.9), rtol=1e-4, atol=1e-4 * float(jnp.abs(tokens).max())
+        tokens, draw(cond, noise, 1.0, 0.9), rtol=1e-4, atol=1e-4 * float(jnp.abs(tokens).max())
     )
-    changed = sample(cond.at[:, 1, 2].add(1.0), noise.at[0, 4].add(1.0), 3.0, 0.9) != tokens
+    changed = draw(cond.at[:, 1, 2].add(1.0), noise.at[0, 4].add(1.0), 3.0, 0.9) != tokens
     np.testing.assert_array_equal(np.argwhere(changed.any(-1)), [[0, 4], [1, 2]])
 
 
@@ -161,7 +172,7 @@ def test_diffusion_finds_the_point(sampler, steps):
     """The last step returns its implied clean token, whatever noise was added on the way."""
     token_loss = Diffusion(num_denoise_steps=steps, sampler=sampler)
     noise = jax.random.normal(jax.random.key(0), (6, token_loss.noises_per_token, CHANNELS))
-    tokens = token_loss.sample(IDEAL["diffusion"], jnp.zeros((1, 6, CHANNELS)), noise, 1.0, 1.0)
+    tokens = sample(token_loss, IDEAL["diffusion"], jnp.zeros((1, 6, CHANNELS)), noise)
     # A single step divides by the signal at step 999, 5e-5, and what rounding left with it.
     np.testing.assert_allclose(
         tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=1e-4 if steps > 1 else 0.02
@@ -180,7 +191,7 @@ def test_flow_finds_the_point(sampler, shift):
     def velocity(xt, time, condition):  # at time 1 the limit along the path
         return jnp.where(time < 1, ideal_velocity(xt, time, condition), POINT - start[:, 0])
 
-    tokens = token_loss.sample(Field(velocity), jnp.zeros((1, 6, CHANNELS)), start, 1.0, 1.0)
+    tokens = sample(token_loss, Field(velocity), jnp.zeros((1, 6, CHANNELS)), start)
     np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=2e-6)
 
 
@@ -191,7 +202,7 @@ def test_prediction_of_a_point_finds_it(sampler, steps):
     token_loss = XPrediction(num_denoise_steps=steps + 1, sampler=sampler, time_shift=0.5)
     shape, cond = (6, token_loss.noises_per_token, CHANNELS), jnp.zeros((1, 6, 1))
     start = jax.random.normal(jax.random.key(0), shape)
-    tokens = token_loss.sample(IDEAL["x_prediction"], cond, start, 1.0, 1.0)
+    tokens = sample(token_loss, IDEAL["x_prediction"], cond, start)
     np.testing.assert_allclose(tokens, jnp.broadcast_to(POINT, tokens.shape), rtol=0, atol=2e-6)
 
 
@@ -206,14 +217,10 @@ def test_prediction_is_flow_matching_by_another_network(sampler):
     x0, cond = (jax.random.normal(jax.random.key(i), (64, CHANNELS)) for i in range(2))
     t, noise = flow.draw(jax.random.key(3), x0.shape)
     t = t * (1 - prediction.min_rest)
-    losses = (
-        flow.loss(velocity, x0, cond, t, noise),
-        prediction.loss(Field(found), x0, cond, t, noise),
-    )
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    both = (flow, velocity), (prediction, Field(found))
+    np.testing.assert_allclose(*(losses(*each, x0, cond, t, noise) for each in both), rtol=1e-3)
     noise = jax.random.normal(jax.random.key(4), (64, flow.noises_per_token, CHANNELS))
-    how = cond[None], noise, 1.0, 1.0
-    samples = flow.sample(velocity, *how), prediction.sample(Field(found), *how)
+    samples = (sample(*each, cond[None], noise) for each in both)
     np.testing.assert_allclose(*samples, atol=1e-5)
 
 
@@ -230,9 +237,8 @@ def test_orders_of_the_integrators():
 
     def error(sampler, steps):
         token_loss = FlowMatching(num_denoise_steps=steps + 1, sampler=sampler)
-        return abs(
-            float(token_loss.sample(Field(lambda x, t, c: x), cond, noise, 1.0, 1.0)[0, 0]) - math.e
-        )
+        tokens = sample(token_loss, Field(lambda x, t, c: x), cond, noise)
+        return abs(float(tokens[0, 0]) - math.e)
 
     euler, heun = (
         [error(sampler, steps) for steps in (8, 16, 32)] for sampler in ("euler", "heun")
@@ -254,7 +260,7 @@ def test_ancestral_steps_keep_the_marginals(shift):
     def run(sampler):
         loss = XPrediction(num_denoise_steps=101, sampler=sampler, time_shift=shift)
         noise = jax.random.normal(jax.random.key(0), (count, loss.noises_per_token, 1))
-        tokens = loss.sample(Field(exact), jnp.zeros((1, count, 1)), noise, 1.0, 1.0)[:, 0]
+        tokens = sample(loss, Field(exact), jnp.zeros((1, count, 1)), noise)[:, 0]
         return float(tokens.std()), np.corrcoef(tokens, noise[:, 0, 0])[0, 1]
 
     (ancestral, left), (euler, kept) = run("ancestral"), run("euler")
@@ -277,7 +283,7 @@ def test_a_stretch_agrees_with_its_halves_if_and_only_if_it_is_the_mean_velocity
     draws = shortcut.draw(jax.random.key(0), x.shape)
     assert (draws[0][..., 0] < draws[0][..., 1]).all()
     mean, slope = (
-        shortcut.loss(Stretches(f), x, cond, *draws) for f in (exact_mean, lambda x, *_: x)
+        losses(shortcut, Stretches(f), x, cond, *draws) for f in (exact_mean, lambda x, *_: x)
     )
     assert float(mean.max()) < 1e-10 and float(slope.min()) > 1e-4
 
@@ -286,9 +292,8 @@ def test_a_stretch_agrees_with_its_halves_if_and_only_if_it_is_the_mean_velocity
 def test_mean_velocities_reach_the_end_in_any_number_of_steps(steps):
     shortcut = Shortcut(num_denoise_steps=steps + 1)
     one, none = jnp.ones((1, 1, CHANNELS)), jnp.zeros((1, 1, CHANNELS))
-    np.testing.assert_allclose(
-        shortcut.sample(Stretches(exact_mean), none, one, 1.0, 1.0)[0], math.e, rtol=1e-5
-    )
+    tokens = sample(shortcut, Stretches(exact_mean), none, one)
+    np.testing.assert_allclose(tokens[0], math.e, rtol=1e-5)
 
 
 def test_a_stretch_of_no_length_is_flow_matching_and_its_target_has_no_gradient():
@@ -297,7 +302,7 @@ def test_a_stretch_of_no_length_is_flow_matching_and_its_target_has_no_gradient(
     x0, cond = (jax.random.normal(jax.random.key(i), (16, CHANNELS)) for i in range(2))
     ends, noise = shortcut.draw(jax.random.key(3), x0.shape)
     same = [
-        loss.loss(mixed_field(loss), x0, cond, t, noise)
+        losses(loss, mixed_field(loss), x0, cond, t, noise)
         for loss, t in ((flow, ends[..., 0]), (shortcut, ends))
     ]
     np.testing.assert_allclose(*same, rtol=1e-6)
@@ -309,7 +314,7 @@ def test_a_stretch_of_no_length_is_flow_matching_and_its_target_has_no_gradient(
     # At weight 1: d/dw of (w x - target)^2 with the target 1 + length / 4 times x held fixed
     ends = jnp.stack([jnp.zeros(ends.shape[:-1]), jnp.full(ends.shape[:-1], 0.8)], axis=-1)
     expected = (2 * (1 - 1.2) * jnp.square(noise)).mean((-1, -2)).sum()
-    np.testing.assert_allclose(jax.grad(total)(1.0, ends), expected, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(1.0, ends), expected, rtol=1e-4)
 
 
 def test_temperature_scales_the_added_noise_alone():
@@ -323,10 +328,10 @@ def test_temperature_scales_the_added_noise_alone():
         XPrediction(num_denoise_steps=5, sampler="ancestral"),
     ):
         assert noisy.noises_per_token == 4
-        field = mixed_field(noisy)
-        cold = [noisy.sample(field, cond, n, 1.0, 0.0) for n in (noise, other)]
+        draw = jax.jit(functools.partial(noisy.sample, mixed_field(noisy)))
+        cold = [draw(cond, n, 1.0, 0.0) for n in (noise, other)]
         np.testing.assert_array_equal(*cold)
-        assert (noisy.sample(field, cond, noise, 1.0, 1.0) != cold[0]).all()
+        assert (draw(cond, noise, 1.0, 1.0) != cold[0]).all()
     for still in (
         Diffusion(num_denoise_steps=3, sampler="ddim"),
         FlowMatching(num_denoise_steps=3),
@@ -334,7 +339,8 @@ def test_temperature_scales_the_added_noise_alone():
         XPrediction(num_denoise_steps=3),
     ):
         assert still.noises_per_token == 1
-        runs = [still.sample(mixed_field(still), cond, noise[:, :1], 1.0, t) for t in (0.0, 1.0)]
+        draw = jax.jit(functools.partial(still.sample, mixed_field(still)))
+        runs = [draw(cond, noise[:, :1], 1.0, t) for t in (0.0, 1.0)]
         np.testing.assert_array_equal(*runs)
 
 
@@ -344,7 +350,7 @@ def test_guidance_acts_between_shares_of_the_steps():
     cond = jnp.stack([jnp.full((2, CHANNELS), value) for value in (own, other)])
     for guided, share in (((0.5, 1.0), 0.5), ((0.25, 0.5), 0.25), ((0.0, 0.75), 0.75), ((1, 1), 0)):
         loss = FlowMatching(num_denoise_steps=9, guided_shares=guided)
-        found = loss.sample(Field(lambda xt, t, c: c + 0 * xt), cond, start, scale, 1.0)
+        found = sample(loss, Field(lambda xt, t, c: c + 0 * xt), cond, start, scale)
         expected = 1 + own + share * (scale - 1) * (own - other)
         np.testing.assert_allclose(found, jnp.full_like(found, expected), rtol=1e-6)
         assert loss.unguided_calls == 8 * (1 - share)
@@ -352,7 +358,7 @@ def test_guidance_acts_between_shares_of_the_steps():
 
 @pytest.mark.parametrize("name, sampler", KINDS)
 def test_guidance_in_all_steps_or_none(name, sampler):
-    def sample(guided, halves):
+    def guided_by(guided, halves):
         clip = {"clip_x0": 1.0} if name == "diffusion" else {}  # or the last steps outweigh all
         loss = TOKEN_LOSSES[name](
             num_denoise_steps=5, sampler=sampler, guided_shares=guided, **clip
@@ -360,13 +366,13 @@ def test_guidance_in_all_steps_or_none(name, sampler):
         shape = (4, loss.noises_per_token, CHANNELS)
         noise, key = jax.random.normal(jax.random.key(0), shape), jax.random.key(1)
         cond = jax.random.normal(key, (2, 4, CHANNELS))[:halves]
-        return loss.sample(mixed_field(loss), cond, noise, 3.0, 1.0)
+        return sample(loss, mixed_field(loss), cond, noise, 3.0)
 
-    alone, both = sample((0.0, 1.0), 1), sample((0.0, 1.0), 2)
+    alone, both = guided_by((0.0, 1.0), 1), guided_by((0.0, 1.0), 2)
     for nothing in ((0.0, 0.0), (0.6, 0.6), (1.0, 1.0), (0.8, 0.2)):
-        np.testing.assert_allclose(sample(nothing, 2), alone, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(guided_by(nothing, 2), alone, rtol=1e-6, atol=1e-7)
     for some in ((0.0, 0.5), (0.5, 1.0)):
-        found = sample(some, 2)
+        found = guided_by(some, 2)
         assert (found != alone).any() and (found != both).any()
 
 
@@ -396,10 +402,8 @@ def test_clip_tames_an_awful_denoiser(sampler, bound):
 
     def largest(clip):
         token_loss = Diffusion(num_denoise_steps=10, sampler=sampler, clip_x0=clip)
-        run = token_loss.sample(
-            awful, jnp.zeros((1, 16, CHANNELS)), noise[:, : token_loss.noises_per_token], 1.0, 1.0
-        )
-        return float(jnp.abs(run).max())
+        few = noise[:, : token_loss.noises_per_token]
+        return np.abs(sample(token_loss, awful, jnp.zeros((1, 16, CHANNELS)), few)).max()
 
     assert largest(bound) <= bound * (1 + 1e-6)
     assert largest(0.0) > 100

@@ -24,11 +24,14 @@ PLAY = """
     if (!what()) throw new Error(`waited for ${what}: ${$("state").textContent}`);
   };
   const shown = new Set(), said = [];
-  const seen = new MutationObserver(() => {
-    const image = document.querySelector("#tiles img");
-    if (image?.src) shown.add(image.src);
+  const seen = new MutationObserver((records) => {  // on a busy machine of several at once
+    for (const { oldValue, removedNodes } of records) {
+      const gone = [...removedNodes].map((figure) => figure.querySelector?.("img")?.src);
+      for (const address of [oldValue, ...gone]) if (address) shown.add(address);
+    }
   });
-  seen.observe($("tiles"), { subtree: true, childList: true, attributes: true });
+  const old = { attributeFilter: ["src"], attributeOldValue: true };
+  seen.observe($("tiles"), { subtree: true, childList: true, ...old });
   await until(() => model);
   $("labels").value = "3";
   $("seed").value = "5";
@@ -52,7 +55,7 @@ PLAY = """
   const second = document.querySelector("#tiles img").src;
   const inputs = [...document.querySelectorAll("input, select, textarea")];
   console.log("found " + JSON.stringify({
-    shown: shown.size, command, painted, mask, changed: first !== second,
+    shown: shown.add(first).size, command, painted, mask, changed: first !== second,
     unnamed: inputs.filter((x) => !x.labels?.length && !x.ariaLabel).map((x) => x.id),
     width: [document.documentElement.scrollWidth, innerWidth],
     dark: matchMedia("(prefers-color-scheme: dark)").matches,
