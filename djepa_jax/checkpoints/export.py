@@ -75,7 +75,7 @@ def run_export(
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
     abstract = restore.placed_params(experiment, mesh)
     params = model.restore(abstract)
-    provenance = read_provenance(model.path, model.step, float(optax.tree.norm(params)))
+    provenance = read_provenance(model.path, model.step, float(jax.jit(optax.tree.norm)(params)))
     provenance = dataclasses.replace(provenance, licence=licence or provenance.licence)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     try:

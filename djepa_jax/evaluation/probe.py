@@ -252,7 +252,7 @@ def run_probe(
     if example.dtype == np.uint8 and example.ndim == 3:
         figures["classifier"] = own_classifier(source, workdir)
     data, (train, test) = unwrapped(source), split_rows(labels, FIFTH)
-    params = model.restore(placed_params(experiment, mesh))
+    params, norm = model.restore(placed_params(experiment, mesh)), jax.jit(optax.tree.norm)
     record = {
         "figures": figures,
         "loss_per_noise_level": loss_per_noise_level(experiment.train, trained_on, params, mesh),
@@ -261,7 +261,7 @@ def run_probe(
         "pictures": {"all": len(source), "train": len(train), "test": len(test)},
         "data": data.digest() if hasattr(data, "digest") else str(len(data)),
         "rows": checksum(rows[train], rows[test]),
-        "norms": {name: float(optax.tree.norm(params)) for name, params in weights.items()},
+        "norms": {name: float(norm(params)) for name, params in weights.items()},
         "caveats": caveats(experiment, len(rows), len(source)),
     }
     path = as_path(workdir) / FILE_NAME
