@@ -12,7 +12,6 @@ import shutil
 
 import jax
 import numpy as np
-import optax
 from flax import traverse_util
 
 from djepa_jax import __version__
@@ -28,6 +27,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.settings import PATHS
 from djepa_jax.config.stored import to_stored
 from djepa_jax.core import sharding
+from djepa_jax.core.optimizer import params_norm
 from djepa_jax.runtime.storage import as_path, check_local, check_writable, write_json
 
 # Places on this machine are nobody's business.
@@ -75,7 +75,7 @@ def run_export(
     mesh = sharding.make_mesh((1, 1, 1), [sharding.host_device()])
     abstract = restore.placed_params(experiment, mesh)
     params = model.restore(abstract)
-    provenance = read_provenance(model.path, model.step, float(jax.jit(optax.tree.norm)(params)))
+    provenance = read_provenance(model.path, model.step, params_norm(params))
     provenance = dataclasses.replace(provenance, licence=licence or provenance.licence)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     try:

@@ -159,6 +159,11 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
+def params_norm(params: dict) -> float:
+    """The norm of all parameters, a number that tells weights apart; one program computes it."""
+    return float(jax.jit(optax.tree.norm)(params))
+
+
 def pack(tree):
     """A tree in which parameters, or dicts like them, are by path, with all `VECTORS` in one.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 
 from djepa_jax.checkpoints.integrity import file_sha256
@@ -17,6 +16,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.presets import CFG_SCALES, PUBLISHED_SHAPE, preset_values
 from djepa_jax.config.stored import LATER
 from djepa_jax.core import sharding
+from djepa_jax.core.optimizer import params_norm
 from djepa_jax.data.captions import conditions_to_judge
 from djepa_jax.data.records import digest_of
 from djepa_jax.evaluation.features import FROM_FILE
@@ -41,7 +41,7 @@ def identity(params, experiment: Experiment, step: int, autoencoder: str = "") -
 
     Of latents, there is the autoencoder that decodes them, too, by its sha256.
     """
-    norm = float(jax.jit(optax.tree.norm)(params))
+    norm = params_norm(params)
     decoder = {"autoencoder": autoencoder} if experiment.modality.needs_decoder else {}
     sample = dataclasses.asdict(experiment.sample).items()
     loss = dataclasses.asdict(experiment.token_loss)  # with options of its sampler
@@ -74,7 +74,7 @@ def subject(experiment: Experiment, generator: Generator, params, source, step: 
         "data": "" if source is None else digest_of(source),
     }
     if generator.guide is not None:  # whose path alone would not tell its weights apart
-        settings["guide_norm"] = float(jax.jit(optax.tree.norm)(generator.guide.params))
+        settings["guide_norm"] = params_norm(generator.guide.params)
     if not {*own.kind.split("+")}.isdisjoint(FROM_FILE):
         settings["network"] = file_sha256(own.weights)
     if own.captions:

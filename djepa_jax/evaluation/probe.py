@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 
 from djepa_jax.checkpoints.checkpointer import check_step, read_meta
@@ -27,6 +26,7 @@ from djepa_jax.core.losses.jepa import feature_statistics
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.conditioning import Nothing
 from djepa_jax.core.models.djepa import ModelConfig, init_params
+from djepa_jax.core.optimizer import params_norm
 from djepa_jax.data.records import DataError, checksum, unwrapped
 from djepa_jax.data.sources import SingleClass, open_training_data
 from djepa_jax.evaluation.features.classifier import Classifier, Recipe, split_rows
@@ -252,7 +252,7 @@ def run_probe(
     if example.dtype == np.uint8 and example.ndim == 3:
         figures["classifier"] = own_classifier(source, workdir)
     data, (train, test) = unwrapped(source), split_rows(labels, FIFTH)
-    params, norm = model.restore(placed_params(experiment, mesh)), jax.jit(optax.tree.norm)
+    params = model.restore(placed_params(experiment, mesh))
     record = {
         "figures": figures,
         "loss_per_noise_level": loss_per_noise_level(experiment.train, trained_on, params, mesh),
@@ -261,7 +261,7 @@ def run_probe(
         "pictures": {"all": len(source), "train": len(train), "test": len(test)},
         "data": data.digest() if hasattr(data, "digest") else str(len(data)),
         "rows": checksum(rows[train], rows[test]),
-        "norms": {name: float(norm(params)) for name, params in weights.items()},
+        "norms": {name: params_norm(params) for name, params in weights.items()},
         "caveats": caveats(experiment, len(rows), len(source)),
     }
     path = as_path(workdir) / FILE_NAME

@@ -19,7 +19,6 @@ import zlib
 import fsspec
 import jax
 import numpy as np
-import optax
 from etils import epath
 
 from djepa_jax import __version__
@@ -28,6 +27,7 @@ from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
+from djepa_jax.core.optimizer import params_norm
 from djepa_jax.runtime import distributed
 from djepa_jax.runtime.lock import lock_workdir
 from djepa_jax.runtime.storage import (
@@ -195,7 +195,7 @@ def parts_identity(generator: Generator, params, settings: dict) -> dict:
     of = {"sample": sample, "conditions": digest.hexdigest(), "decoded": decoded}
     of |= {"modality": repr(experiment.modality), "djepa_jax": __version__}
     of["loss"] = repr(experiment.token_loss)  # with the options that sampling takes
-    of["ema_norm"] = float(jax.jit(optax.tree.norm)(params))  # tells weights apart
+    of["ema_norm"] = params_norm(params)
     return json.loads(json.dumps(settings | of))
 
 

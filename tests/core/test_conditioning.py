@@ -1,6 +1,7 @@
 """Conditions: what they mean for both networks, for dropping, and for guidance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import assert_close
 from flax import nnx
-from test_models import BATCH, NUM_VISIBLE, PLACES, TINY, inputs  # noqa: F401 (a fixture)
+from test_models import BATCH, NUM_VISIBLE, PLACES, TINY, features, inputs  # noqa: F401 (a fixture)
 
 from djepa_jax.core.models.conditioning import (
     CONDITIONERS,
@@ -90,11 +91,11 @@ def test_what_is_asked_for_matters(case, inputs):
     tokens, order, _ = inputs
 
     @jax.jit
-    def features(raw):
+    def said_of(raw):
         condition = model.embed_condition(raw)
         return predict_features(model, tokens, order, condition, NUM_VISIBLE, PLACES, (None, None))
 
-    said, unsaid = features(raw), features(conditioner.null(BATCH))
+    said, unsaid = said_of(raw), said_of(conditioner.null(BATCH))
     differs = float(jnp.abs(said - unsaid).max()) > 1e-3
     assert differs != isinstance(conditioner, Nothing)
 
@@ -132,7 +133,6 @@ def test_a_masked_prefix_token_is_never_seen(inputs):
 
 def test_positions_of_axes_are_summed(inputs):
     """A factorised table is the full table of the sums of its rows."""
-    tokens, order, labels = inputs
     config = dataclasses.replace(TINY, factorised_positions=True)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     full_params = jax.tree.map(lambda leaf: leaf, params)
@@ -141,18 +141,11 @@ def test_positions_of_axes_are_summed(inputs):
         assert 0.5 < jnp.std(rows) < 2, "as large as the tokens that they are added to"
         summed = (rows[:, None] + columns[None]).reshape(9, -1)
         full_params[network] = params[network] | {"positions": summed}
-    outputs = []
-    for c, p in ((config, params), (TINY, full_params)):
-
-        @jax.jit
-        def features(params, config=c):
-            model = nnx.merge(split_model(config)[0], params)
-            condition = model.embed_condition(labels)
-            args = (tokens, order, condition, NUM_VISIBLE, PLACES, (None, None))
-            return predict_features(model, *args)
-
-        outputs.append(features(p))
-    assert_close(outputs[0], outputs[1], 1e-5)
+    outputs = (
+        jax.jit(functools.partial(features, split_model(c)[0]))(p, inputs)
+        for c, p in ((config, params), (TINY, full_params))
+    )
+    assert_close(*outputs, 1e-5)
 
 
 def test_the_table_makes_conditioners_from_settings():

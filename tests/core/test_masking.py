@@ -145,14 +145,12 @@ def test_sorting_keeps_examples_together():
         "key": jax.random.split(jax.random.key(0), 8),
     }
     found = jax.jit(functools.partial(masking.sort_packs, config=plan))(examples, num_visible)
-    found, keys = {name: np.asarray(found[name]) for name in ("shown", "id")}, found["key"]
-    packs = found["shown"].reshape(-1, plan.pack_size)
+    shown, ids = np.asarray(found["shown"]), np.asarray(found["id"])
+    packs = shown.reshape(-1, plan.pack_size)
     assert (np.diff(packs, axis=-1) <= 0).all()
-    np.testing.assert_array_equal(found["shown"], np.asarray(num_visible)[found["id"]])
-    assert (keys == examples["key"][found["id"]]).all()
-    assert (
-        found["id"].reshape(packs.shape) // plan.pack_size == np.arange(len(packs))[:, None]
-    ).all()
+    np.testing.assert_array_equal(shown, np.asarray(num_visible)[ids])
+    assert (found["key"] == examples["key"][ids]).all()
+    assert (ids.reshape(packs.shape) // plan.pack_size == np.arange(len(packs))[:, None]).all()
 
 
 @pytest.mark.parametrize("ratio_min", [0.3, 0.7, 1.0])

@@ -23,8 +23,8 @@ PLAY = """
     for (let i = 0; still() && i < 15000; i++) await new Promise((go) => setTimeout(go, 20));
     if (!what()) throw new Error(`waited for ${what}: ${$("state").textContent}`);
   };
-  const shown = new Set(), said = [];
-  const seen = new MutationObserver((records) => {  // on a busy machine of several at once
+  const shown = new Set();
+  const seen = new MutationObserver((records) => {  // a busy machine shows several at once
     for (const { oldValue, removedNodes } of records) {
       const gone = [...removedNodes].map((figure) => figure.querySelector?.("img")?.src);
       for (const address of [oldValue, ...gone]) if (address) shown.add(address);
