@@ -5,6 +5,8 @@ The classifier is trained on the real images only and never used for tuning: it 
 sample shows the class that it was asked for.
 """
 
+import functools
+
 import jax
 import numpy as np
 
@@ -17,20 +19,23 @@ PIXEL_TOP = 16.0  # the classifier sees values from 0 to 16, the range of the di
 MAX_PIXELS = 1024  # times channels; a covariance of raw pixels means little beyond
 
 
-def correct(
-    images: np.ndarray, labels: np.ndarray, real_images: np.ndarray, real_labels: np.ndarray
-) -> np.ndarray:
-    """To which of uint8 samples `[n, H, W, C]` a support-vector classifier of the real data gives
-    their label.
+@functools.lru_cache(maxsize=1)  # a search judges the samples of every cell
+def judge_of(source) -> tuple:
+    """A support-vector classifier of a source's pictures, None where they are of one class, and
+    their moments.
 
-    It learns from `MAX_REAL` of the real images at most, always the same ones.
+    It learns from `MAX_REAL` of them at most, always the same ones.
     """
     from sklearn.svm import SVC  # a second of import that only this needs
 
-    chosen = np.random.default_rng(0).permutation(len(real_images))[:MAX_REAL]
-    training = _flat(real_images[chosen]) * PIXEL_TOP
-    classifier = SVC(gamma=GAMMA / training.shape[1], C=C).fit(training, real_labels[chosen])
-    return classifier.predict(_flat(images) * PIXEL_TOP) == labels
+    images, labels = read_pictures(source)
+    moments = Moments(_flat(images))
+    if len(np.unique(labels)) == 1:
+        return None, moments
+    chosen = np.random.default_rng(0).permutation(len(images))[:MAX_REAL]
+    training = _flat(images[chosen]) * PIXEL_TOP
+    classifier = SVC(gamma=GAMMA / training.shape[1], C=C).fit(training, labels[chosen])
+    return classifier, moments
 
 
 class SmallImages:
@@ -79,14 +84,15 @@ class SmallImages:
 
     def result(self) -> dict[str, float]:
         """The figures."""
-        samples, labels = np.concatenate(self._samples), np.concatenate(self._labels)
-        images, real_labels = read_pictures(self._source)
+        samples, labels = _flat(np.concatenate(self._samples)), np.concatenate(self._labels)
+        classifier, real = judge_of(self._source)
         figures, self.moved = {}, {}
-        if min(len(np.unique(labels)), len(np.unique(real_labels))) > 1:
-            self.moved["accuracy"] = correct(samples, labels, images, real_labels)
+        if classifier is not None and len(np.unique(labels)) > 1:
+            self.moved["accuracy"] = classifier.predict(samples * PIXEL_TOP) == labels
             figures["accuracy"] = float(self.moved["accuracy"].mean())
-        moments = Moments(_flat(samples)), Moments(_flat(images))
-        distance, self.moved["frechet_distance"] = intervals.frechet(_flat(samples), *moments)
+        distance, self.moved["frechet_distance"] = intervals.frechet(
+            samples, Moments(samples), real
+        )
         return figures | {"frechet_distance": distance}
 
 
