@@ -8,6 +8,7 @@ from flax import nnx
 
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.models.djepa import ContextEncoder, ModelConfig
+from djepa_jax.core.models.keys import Keys
 
 
 @functools.lru_cache(maxsize=8)
@@ -15,7 +16,7 @@ def make_encoder(network: ModelConfig, modality: Modality):
     """The jitted encoder: (params of a context encoder, examples, conditions `[B]`) -> the prefix
     and the features `[B, P + N, D]` float32.
     """
-    graph, _ = nnx.split(nnx.eval_shape(lambda: ContextEncoder(network, rngs=nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: ContextEncoder(network, rngs=Keys(0))))
 
     def encode(params, examples, conditions):
         encoder = nnx.merge(graph, params)

@@ -24,6 +24,7 @@ from djepa_jax.core import sharding
 from djepa_jax.core.models import attention
 from djepa_jax.core.models.attention import attend, obstacle
 from djepa_jax.core.models.fused_attention import Tiles, attention_kernel
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.vit import Stack
 from djepa_jax.core.train_step import make_train_step, state_shapes
 from djepa_jax.training.loop import train
@@ -169,7 +170,7 @@ def stack_equations(implementation: str, remat: str) -> list:
     model = tiny_config(f"--config.model.remat={remat}", "--config.compute_dtype=bfloat16")
     changes = {"attention": implementation, "attention_dropout": 0.1}
     model = dataclasses.replace(model.train.model, **changes)
-    stack = nnx.eval_shape(lambda: Stack(model, 2, rngs=nnx.Rngs(0)))
+    stack = nnx.eval_shape(lambda: Stack(model, 2, rngs=Keys(0)))
     graph, params = nnx.split(stack)
     keys = jax.random.split(jax.random.key(0), 3)
 

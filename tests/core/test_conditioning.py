@@ -21,6 +21,7 @@ from djepa_jax.core.models.conditioning import (
 )
 from djepa_jax.core.models.djepa import ContextEncoder, init_params, split_model
 from djepa_jax.core.models.embedding import look_up
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.text import Embeddings, Text
 from djepa_jax.core.train_step import predict_features
 
@@ -220,7 +221,7 @@ def test_asked_for_labels_take_the_second_ones_in_turn():
 
 def test_gradients_stay_moderate_where_neither_a_condition_nor_a_token_is_seen():
     config = dataclasses.replace(TINY, conditioner=Nothing(), encoder_depth=4)
-    encoder = nnx.jit(lambda: ContextEncoder(config, rngs=nnx.Rngs(0)))()
+    encoder = nnx.jit(lambda: ContextEncoder(config, rngs=Keys(0)))()
     tokens, order = jnp.ones((1, 2, config.token_dim)), jnp.arange(2)[None]
 
     def output(encoder):

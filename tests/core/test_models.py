@@ -16,6 +16,7 @@ from flax import nnx, traverse_util
 from djepa_jax.core.models.conditioning import Classes
 from djepa_jax.core.models.djepa import SIZES, ModelConfig, init_params, split_model
 from djepa_jax.core.models.dropout import dropout
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.vit import REMAT_POLICIES, gelu
 from djepa_jax.core.train_step import predict_features
 
@@ -311,6 +312,13 @@ def test_initialisation(fresh):
         fresh[f"{part}/stack/blocks/mlp/up/kernel"] for part in ("context_encoder", "predictor")
     )
     assert not np.array_equal(first, second)
+
+
+def test_keys_are_those_of_flax():
+    """So that a seed means the same model as before."""
+    keys, rngs = Keys(jax.random.key(3)), nnx.Rngs(params=jax.random.key(3))
+    for _ in range(3):
+        assert keys.params() == rngs.params()
 
 
 def test_permuting_visible_and_masked_tokens_permutes_the_output(inputs):

@@ -25,7 +25,7 @@ from djepa_jax.runtime import distributed
 from djepa_jax.runtime.distributed import SAVED, STARTING
 from djepa_jax.runtime.lock import lock_workdir
 
-STEPS, EVERY = 12, 4
+STEPS, EVERY = 6, 3
 HEARTBEAT = 10  # seconds after which a process counts as lost, if nothing tells it sooner
 MESH = "(1,4,1)"  # parameters are split over the processes, as the batch is
 ENDS = (

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.vit import precision_of, torch_linear_init, zeros_init
 
 GROUPS, EPSILON = 32, 1e-6
@@ -53,7 +54,7 @@ AUTOENCODERS = {
 class Conv(nnx.Module):
     """A convolution over `[B, H, W, C]`, kernel `[k, k, in, out]`."""
 
-    def __init__(self, fan_in: int, fan_out: int, size: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, fan_in: int, fan_out: int, size: int, dtype, rngs: Keys):
         self.dtype = dtype
         shape = (size, size, fan_in, fan_out)
         kernel = torch_linear_init(rngs.params(), shape, fan_in=size * size * fan_in)
@@ -88,7 +89,7 @@ class GroupNorm(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Twice norm, swish, 3 x 3 convolution; beside them 1 x 1 where the width changes."""
 
-    def __init__(self, fan_in: int, fan_out: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, fan_in: int, fan_out: int, dtype, rngs: Keys):
         self.norm1, self.norm2 = GroupNorm(fan_in), GroupNorm(fan_out)
         self.conv1 = Conv(fan_in, fan_out, 3, dtype, rngs)
         self.conv2 = Conv(fan_out, fan_out, 3, dtype, rngs)
@@ -104,7 +105,7 @@ class ResidualBlock(nnx.Module):
 class MapAttention(nnx.Module):
     """Single-head attention among the places of a map, with a residual connection."""
 
-    def __init__(self, width: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, dtype, rngs: Keys):
         self.norm = GroupNorm(width)
         self.q, self.k, self.v, self.out = (Conv(width, width, 1, dtype, rngs) for _ in range(4))
 
@@ -123,7 +124,7 @@ class MapAttention(nnx.Module):
 class Middle(nnx.Module):
     """Block, attention, block at the coarsest level."""
 
-    def __init__(self, width: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, dtype, rngs: Keys):
         self.block_0 = ResidualBlock(width, width, dtype, rngs)
         self.attention = MapAttention(width, dtype, rngs)
         self.block_1 = ResidualBlock(width, width, dtype, rngs)
@@ -157,7 +158,7 @@ class Level(nnx.Module):
 class Encoder(nnx.Module):
     """Images `[B, H, W, 3]` -> what the moments are made of, `[B, H/s, W/s, 2c]`."""
 
-    def __init__(self, config: AutoencoderConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderConfig, dtype, rngs: Keys):
         widths, blocks = config.widths, config.num_blocks
         self.num_levels = len(widths)
         self.conv_in = Conv(config.image_channels, config.channels, 3, dtype, rngs)
@@ -183,7 +184,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents `[B, h, w, c]` -> images `[B, h s, w s, 3]`."""
 
-    def __init__(self, config: AutoencoderConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderConfig, dtype, rngs: Keys):
         widths, blocks = config.widths, config.num_blocks + 1
         self.num_levels = len(widths)
         self.conv_in = Conv(config.latent_channels, widths[-1], 3, dtype, rngs)
@@ -209,7 +210,7 @@ class Decoder(nnx.Module):
 class AutoencoderKL(nnx.Module):
     """Encoder and decoder with the 1 x 1 convolutions between them and the latents."""
 
-    def __init__(self, config: AutoencoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderConfig, *, dtype=jnp.float32, rngs: Keys):
         latents = config.latent_channels
         self.encoder = Encoder(config, dtype, rngs)
         self.decoder = Decoder(config, dtype, rngs)
@@ -234,7 +235,7 @@ def sample_posterior(moments: jax.Array, noise: jax.Array) -> jax.Array:
 @functools.lru_cache(maxsize=8)  # building all modules takes seconds
 def split_autoencoder(config: AutoencoderConfig, dtype=jnp.float32):
     """Graph definition and shapes of the parameters (a nested dict); allocates nothing."""
-    model = nnx.eval_shape(lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: AutoencoderKL(config, dtype=dtype, rngs=Keys(0)))
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)
 

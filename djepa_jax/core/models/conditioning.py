@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from djepa_jax.core.models.embedding import ClassEmbedding, Condition
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.text import Embeddings, Text
 
 
@@ -39,7 +40,7 @@ class Conditioner(Protocol):
     def in_turn(self, count: int) -> Any:
         """Raw conditions that take all there are in turn, for sampling without a wish."""
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
+    def make_embedding(self, width: int, *, rngs: Keys) -> nnx.Module | None:
         """The module with the parameters; None if there are none."""
 
     def embed(self, embedding: nnx.Module | None, raw: Any) -> Condition:
@@ -71,7 +72,7 @@ class Classes:
         """0, 1, 2 and so on, from 0 again after the last class: `[count]`."""
         return np.arange(count, dtype=np.int32) % self.num_classes
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> ClassEmbedding:
+    def make_embedding(self, width: int, *, rngs: Keys) -> ClassEmbedding:
         """A vector per class and one for none."""
         if self.num_classes == 0:
             raise ValueError(
@@ -104,7 +105,7 @@ class Nothing:
         """Zeros `[count]`."""
         return np.zeros(count, np.int32)
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> None:
+    def make_embedding(self, width: int, *, rngs: Keys) -> None:
         """There are no parameters."""
 
     def embed(self, embedding: None, raw: jax.Array) -> Condition:
@@ -145,7 +146,7 @@ class Sum:
         rounds = np.arange(count) // period
         return first, jax.tree.map(lambda leaf: leaf[rounds], self.second.in_turn(count))
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> nnx.Dict:
+    def make_embedding(self, width: int, *, rngs: Keys) -> nnx.Dict:
         """Those of both."""
         first = self.first.make_embedding(width, rngs=rngs)
         return nnx.Dict(first=first, second=self.second.make_embedding(width, rngs=rngs))
@@ -196,7 +197,7 @@ class Mixture:
         raw = jax.tree.map(lambda x: np.asarray(self._repeated(x)), self.kind.in_turn(count))
         return raw, np.eye(self.count, dtype=np.float32)[np.zeros(count, int)]
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
+    def make_embedding(self, width: int, *, rngs: Keys) -> nnx.Module | None:
         """That of the kind."""
         return self.kind.make_embedding(width, rngs=rngs)
 

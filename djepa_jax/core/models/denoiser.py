@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from djepa_jax.core.models.embedding import TimeEmbedding
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.vit import LayerNorm, Linear, product, remat_layer, zeros_init
 from djepa_jax.core.sharding import keep_batch_split
 
@@ -26,7 +27,7 @@ class DenoiserBlock(nnx.Module):
     The linear map starts at zero: adaLN-Zero (Peebles and Xie 2023, section 3.2).
     """
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, dtype, rngs: Keys):
         self.norm = LayerNorm(width, dtype=dtype)
         self.up = Linear(width, width, rngs=rngs, dtype=dtype)
         self.down = Linear(width, width, rngs=rngs, dtype=dtype)
@@ -49,14 +50,14 @@ class Denoiser(nnx.Module):
     # that gathering kernels split over `fsdp` may cost more than splitting the rows' width.
     many_rows = False
 
-    def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
+    def __init__(self, config: "ModelConfig", *, rngs: Keys):
         width, dtype = config.denoiser_width, config.dtype
         self.dtype, self.remat, self.depth = dtype, config.remat, config.denoiser_depth
         linear = functools.partial(Linear, rngs=rngs, dtype=dtype)
         self.time_embedding = TimeEmbedding(width, rngs=rngs)
         self.cond_proj = linear(config.width, width)
         self.input_proj = linear(config.token_dim, width)
-        make_block = nnx.vmap(lambda key: DenoiserBlock(width, dtype=dtype, rngs=nnx.Rngs(key)))
+        make_block = nnx.vmap(lambda key: DenoiserBlock(width, dtype=dtype, rngs=Keys(key)))
         self.blocks = make_block(jax.random.split(rngs.params(), config.denoiser_depth))
         self.final_norm = LayerNorm(width, dtype=dtype, affine=False)
         self.final_modulation = linear(width, (2, width), kernel_init=zeros_init)

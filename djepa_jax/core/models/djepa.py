@@ -24,6 +24,7 @@ from djepa_jax.core.models import vit
 from djepa_jax.core.models.conditioning import Condition, Conditioner
 from djepa_jax.core.models.denoiser import Denoiser
 from djepa_jax.core.models.embedding import look_up
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.ragged import Ragged
 from djepa_jax.core.schedules import Grid, num_places, parts_of
 from djepa_jax.core.sharding import path_name
@@ -104,7 +105,7 @@ class ModelConfig:
 class JepaHead(nnx.Module):
     """Linear D -> 4D, exact GELU, LayerNorm, linear 4D -> D; PyTorch's default initialisation."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Keys):
         def linear(fan_in, fan_out):
             init = functools.partial(vit.torch_linear_init, fan_in=fan_in)
             how = {"rngs": rngs, "dtype": config.dtype, "kernel_init": init, "bias_init": init}
@@ -122,7 +123,7 @@ class JepaHead(nnx.Module):
 class ContextEncoder(nnx.Module):
     """ViT over prefix and visible tokens: embed, add positions, LayerNorm, blocks, LayerNorm."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Keys):
         width = config.width
         self.position_axes = config.position_axes
         self.conditioner = config.conditioner
@@ -172,7 +173,7 @@ class ContextEncoder(nnx.Module):
 class Predictor(nnx.Module):
     """ViT over prefix, visible features and mask tokens; its output conditions the denoiser."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Keys):
         width = config.width
         self.position_axes = config.position_axes
         self.num_prefix_tokens = config.num_prefix_tokens
@@ -259,7 +260,7 @@ def between(first, stop, length: int) -> jax.Array:
 class DJepa(nnx.Module):
     """The whole model; split it once (`split_model`) and use plain JAX on its parameters."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Keys):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.context_encoder = ContextEncoder(config, rngs=rngs)
         self.predictor = Predictor(config, rngs=rngs)
@@ -278,13 +279,13 @@ class DJepa(nnx.Module):
 @functools.lru_cache(maxsize=32)  # building all modules takes long
 def split_model(config: ModelConfig):
     """Graph definition and shapes of the parameters (a nested dict); allocates nothing."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: DJepa(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: DJepa(config, rngs=Keys(0))))
     return graph, nnx.to_pure_dict(state)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh float32 parameters as a nested dict; call it inside `jax.jit` with output shardings."""
-    return nnx.to_pure_dict(nnx.state(DJepa(config, rngs=nnx.Rngs(params=key))))
+    return nnx.to_pure_dict(nnx.state(DJepa(config, rngs=Keys(key))))
 
 
 def cast_linear(params: dict, dtype: jnp.dtype) -> dict:

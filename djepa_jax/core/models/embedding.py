@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.vit import Linear, normal_init, precision_of
 
 TIME_FREQUENCIES = 128
@@ -25,7 +26,7 @@ class Condition:
 class ClassEmbedding(nnx.Module):
     """A table of class vectors, and one vector that stands for "no label" (id `num_classes`)."""
 
-    def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_classes: int, width: int, *, rngs: Keys):
         self.table = nnx.Param(normal_init(rngs.params(), (num_classes, width)))
         self.null = nnx.Param(normal_init(rngs.params(), (1, width)))
 
@@ -74,7 +75,7 @@ def time_frequencies(t: jax.Array) -> jax.Array:
 class TimeEmbedding(nnx.Module):
     """Sinusoids, linear, SiLU, linear; always float32, since times differ in their last bits."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: Keys):
         self.up = Linear(2 * TIME_FREQUENCIES, width, rngs=rngs, kernel_init=normal_init)
         self.down = Linear(width, width, rngs=rngs, kernel_init=normal_init)
 

@@ -17,6 +17,7 @@ from flax import nnx
 from djepa_jax.core.bounds import Natural, Positive, check_bounds
 from djepa_jax.core.models import vit
 from djepa_jax.core.models.embedding import Condition, look_up
+from djepa_jax.core.models.keys import Keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Text(Reader):
         """Empty captions `[B, L]`."""
         return jnp.zeros((batch_size, self.length), jnp.uint8)
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> "TextEmbedding":
+    def make_embedding(self, width: int, *, rngs: Keys) -> "TextEmbedding":
         """A table of bytes, and the reader."""
         table = nnx.Param(vit.unit_init(rngs.params(), (256, self.width)))
         return TextEmbedding(self, width, table, rngs=rngs)
@@ -108,7 +109,7 @@ class Embeddings(Reader):
         """Nothing to read `[B, L, channels]`."""
         return jnp.zeros((batch_size, self.length, self.channels), jnp.float32)
 
-    def make_embedding(self, width: int, *, rngs: nnx.Rngs) -> "TextEmbedding":
+    def make_embedding(self, width: int, *, rngs: Keys) -> "TextEmbedding":
         """A linear map into the reader, and the reader."""
         source = vit.Linear(self.channels, self.width, rngs=rngs)
         return TextEmbedding(self, width, source, rngs=rngs)
@@ -117,7 +118,7 @@ class Embeddings(Reader):
 class TextEmbedding(nnx.Module):
     """The reader: what stands in the places, learned queries before them, blocks, a linear map."""
 
-    def __init__(self, config: Reader, width: int, source, *, rngs: nnx.Rngs):
+    def __init__(self, config: Reader, width: int, source, *, rngs: Keys):
         self.source = source
         self.queries = nnx.Param(
             vit.unit_init(rngs.params(), (config.num_prefix_tokens, config.width))

@@ -20,6 +20,7 @@ from flax import nnx
 from djepa_jax.core.models.attention import attend, precision_of
 from djepa_jax.core.models.dropout import dropout_rows, key_words, split_keys
 from djepa_jax.core.models.fused_attention import SAVED
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.models.ragged import Ragged, whole
 from djepa_jax.core.sharding import batch_divisor, keep_batch_split
 
@@ -173,7 +174,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention with optional QK-norm and dropout on weights and output."""
 
-    def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
+    def __init__(self, config: "ModelConfig", *, rngs: Keys):
         width, dtype = config.width, config.dtype
         self.num_heads, self.implementation = config.num_heads, config.attention
         self.weight_dropout, self.out_dropout = config.attention_dropout, config.dropout
@@ -243,7 +244,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 class Mlp(nnx.Module):
     """Linear, exact (erf) GELU, linear, with dropout after both."""
 
-    def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
+    def __init__(self, config: "ModelConfig", *, rngs: Keys):
         hidden = int(config.width * config.mlp_ratio)
         self.dropout_rate = config.dropout
         self.up = Linear(config.width, hidden, rngs=rngs, dtype=config.dtype)
@@ -259,7 +260,7 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block: x + attention(LN(x)), then x + mlp(LN(x))."""
 
-    def __init__(self, config: "ModelConfig", *, rngs: nnx.Rngs):
+    def __init__(self, config: "ModelConfig", *, rngs: Keys):
         self.attention_norm = LayerNorm(config.width, dtype=config.dtype)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, dtype=config.dtype)
@@ -276,10 +277,10 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """Blocks whose parameters have a leading layer axis, run by one `lax.scan`, then LayerNorm."""
 
-    def __init__(self, config: "ModelConfig", depth: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: "ModelConfig", depth: int, *, rngs: Keys):
         self.depth, self.dtype = depth, config.dtype
         self.remat, self.unroll = config.remat, config.scan_unroll
-        make_block = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))
+        make_block = nnx.vmap(lambda key: Block(config, rngs=Keys(key)))
         self.blocks = make_block(jax.random.split(rngs.params(), depth))
         self.norm = LayerNorm(config.width, dtype=config.dtype)
 

@@ -18,6 +18,7 @@ from etils import epath
 from flax import nnx
 
 from djepa_jax.checkpoints.integrity import DamagedError, reading
+from djepa_jax.core.models.keys import Keys
 from djepa_jax.core.optimizer import OptimizerConfig, make_optimizer
 from djepa_jax.core.sharding import path_name
 from djepa_jax.data.records import checksum
@@ -71,7 +72,7 @@ class ConvNet(nnx.Module):
     too; each of the others halves the map, down to 4 x 4.
     """
 
-    def __init__(self, shape: tuple[int, int, int], widths, num_classes: int, *, rngs: nnx.Rngs):
+    def __init__(self, shape: tuple[int, int, int], widths, num_classes: int, *, rngs: Keys):
         *sides, width = shape
         shrink = math.ceil(max(sides) / MAX_SIDE)
         self.sides = tuple(max(side // shrink, 1) for side in sides)
@@ -141,7 +142,7 @@ def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _init(shape: tuple[int, int, int], widths: tuple[int, ...], num_classes: int, key) -> dict:
-    network = ConvNet(shape, widths, num_classes, rngs=nnx.Rngs(params=key))
+    network = ConvNet(shape, widths, num_classes, rngs=Keys(key))
     return nnx.to_pure_dict(nnx.state(network))
 
 
@@ -167,7 +168,7 @@ def _define(
         )
     values = int(classes[-1]) + 1 if vectors is None else vectors.shape[1]
     described = images.shape[1:], recipe.widths, values
-    graph, state = nnx.split(nnx.eval_shape(lambda: ConvNet(*described, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: ConvNet(*described, rngs=Keys(0))))
     return described, graph, nnx.to_pure_dict(state)
 
 
