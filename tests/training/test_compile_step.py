@@ -14,7 +14,7 @@ from tiny import load_config, tiny_config
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.core import sharding
 from djepa_jax.core.optimizer import ema_decay, learning_rate, weight_decay
-from djepa_jax.core.train_step import TrainState
+from djepa_jax.core.train_step import TrainState, make_train_step
 from djepa_jax.sampling.generator import Generator, jitted_sampler
 from djepa_jax.training import compile_step as module
 from djepa_jax.training.benchmark_cases import random_batch
@@ -94,6 +94,13 @@ def test_a_step_is_told_the_numbers_of_its_update():
 
 def counts(program: StepProgram) -> list[int]:
     return [choice.config.grad_accumulation_steps for choice in program.choices()]
+
+
+@pytest.mark.parametrize("name", ["digits", "moving_digits", "spoken_digits", "say_and_draw"])
+def test_two_trainings_of_one_configuration_share_a_step(name):
+    """So that a process that trains again traces and compiles nothing anew."""
+    first, second = (make_train_step(load_config(name).train) for _ in range(2))
+    assert first is second
 
 
 def test_choices_are_whole_packs_that_all_devices_share():

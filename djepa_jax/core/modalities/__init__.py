@@ -1,5 +1,7 @@
 """Modalities by name."""
 
+import functools
+
 from djepa_jax.core.modalities.audio import AudioMel
 from djepa_jax.core.modalities.base import MADE, Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
@@ -19,6 +21,15 @@ MODALITIES: dict[str, type[Modality]] = {
 }
 
 
+@functools.lru_cache(maxsize=32)
+def shared(modality: Modality) -> Modality:
+    """The first modality that is equal to this one.
+
+    Methods are equal only where they are of one object, and programs are kept by what they use.
+    """
+    return modality
+
+
 def made_by(modality: Modality) -> str:
     """What people call examples of a modality."""
     if hasattr(modality, "parts"):
@@ -26,4 +37,4 @@ def made_by(modality: Modality) -> str:
     return MADE.get(len(modality.example_shape), "images")
 
 
-__all__ = ["MODALITIES", "Modality", "made_by"]
+__all__ = ["MODALITIES", "Modality", "made_by", "shared"]
