@@ -55,11 +55,17 @@ def _parts(abstract: TrainState, meta: Meta) -> dict:
 
 
 def restore_arrays(folder: epath.Path, abstract: dict) -> dict:
-    """Part of the arrays that Orbax wrote; `abstract` gives shapes, dtypes and shardings."""
+    """Part of the arrays that Orbax wrote; `abstract` gives shapes, dtypes and shardings.
+
+    Raises:
+        CheckpointError: an array is missing, or has another shape or type; JAX makes 32 bits of 64
+            before types are compared.
+        DamagedError: they cannot be read.
+    """
     integrity.check_storable(folder)
     how = ocp.checkpoint_utils.construct_restore_args(abstract)
     how = jax.tree.map(lambda args: dataclasses.replace(args, dtype=None), how)  # as it is stored
-    names = jax.tree.map(lambda _: 0, abstract)  # anything: an array's type would be given to it
+    names = jax.tree.map(lambda _: 0, abstract)  # no arrays: Orbax would convert to their types
     arguments = ocp.args.PyTreeRestore(names, restore_args=how, partial_restore=True)
     try:
         with integrity.reading(folder), _reader() as reader:
@@ -69,6 +75,7 @@ def restore_arrays(folder: epath.Path, abstract: dict) -> dict:
         raise
     if _kinds(found) != _kinds(abstract):
         check_arrays(folder, abstract)
+        raise CheckpointError(f"{folder} gives other arrays than the model needs.")
     return found
 
 
@@ -80,7 +87,8 @@ def _kinds(tree) -> list[tuple]:
 def check_arrays(folder: epath.Path, abstract: dict) -> None:
     """Raise CheckpointError unless arrays in `folder` have the shapes and types that are wanted.
 
-    It opens every array once, which takes half as long as to read them.
+    Orbax would convert types, and leave out what is missing, without a word. This opens every array
+    once, which takes as long as to read small ones.
     """
     with integrity.reading(folder), _reader() as reader:
         found = _by_path(reader.metadata(folder).item_metadata.tree)

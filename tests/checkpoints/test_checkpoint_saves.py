@@ -18,7 +18,7 @@ from workdirs import EVERY, arrays, assert_same_arrays, digest, run, steps_in
 
 from djepa_jax.checkpoints import checkpointer, integrity
 from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step, read_meta
-from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError
+from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, DamagedError
 from djepa_jax.checkpoints.restore import restore_arrays, restore_state
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState
@@ -189,18 +189,26 @@ def one_step(tmp_path_factory):
     return checkpoints.folder(1)
 
 
-def test_another_type_or_shape_is_refused(one_step):
+def one_device() -> jax.sharding.Sharding:
+    return sharding.replicated(sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("place", [None, one_device])
+def test_another_type_or_shape_is_refused(one_step, place):
+    """And nothing is said to be damaged, for such a step would be set aside."""
+    place = place and place()
     for shape, dtype in (
         ((16, 8), jnp.bfloat16),
         ((16, 4), jnp.float32),
         ((8, 16), jnp.float32),
     ):
-        wanted = {"ema_params": {"table": jax.ShapeDtypeStruct(shape, dtype)}}
+        wanted = {"ema_params": {"table": jax.ShapeDtypeStruct(shape, dtype, sharding=place)}}
         with pytest.raises(
             CheckpointError,
             match=r"array ema_params/table has shape \(16, 8\) and type float32, the model has",
-        ):
+        ) as error:
             restore_arrays(one_step / "state", wanted)
+        assert not isinstance(error.value, DamagedError)
 
 
 def test_an_array_that_is_not_there_is_named(one_step):

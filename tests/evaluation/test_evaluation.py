@@ -19,7 +19,7 @@ from djepa_jax.evaluation import evaluate as evaluating
 from djepa_jax.evaluation.evaluate import evaluate, read_evaluation, run_evaluate
 from djepa_jax.evaluation.judges import open_metric
 from djepa_jax.evaluation.metrics import METRICS
-from djepa_jax.evaluation.metrics.small_images import SmallImages
+from djepa_jax.evaluation.metrics.small_images import SmallImages, judge_of
 from djepa_jax.sampling.generator import Generator, Stopped
 
 PARAMS = {"w": jnp.arange(3.0)}
@@ -39,6 +39,15 @@ def judged(digits, images, labels) -> dict[str, float]:
         metrics[start // 400 % 2].update(part, labels[start : start + 400])
     metrics[0].merge(metrics[1])
     return metrics[0].result()
+
+
+def test_the_judge_learns_once_and_nothing_where_nothing_is_asked_for(digits):
+    images, labels = np.zeros((30, 8, 8, 1), np.uint8), np.arange(30) % 10
+    judge_of.cache_clear()
+    assert judged(digits, images, labels) == judged(digits, images, labels)
+    assert judge_of.cache_info().misses == 1
+    assert judged(digits, images, 0 * labels).keys() == {"frechet_distance"}
+    assert judge_of(digits, False)[1] is None
 
 
 def test_yardsticks(digits):

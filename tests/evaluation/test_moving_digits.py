@@ -11,7 +11,7 @@ from djepa_jax.evaluation.metrics import METRICS
 from djepa_jax.evaluation.metrics.moving_digits import MovingDigits, read_clips, velocity_error
 
 SOURCE = MovingMNIST("", VideoPixels(8, 16, 1, 4), num_digits=1, digit_size=36, num_clips=900)
-TRAINED, COUNT = 150, 60
+TRAINED, COUNT = 150, 100
 FIGURES = ("digit_kept", "velocity_error", "frozen", "fd_frames")
 
 

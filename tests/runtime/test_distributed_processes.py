@@ -25,7 +25,7 @@ from djepa_jax.runtime import distributed
 from djepa_jax.runtime.distributed import SAVED, STARTING
 from djepa_jax.runtime.lock import lock_workdir
 
-STEPS, EVERY = 6, 3
+STEPS, EVERY = 6, 2
 HEARTBEAT = 10  # seconds after which a process counts as lost, if nothing tells it sooner
 MESH = "(1,4,1)"  # parameters are split over the processes, as the batch is
 ENDS = (
@@ -188,7 +188,7 @@ def stop_by_signal(
     """Send a signal to one of two processes that are held after a step: both save that step and end
     with status 0.
     """
-    members, step = start(arguments(workdir), hold=2, **troubles), 2
+    members, step = start(arguments(workdir), hold=3, **troubles), 3
     for member in members:
         member.wait_for(f"holding at {step}")
     began = time.monotonic()

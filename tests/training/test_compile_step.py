@@ -98,7 +98,7 @@ def counts(program: StepProgram) -> list[int]:
 
 @pytest.mark.parametrize("name", ["digits", "moving_digits", "spoken_digits", "say_and_draw"])
 def test_two_trainings_of_one_configuration_share_a_step(name):
-    """So that a process that trains again traces and compiles nothing anew."""
+    """So that a process that trains again need not trace it anew."""
     first, second = (make_train_step(load_config(name).train) for _ in range(2))
     assert first is second
 

@@ -21,12 +21,19 @@ MODALITIES: dict[str, type[Modality]] = {
 }
 
 
-@functools.lru_cache(maxsize=32)
 def shared(modality: Modality) -> Modality:
-    """The first modality that is equal to this one.
+    """The first modality that is equal to this one, or itself where its fields cannot be hashed.
 
     Methods are equal only where they are of one object, and programs are kept by what they use.
     """
+    try:
+        return _first_equal(modality)
+    except TypeError:
+        return modality
+
+
+@functools.lru_cache(maxsize=32)
+def _first_equal(modality: Modality) -> Modality:
     return modality
 
 

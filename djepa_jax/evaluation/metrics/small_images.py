@@ -20,9 +20,9 @@ MAX_PIXELS = 1024  # times channels; a covariance of raw pixels means little bey
 
 
 @functools.lru_cache(maxsize=1)  # a search judges the samples of every cell
-def judge_of(source) -> tuple:
-    """A support-vector classifier of a source's pictures, None where they are of one class, and
-    their moments.
+def judge_of(source, has_classes: bool) -> tuple:
+    """Moments of a source's pictures, and a support-vector classifier of them, None where there are
+    no classes to tell apart.
 
     It learns from `MAX_REAL` of them at most, always the same ones.
     """
@@ -30,12 +30,12 @@ def judge_of(source) -> tuple:
 
     images, labels = read_pictures(source)
     moments = Moments(_flat(images))
-    if len(np.unique(labels)) == 1:
-        return None, moments
+    if not has_classes or len(np.unique(labels)) == 1:
+        return moments, None
     chosen = np.random.default_rng(0).permutation(len(images))[:MAX_REAL]
     training = _flat(images[chosen]) * PIXEL_TOP
     classifier = SVC(gamma=GAMMA / training.shape[1], C=C).fit(training, labels[chosen])
-    return classifier, moments
+    return moments, classifier
 
 
 class SmallImages:
@@ -85,9 +85,9 @@ class SmallImages:
     def result(self) -> dict[str, float]:
         """The figures."""
         samples, labels = _flat(np.concatenate(self._samples)), np.concatenate(self._labels)
-        classifier, real = judge_of(self._source)
+        real, classifier = judge_of(self._source, has_classes=len(np.unique(labels)) > 1)
         figures, self.moved = {}, {}
-        if classifier is not None and len(np.unique(labels)) > 1:
+        if classifier is not None:
             self.moved["accuracy"] = classifier.predict(samples * PIXEL_TOP) == labels
             figures["accuracy"] = float(self.moved["accuracy"].mean())
         distance, self.moved["frechet_distance"] = intervals.frechet(
