@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from djepa_jax import __version__
 from djepa_jax.checkpoints import hub, restore, stablehlo
+from djepa_jax.checkpoints.arrays import save_arrays
 from djepa_jax.checkpoints.convert.import_weights import LAYOUT
 from djepa_jax.checkpoints.convert.official import to_official
 from djepa_jax.checkpoints.convert.tensor_files import save_tensors
@@ -123,7 +124,7 @@ def _check_target(out: str, form: str, overwrite: bool) -> pathlib.Path:
 
 def _write_weights(folder: pathlib.Path, experiment: Experiment, params: dict, form: str) -> None:
     if form == ORBAX:
-        restore.save_arrays(folder / restore.PARAMS_NAME, params)
+        save_arrays(folder / restore.PARAMS_NAME, params)
     elif form == SAFETENSORS:
         arrays = traverse_util.flatten_dict(params, sep="/")
         save_tensors(folder / restore.TENSORS_NAME, arrays, LAYOUT)

@@ -39,7 +39,7 @@ from djepa_jax.config.settings import (
 from djepa_jax.core.bounds import Bound, Natural, Positive, Seed, check_bounds, field_types
 from djepa_jax.core.losses import TOKEN_LOSSES, TokenLoss
 from djepa_jax.core.masking import MaskingConfig
-from djepa_jax.core.modalities import MODALITIES, Modality, shared
+from djepa_jax.core.modalities import MODALITIES, Modality
 from djepa_jax.core.models.attention import obstacle
 from djepa_jax.core.models.autoencoder_kl import AUTOENCODERS
 from djepa_jax.core.models.conditioning import CONDITIONERS, Mixture, Nothing
@@ -280,7 +280,7 @@ class Experiment(Settings):
                 group_size=group_size,
             ),
             optimizer=self.optimizer,
-            tokenize=shared(self.modality).tokenize,
+            modality=self.modality,
             seed=self.seed,
             token_weight=loss.token_weight,
             jepa_weight=loss.jepa_weight,

@@ -25,6 +25,7 @@ from flax import nnx
 from djepa_jax.core import masking, optimizer
 from djepa_jax.core.losses import feature_statistics, jepa_loss
 from djepa_jax.core.losses.base import TokenLoss
+from djepa_jax.core.modalities.base import Modality
 from djepa_jax.core.models.djepa import ModelConfig, init_params, split_model
 
 STATISTICS_ROWS = 512
@@ -52,7 +53,7 @@ class TrainStepConfig:
     token_loss: TokenLoss
     masking: masking.MaskingConfig
     optimizer: optimizer.OptimizerConfig
-    tokenize: Callable[[jax.Array, jax.Array], jax.Array]  # (examples, key) -> tokens
+    modality: Modality
     seed: int
     token_weight: float = 1.0
     jepa_weight: float = 1.0
@@ -210,7 +211,7 @@ def make_train_step(config: TrainStepConfig) -> Callable:
         values = values or step_values(config, state)
         key = jax.random.fold_in(jax.random.key(values.seed), state.step)
         example_key, token_key, dropout_key, posterior_key = jax.random.split(key, 4)
-        tokens = config.tokenize(batch["example"], posterior_key)
+        tokens = config.modality.tokenize(batch["example"], posterior_key)
         keys = example_key, dropout_key
         examples = draw_examples(config, values, tokens, batch["condition"], *keys)
         num_packs = config.masking.batch_size // config.masking.pack_size

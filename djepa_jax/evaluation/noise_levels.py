@@ -45,7 +45,7 @@ def make_token_losses(config: TrainStepConfig, batch_size: int) -> Callable:
     def token_losses(params, batch, key):
         """Times, losses and whether they count, `[B, N]` each."""
         model, keys = nnx.merge(graph, params), jax.random.split(key, 4)
-        tokens = config.tokenize(batch["example"], keys[0])
+        tokens = config.modality.tokenize(batch["example"], keys[0])
         drawn = draw_examples(config, values, tokens, batch["condition"], keys[1], keys[2])
         x0, condition = drawn["x0"], model.embed_condition(drawn["told_conditions"])
         visible = drawn["num_visible"], masking.max_visible

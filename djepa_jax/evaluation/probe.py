@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from djepa_jax.checkpoints.arrays import restore_arrays
 from djepa_jax.checkpoints.checkpointer import check_step, read_meta
-from djepa_jax.checkpoints.restore import latest_model, placed_params, restore_arrays
+from djepa_jax.checkpoints.restore import latest_model, placed_params
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding

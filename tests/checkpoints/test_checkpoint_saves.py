@@ -17,9 +17,10 @@ from damage import cut, resume
 from workdirs import EVERY, arrays, assert_same_arrays, digest, run, steps_in
 
 from djepa_jax.checkpoints import checkpointer, integrity
+from djepa_jax.checkpoints.arrays import restore_arrays
 from djepa_jax.checkpoints.checkpointer import Checkpoints, check_step, read_meta
 from djepa_jax.checkpoints.integrity import MANIFEST_NAME, CheckpointError, DamagedError
-from djepa_jax.checkpoints.restore import restore_arrays, restore_state
+from djepa_jax.checkpoints.restore import restore_state
 from djepa_jax.core import sharding
 from djepa_jax.core.train_step import TrainState
 

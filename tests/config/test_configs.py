@@ -99,7 +99,7 @@ def test_debug_draws_the_posterior_as_with_a_cache():
     assert example["example"].shape == example["mirror"].shape == (16, 16, 2 * 16)
     np.testing.assert_array_equal(example["mirror"][:, ::-1], example["example"])
     mean, one, other = (
-        experiment.train.tokenize(example["example"][None], key)
+        experiment.train.modality.tokenize(example["example"][None], key)
         for key in (None, jax.random.key(0), jax.random.key(1))
     )
     assert not np.array_equal(one, other)

@@ -358,7 +358,7 @@ def test_finite_gradient_with_a_non_finite_update_changes_nothing():
 def loss_of(config: TrainStepConfig, params, ema_params, batch: dict):
     """Loss and metrics of a batch, with some randomness."""
     key, (graph, _) = jax.random.key(0), split_model(config.model)
-    tokens = config.tokenize(batch["example"], key)
+    tokens = config.modality.tokenize(batch["example"], key)
     examples = draw_examples(config, config, tokens, batch["condition"], key, key)
     token_keys = jax.random.split(key, config.masking.batch_size // config.masking.pack_size)
     return batch_loss(config, graph, params, ema_params, examples, token_keys)

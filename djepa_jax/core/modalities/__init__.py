@@ -1,7 +1,5 @@
 """Modalities by name."""
 
-import functools
-
 from djepa_jax.core.modalities.audio import AudioMel
 from djepa_jax.core.modalities.base import MADE, Modality
 from djepa_jax.core.modalities.image import ImageLatents, ImagePixels
@@ -21,22 +19,6 @@ MODALITIES: dict[str, type[Modality]] = {
 }
 
 
-def shared(modality: Modality) -> Modality:
-    """The first modality that is equal to this one, or itself where its fields cannot be hashed.
-
-    Methods are equal only where they are of one object, and programs are kept by what they use.
-    """
-    try:
-        return _first_equal(modality)
-    except TypeError:
-        return modality
-
-
-@functools.lru_cache(maxsize=32)
-def _first_equal(modality: Modality) -> Modality:
-    return modality
-
-
 def made_by(modality: Modality) -> str:
     """What people call examples of a modality."""
     if hasattr(modality, "parts"):
@@ -44,4 +26,4 @@ def made_by(modality: Modality) -> str:
     return MADE.get(len(modality.example_shape), "images")
 
 
-__all__ = ["MODALITIES", "Modality", "made_by", "shared"]
+__all__ = ["MODALITIES", "Modality", "made_by"]

@@ -12,7 +12,9 @@ MADE = {1: "sound", 3: "images", 4: "clips"}  # what people call examples, by th
 
 
 class Modality(Protocol):
-    """Turns data into tokens and back; implementations are frozen dataclasses in `MODALITIES`."""
+    """Turns data into tokens and back; implementations are frozen dataclasses in `MODALITIES`, of
+    fields that can be hashed: equal ones share their programs.
+    """
 
     needs_decoder: bool  # whether pictures of what it exports take an autoencoder
     factorised_positions: bool  # position vectors per axis of `grid`, summed, not one per token

@@ -26,12 +26,12 @@ def judge_of(source, has_classes: bool) -> tuple:
 
     It learns from `MAX_REAL` of them at most, always the same ones.
     """
-    from sklearn.svm import SVC  # a second of import that only this needs
-
     images, labels = read_pictures(source)
     moments = Moments(_flat(images))
     if not has_classes or len(np.unique(labels)) == 1:
         return moments, None
+    from sklearn.svm import SVC  # a second of import that only this needs
+
     chosen = np.random.default_rng(0).permutation(len(images))[:MAX_REAL]
     training = _flat(images[chosen]) * PIXEL_TOP
     classifier = SVC(gamma=GAMMA / training.shape[1], C=C).fit(training, labels[chosen])
