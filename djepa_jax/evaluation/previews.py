@@ -1,15 +1,14 @@
 """Examples of any modality as the pictures that people see, for judges of pictures."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 from djepa_jax.core.modalities import Modality
+from djepa_jax.core.modalities.programs import shown
 from djepa_jax.data.records import Source
-from djepa_jax.sampling.generator import export_unheard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +33,4 @@ class Previews(Source):
 
 def preview(modality: Modality, examples: np.ndarray) -> np.ndarray | None:
     """What a modality shows of examples `[n, ...]`: uint8 `[n, H, W, C]`."""
-    return modality.preview(jax.device_get(_exported(modality, examples)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _exported(modality: Modality, examples: jax.Array) -> dict[str, jax.Array]:
-    return export_unheard(modality, modality.tokenize(examples))
+    return modality.preview(jax.device_get(shown(modality, examples)))

@@ -15,6 +15,7 @@ from djepa_jax.config.experiment import Experiment
 from djepa_jax.core import sharding
 from djepa_jax.core.modalities import Modality
 from djepa_jax.core.modalities.base import MADE
+from djepa_jax.core.modalities.programs import exported
 from djepa_jax.core.models.autoguidance import Guide
 from djepa_jax.core.sampler import (
     Known,
@@ -199,8 +200,8 @@ class Generator:
 
     def export(self, tokens: np.ndarray, count: int | None = None) -> dict[str, np.ndarray]:
         """What the modality makes of the first `count` of tokens `[n, N, C]`, pictures with it."""
-        exported = self.experiment.modality.export(tokens)  # of all: a padded batch compiles once
-        arrays = {name: np.asarray(array)[:count] for name, array in exported.items()}
+        made = exported(self.experiment.modality, tokens)  # of all: a padded batch compiles once
+        arrays = {name: np.asarray(array)[:count] for name, array in made.items()}
         if self.decodes:
             arrays |= decoded(self.autoencoder, arrays)
         return arrays
@@ -232,12 +233,6 @@ class Generator:
         growing = [grow(self.config, params, inputs) for inputs in batches]
         for tokens in zip(*growing, strict=True):
             yield np.concatenate(tokens)[:total]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def export_unheard(modality: Modality, tokens: jax.Array) -> dict[str, jax.Array]:
-    """What the modality exports of tokens `[n, N, C]`, but for sound, which takes long."""
-    return {name: x for name, x in modality.export(tokens).items() if name != "sound"}
 
 
 def decoded(autoencoder: Autoencoder, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

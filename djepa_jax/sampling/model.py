@@ -16,6 +16,7 @@ from djepa_jax.config.conditions import of_prompts
 from djepa_jax.config.places import check_editable, given_shape, places_of, places_shape
 from djepa_jax.config.settings import SampleSettings
 from djepa_jax.core import sharding
+from djepa_jax.core.modalities.programs import exported_unheard
 from djepa_jax.core.models.text import Reader
 from djepa_jax.core.sampler import SampleInputs, SamplerConfig
 from djepa_jax.runtime.compilation_cache import use_compilation_cache
@@ -25,7 +26,6 @@ from djepa_jax.sampling.generator import (
     Generator,
     count_of,
     decoded,
-    export_unheard,
     grow,
     jitted_sampler,
     result_of,
@@ -165,7 +165,7 @@ class Model:
 
     def preview(self, tokens: np.ndarray) -> np.ndarray | None:
         """Pictures `[n, H, W, 1 or 3]` of tokens `[n, N, C]`; None if there is nothing to see."""
-        arrays = jax.device_get(export_unheard(self.config.modality, tokens))
+        arrays = jax.device_get(exported_unheard(self.config.modality, tokens))
         if self.config.has_decoder:
             arrays |= decoded(self._autoencoder, arrays)
         return self.config.modality.preview(arrays)

@@ -17,6 +17,7 @@ from etils import epath
 from djepa_jax import __version__
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.flags import program
+from djepa_jax.core.modalities.programs import tokenized
 from djepa_jax.core.models.conditioning import Classes, Sum
 from djepa_jax.core.models.text import Text
 from djepa_jax.core.optimizer import describe_trained
@@ -248,8 +249,7 @@ class Reporter:
         wanted = jax.tree.map(lambda leaf: leaf[:MAX_GRID], wanted)
         examples = [self.source[index] for index in real_examples(self.source, wanted)]
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
-        tokens = experiment.modality.tokenize(batch["example"])
-        arrays = self.generator.export(np.asarray(tokens))
+        arrays = self.generator.export(tokenized(experiment.modality, batch["example"]))
         if self.writer is None:
             return
         grid = save_grid(path, experiment, arrays, batch["condition"], {})

@@ -49,8 +49,8 @@ from djepa_jax.training.initial_state import check_class_order
 from djepa_jax.training.loop import TrainingError, train
 from djepa_jax.training.reporting import Reporter
 
-STEPS = 20
-STOP = 9  # in the middle of an epoch
+STEPS = 10
+STOP = 7  # in the middle of an epoch
 FIRST = 6  # steps that meshes are compared in
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from djepa_jax.core.modalities.programs import tokenized
 from djepa_jax.core.sampler import Known
 from djepa_jax.data.paired import rows_of
 from djepa_jax.data.records import unwrapped
@@ -66,7 +67,7 @@ class SayAndDraw:
         """As many pairs of which the sound is given, and of which the picture is."""
         examples, modality = self._source.held_out(count)[0], self._source.modality
         starts = range(0, count, BATCH)
-        tokens = [modality.tokenize(examples[start : start + BATCH]) for start in starts]
+        tokens = [tokenized(modality, examples[start : start + BATCH]) for start in starts]
         known = {"drawn": (False, True), "said": (True, False)}  # picture, sound
         masks = {name: modality.tokens_at(np.tile(k, (count, 1))) for name, k in known.items()}
         tokens = np.concatenate(tokens)

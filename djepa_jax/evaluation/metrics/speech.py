@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from djepa_jax.core.modalities.programs import heard
 from djepa_jax.core.models.text import Text
 from djepa_jax.data.captions import captioned
 from djepa_jax.data.records import unwrapped
@@ -66,10 +67,8 @@ class Speech:
         rows = [row for row, caption in enumerate(read) if caption in set(self._asked)][:MOST]
         waves, captions = self._pairs.pairs(rows)
         figures["words_real"] = words_heard(waves / 2**15, captions, rate).mean()
-        decoded = [
-            self._modality.export(self._modality.tokenize(waves[start : start + BATCH]))["sound"]
-            for start in range(0, len(waves), BATCH)
-        ]
+        starts = range(0, len(waves), BATCH)
+        decoded = [heard(self._modality, waves[start : start + BATCH]) for start in starts]
         figures["words_codec"] = words_heard(np.concatenate(decoded), captions, rate).mean()
         return {name: float(value) for name, value in figures.items()}
 

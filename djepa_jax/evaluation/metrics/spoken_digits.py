@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from djepa_jax.core.modalities.programs import heard
 from djepa_jax.data.records import unwrapped
 from djepa_jax.evaluation.features.classifier import Classifier
 from djepa_jax.evaluation.metrics import intervals
@@ -70,10 +71,8 @@ class SpokenDigits:
         chosen = np.random.default_rng(0).permutation(len(waves))[:MOST]
         waves, digits = waves[chosen], digits[chosen]
         figures["recognised_real"] = understood(waves / 2**15, digits, rate).mean()
-        decoded = [
-            self._modality.export(self._modality.tokenize(waves[start : start + BATCH]))["sound"]
-            for start in range(0, len(waves), BATCH)
-        ]
+        starts = range(0, len(waves), BATCH)
+        decoded = [heard(self._modality, waves[start : start + BATCH]) for start in starts]
         figures["recognised_codec"] = understood(np.concatenate(decoded), digits, rate).mean()
         if labels.shape[1] > 1:
             figures |= self._second(labels[:, 1])
