@@ -3,6 +3,7 @@ Generator draws.
 """
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -89,6 +90,7 @@ def run_alone(program: str, folder: pathlib.Path, *arguments: str) -> str:
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"],
     }
     result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=LIMIT, env=settings

@@ -19,9 +19,13 @@ from djepa_jax.core.models.dropout import (
 
 def masks(key, rate=0.25, shape=(4, 64, 64), batch=16, layers=3) -> np.ndarray:
     """What is dropped in some layers: 1 or 0, `[L, B, H, Q, S]`."""
-    keys = split_keys(jax.random.split(key, batch), layers)
-    ones = jnp.ones((batch, *shape))
-    return np.stack([np.asarray(dropout(ones, rate, layer) == 0) for layer in keys]) * 1.0
+
+    @jax.jit
+    def dropped(key):
+        keys, ones = split_keys(jax.random.split(key, batch), layers), jnp.ones((batch, *shape))
+        return jnp.stack([dropout(ones, rate, layer) == 0 for layer in keys])
+
+    return np.asarray(dropped(key)) * 1.0
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -56,12 +60,18 @@ def test_bits_are_balanced():
 def test_an_example_drops_the_same_wherever_it_stands():
     x = jnp.ones((6, 5, 7))
     keys = jax.random.split(jax.random.key(1), 6)
-    whole = np.asarray(dropout(x, 0.4, keys))
+    drop = jax.jit(dropout, static_argnums=1)
+    whole = np.asarray(drop(x, 0.4, keys))
     order = jnp.array([3, 0, 5, 1, 4, 2])
-    np.testing.assert_array_equal(dropout(x, 0.4, keys[order]), whole[order])
-    np.testing.assert_array_equal(dropout(x[:2], 0.4, keys[3:5]), whole[3:5])
-    keep = keep_mask(key_words(keys)[:, :, None, None].swapaxes(0, 1), row_major_index((5, 7)), 0.4)
-    np.testing.assert_array_equal(keep, whole != 0)
+    np.testing.assert_array_equal(drop(x, 0.4, keys[order]), whole[order])
+    np.testing.assert_array_equal(drop(x[:2], 0.4, keys[3:5]), whole[3:5])
+
+    @jax.jit
+    def kept(keys):
+        words = key_words(keys)[:, :, None, None].swapaxes(0, 1)
+        return keep_mask(words, row_major_index((5, 7)), 0.4)
+
+    np.testing.assert_array_equal(kept(keys), whole != 0)
 
 
 def test_scale_and_gradient():
@@ -70,9 +80,15 @@ def test_scale_and_gradient():
     """
     keys = jax.random.split(jax.random.key(1), 3)
     x = jnp.full((3, 50), 3, jnp.bfloat16)
-    kept, pull = jax.vjp(lambda x: dropout(x, 0.1, keys), x)
+
+    @jax.jit
+    def both(x):
+        kept, pull = jax.vjp(lambda x: dropout(x, 0.1, keys), x)
+        return kept, pull(x)[0]
+
+    kept, gradient = both(x)
     assert kept.dtype == jnp.bfloat16
     assert set(np.unique(kept)) == {0, np.float32(jnp.bfloat16(3 * keep_scale(0.1)))}
-    np.testing.assert_array_equal(pull(x)[0], kept)
+    np.testing.assert_array_equal(gradient, kept)
     assert keep_scale(0.1) == pytest.approx(1 / 0.9, rel=1e-9) and keep_scale(0.5) == 2
     assert np.isfinite(keep_scale(1 - 1e-12))

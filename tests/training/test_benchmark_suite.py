@@ -60,8 +60,10 @@ def test_parity_finds_a_thousandth_in_any_array_of_the_parameters(parity_run):
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(3)
     for place, leaf in enumerate(leaves):
-        assert np.all(leaf != 0)
-        changed = leaf + 1e-3 * rng.standard_normal(leaf.shape, np.float32)
+        values = np.asarray(leaf)
+        assert np.all(values != 0)
+        changed = values + 1e-3 * rng.standard_normal(leaf.shape, np.float32)
+        changed = jax.device_put(changed, leaf.sharding)
         changed = jax.tree.unflatten(tree, [*leaves[:place], changed, *leaves[place + 1 :]])
         with pytest.raises(CheckError, match="differ by at most .* computes wrongly"):
             judge(program(changed, *others), truth, TOLERANCE, "both")

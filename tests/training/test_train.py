@@ -23,7 +23,7 @@ from djepa_jax.checkpoints.integrity import CheckpointError
 from djepa_jax.checkpoints.restore import find_model, latest_model
 from djepa_jax.config.convert import ConfigError
 from djepa_jax.config.stored import to_stored
-from djepa_jax.core import sharding
+from djepa_jax.core import sharding, train_step
 from djepa_jax.core.models.djepa import split_model
 from djepa_jax.core.optimizer import (
     OptimizerConfig,
@@ -383,8 +383,14 @@ PARTS = (
 )
 
 
-def test_gradients_of_parts_add_up_to_the_batch(step_parts):
+def test_gradients_of_parts_add_up_to_the_batch(step_parts, monkeypatch):
     """With dropout, too: an example drops the same wherever it stands."""
+
+    def keep_gradients(values, transform, state, grads, metrics):
+        """In place of the update, half of what would have to be compiled."""
+        return dataclasses.replace(state, opt_state=grads), metrics
+
+    monkeypatch.setattr(train_step, "apply_update", keep_gradients)
     rng = np.random.default_rng(0)
     examples = rng.integers(0, 256, (128, 8, 8, 1), np.uint8)
     batch = {"example": examples, "condition": rng.integers(0, 10, 128, np.int32)}
@@ -392,12 +398,12 @@ def test_gradients_of_parts_add_up_to_the_batch(step_parts):
     state, results = step_parts[2], []
     for parts in (1, 4):
         config = dataclasses.replace(config, grad_accumulation_steps=parts)
-        after, found = jax.jit(make_train_step(config))(state, batch)
+        after, found = jax.jit(make_train_step.__wrapped__(config))(state, batch)
         found = {name: float(found[name]) for name in ("loss", "grad_norm")}
         results.append((leaves(after.opt_state), found))
-    (whole_moments, whole), (moments, found) = results
+    (expected, whole), (gradients, found) = results
     assert found == pytest.approx(whole, rel=1e-5)
-    for part, whole in zip(moments, whole_moments, strict=True):
+    for part, whole in zip(gradients, expected, strict=True):
         tolerance = 1e-5 * max(np.abs(whole).max(), 1e-12)
         np.testing.assert_allclose(part, whole, rtol=0, atol=tolerance)
 
