@@ -112,6 +112,7 @@ def test_a_recipe_trains_and_samples(tmp_path):
     config = f"--config={CONFIGS}/djepa_b.py:no_jepa+pixels+debug"
     command = ["djepa", config, f"--workdir={tmp_path}/run", "--config.data.image_size=64"]
     command += ["--config.num_steps=2", "--config.log_every=1"]
+    command += ["--config.sample.num_ar_steps=3", "--config.sample.num_denoise_steps=3"]
     assert main(command) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]

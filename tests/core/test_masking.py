@@ -108,9 +108,13 @@ def test_groups_share_and_strata_spread(name):
         assert len({tuple(row) for row in np.argsort(groups[:, :, 0], axis=-1).tolist()}) > 1
 
 
+def both_sizes(batch: int, group: int) -> list[MaskingConfig]:
+    return [MaskingConfig(tokens, batch, group_size=group) for tokens in (16, 256)]
+
+
 @pytest.mark.parametrize("batch, group", GROUPED)
 def test_packed_rows_hold_every_draw(batch, group):
-    plans = [MaskingConfig(tokens, batch, group_size=group) for tokens in (16, 256)]
+    plans = both_sizes(batch, group)
     for plan, masked in zip(plans, draw_many(*plans, seeds=1024), strict=True):
         assert batch % plan.pack_size == 0 and plan.pack_size % group == 0
         per_chunk = masked.reshape(-1, plan.pack_size).sum(-1)
@@ -126,8 +130,8 @@ def test_packed_rows_hold_every_draw(batch, group):
 @pytest.mark.parametrize("batch, group", GROUPED)
 def test_sorted_packs_fit_the_lengths(batch, group):
     """Every draw, and they leave out half of the padding where ratios are many."""
-    plan = MaskingConfig(256, batch, group_size=group)
-    [masked] = draw_many(plan, seeds=1024)
+    plans = both_sizes(batch, group)
+    plan, masked = plans[1], draw_many(*plans, seeds=1024)[1]
     shown = np.asarray(256 - masked).reshape(1024, -1, plan.pack_size)
     shown = -np.sort(-shown, axis=-1)
     limits = np.concatenate([np.full(count, most) for count, most in plan.lengths])
@@ -138,7 +142,8 @@ def test_sorted_packs_fit_the_lengths(batch, group):
 
 def test_sorting_keeps_examples_together():
     plan = MaskingConfig(16, 8, group_size=1)
-    num_visible = masking.draw_num_visible(jax.random.key(5), plan)
+    draw = jax.jit(masking.draw_num_visible, static_argnums=1)
+    num_visible = draw(jax.random.key(5), plan)
     examples = {
         "shown": num_visible,
         "id": jnp.arange(8),

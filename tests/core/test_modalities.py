@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import count_compilations
 
 from djepa_jax.core.modalities import MODALITIES
 from djepa_jax.core.modalities.lapped import ImageLapped, lapped_transform
+from djepa_jax.core.modalities.programs import exported, exported_unheard, shown, tokenized
 
 EXAMPLES = {
     "image_pixels": (dict(size=8, channels=3, patch=2), np.uint8),
@@ -43,6 +45,22 @@ def test_round_trip_gives_the_examples_back(modality):
     (exported,) = it.export(np.asarray(it.tokenize(examples))).values()
     np.testing.assert_allclose(exported, examples, rtol=1e-6)
     assert exported.dtype == examples.dtype
+
+
+def test_a_batch_is_one_program_which_equal_modalities_share(modality):
+    name, it, examples = modality
+    tokens = np.asarray(it.tokenize(examples))
+    programs = ((tokenized, examples), (exported, tokens), (exported_unheard, tokens))
+    with count_compilations() as compiled:
+        results = [program(it, batch) for program, batch in (*programs, (shown, examples))]
+    assert len(compiled) == 4
+    equal = MODALITIES[name](**EXAMPLES[name][0])
+    with count_compilations() as compiled:
+        assert [*tokenized(equal, examples).shape] == [4, 16, 12]
+    assert not compiled
+    for result in results[1:]:
+        (array,) = result.values()
+        np.testing.assert_allclose(array, examples, rtol=1e-6)
 
 
 def test_other_examples_are_refused(modality):

@@ -40,7 +40,7 @@ class Modality(Protocol):
         """Tokens `[B, N, C]` -> examples in float32, in the tokenizer's value range."""
 
     def export(self, tokens: jax.Array) -> dict[str, jax.Array]:
-        """Tokens `[B, N, C]` -> named arrays for a file, leading axis B; inside `jit` and outside.
+        """Tokens `[B, N, C]` -> named arrays for a file, leading axis B, inside `jit`.
 
         `latents` go through the decoder, if there is one, which adds `images` or, of frames,
         `clips`; `sound` is played.
