@@ -292,14 +292,20 @@ def test_non_finite_step_changes_nothing_but_counters(step_parts):
     assert any((a != b).any() for a, b in zip(leaves(bad.params), leaves(good.params), strict=True))
 
 
-def test_parts_that_are_not_trained_stay_to_the_bit(step_parts):
-    config, _, state, batches = step_parts
+@pytest.fixture(scope="module")
+def head_step(step_parts):
+    """The step that trains the denoising head alone."""
+    config = step_parts[0]
     head = dataclasses.replace(config.optimizer, parts="denoiser", weight_decay=0.1, warmup_steps=0)
-    config = dataclasses.replace(config, optimizer=head)
+    return jax.jit(make_train_step(dataclasses.replace(config, optimizer=head)))
+
+
+def test_parts_that_are_not_trained_stay_to_the_bit(step_parts, head_step):
+    _, _, state, batches = step_parts
     noisy = dataclasses.replace(  # as if all parts had been trained before, and not yet averaged
         state, opt_state=jax.tree.map(lambda x: x + jnp.ones_like(x), state.opt_state)
     )
-    new, found = jax.jit(make_train_step(config))(noisy, batches[0])
+    new, found = head_step(noisy, batches[0])
     assert int(new.skipped_steps) == 0 and np.isfinite(found["loss"])
     for kind in ("params", "ema_params"):
         before, after = getattr(noisy, kind), getattr(new, kind)
@@ -308,15 +314,13 @@ def test_parts_that_are_not_trained_stay_to_the_bit(step_parts):
             assert any((a != b).any() for a, b in pairs) == (part == "denoiser"), (kind, part)
 
 
-def test_a_head_learns_under_conditions_of_the_averaged_networks(step_parts):
+def test_a_head_learns_under_conditions_of_the_averaged_networks(step_parts, head_step):
     """Whatever the others' parameters are: samples are drawn with their average."""
-    config, _, state, batches = step_parts
-    head = dataclasses.replace(config.optimizer, parts="denoiser", warmup_steps=0)
-    step = jax.jit(make_train_step(dataclasses.replace(config, optimizer=head)))
+    _, _, state, batches = step_parts
     elsewhere = jax.tree.map(lambda x: x + 1, state.params)
     elsewhere |= {"denoiser": state.params["denoiser"]}
     moved = dataclasses.replace(state, params=elsewhere)
-    new, other = step(state, batches[0])[0], step(moved, batches[0])[0]
+    new, other = head_step(state, batches[0])[0], head_step(moved, batches[0])[0]
     pairs = zip(leaves(new.params["denoiser"]), leaves(other.params["denoiser"]), strict=True)
     for ours, theirs in pairs:
         np.testing.assert_array_equal(ours, theirs)
