@@ -23,8 +23,8 @@ from djepa_jax.core.models.djepa import ModelConfig, split_model
 
 # Most of the time goes into compiling; without optimisations, and with each program in one piece
 # for LLVM, it is a third. On a busy machine devices may wait for one another longer than the 40 s
-# after which XLA ends the process. Processes that tests start inherit this. XLA_FLAGS=" " tests
-# what users run.
+# after which XLA ends the process. Processes that tests start inherit this. With XLA_FLAGS set to
+# nothing (XLA_FLAGS= bash launch/test.sh) they test what users run.
 FLAGS = [
     "--xla_backend_optimization_level=0",
     "--xla_cpu_parallel_codegen_split_count=1",
