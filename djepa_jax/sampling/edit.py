@@ -10,13 +10,13 @@ Shape letters: n examples, T frames of clips, S samples of sounds, H, W, C as us
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from djepa_jax.checkpoints.autoencoder import Autoencoder
 from djepa_jax.config.experiment import Experiment
 from djepa_jax.config.places import EditError, places_shape
 from djepa_jax.core.modalities.base import MADE
+from djepa_jax.core.modalities.programs import tokenized
 from djepa_jax.core.sampler import Known
 from djepa_jax.sampling.generator import Generator
 
@@ -85,7 +85,7 @@ def edit(
     if not hidden[0].any():
         return examples.copy()
     inputs = examples if autoencoder is None else autoencoder.encode(examples)[:, 0]
-    tokens = np.asarray(jax.jit(modality.tokenize)(inputs))  # [n, N, C]
+    tokens = np.asarray(tokenized(modality, inputs))  # [n, N, C]
     generator = make_generator(Known(tokens, ~hidden))
     arrays = generator.images(params, conditions, seed)
     return modality.put_back(examples, arrays, mask)

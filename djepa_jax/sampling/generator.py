@@ -198,7 +198,7 @@ class Generator:
         how = seed, self.cfg_scales, temperature
         return SampleInputs(chosen, ids, *how, known, self.guide)
 
-    def export(self, tokens: np.ndarray, count: int | None = None) -> dict[str, np.ndarray]:
+    def export(self, tokens: jax.Array, count: int | None = None) -> dict[str, np.ndarray]:
         """What the modality makes of the first `count` of tokens `[n, N, C]`, pictures with it."""
         made = exported(self.experiment.modality, tokens)  # of all: a padded batch compiles once
         arrays = {name: np.asarray(array)[:count] for name, array in made.items()}
